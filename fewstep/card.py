@@ -1,0 +1,122 @@
+"""The model card of an exported pipeline: what it is, the exact call, and its scores."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import fewstep
+
+BEGIN, END = "<!-- scores -->", "<!-- /scores -->"
+COLUMNS = ("model", "steps", "guidance_scale", "fid", "clip_score", "images")
+KNOWN = ("method", "paper", "teacher", "data", "license", "prompt", "scores", "versions")
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def render(
+    card: Mapping[str, Any], *, allowed_steps: Sequence[int], guidance: str, arguments: Sequence[Any], dtype: str
+) -> str:
+    """The text of README.md.
+
+    card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a line of the details.
+    arguments: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
+    """
+    method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))
+    if Path(teacher).is_dir():
+        teacher = Path(teacher).resolve().name  # where it lies on this machine concerns no reader
+    tag = "text-to-image" if arguments and isinstance(arguments[0], str) else "unconditional-image-generation"
+    front = {
+        "license": card.get("license", "other"),
+        "library_name": "diffusers",
+        "base_model": teacher,
+        "pipeline_tag": tag,
+        "tags": ["diffusers", "few-step", "distillation", str(method)],
+    }
+    details = {"Method": method, "Paper": card.get("paper"), "Teacher": teacher, "Data": card.get("data")}
+    details |= {key.replace("_", " "): value for key, value in card.items() if key not in KNOWN}
+    counts = ", ".join(str(n) for n in allowed_steps)
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# Few-step student of {teacher}",
+            "",
+            "Run in the folder of this card, with plain diffusers and no other option:",
+            "",
+            "```python",
+            call_text(arguments, allowed_steps, dtype),
+            "```",
+            "",
+            f"`num_inference_steps`: {counts}. The student was trained for these counts; more than "
+            f"{max(allowed_steps)} raise an error. Each step is one evaluation of the network.",
+            "",
+            guidance,
+            "",
+            *[f"- {key}: {value}" for key, value in details.items() if value is not None],
+            f"- Weights: {TORCH_NAMES[dtype]}",
+            f"- Versions: {', '.join(f'{name} {number}' for name, number in card.get('versions', versions()).items())}",
+            "",
+            "## Scores",
+            "",
+            scores_text(card.get("scores") or []),
+            "",
+        ]
+    )
+
+
+def call_text(arguments: Sequence[Any], allowed_steps: Sequence[int], dtype: str) -> str:
+    """The card's code: loads "." and calls it with a step count and no other option."""
+    lines = ["from diffusers import DiffusionPipeline"]
+    given = ""
+    if dtype != "fp32":
+        lines.insert(0, "import torch")
+        given = f", dtype=torch.{TORCH_NAMES[dtype]}"
+    steps = 4 if 4 in allowed_steps else max(allowed_steps)
+    inputs = "".join(f"{argument!r}, " for argument in arguments)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("."{given})',
+            f"image = pipeline({inputs}num_inference_steps={steps}).images[0]",
+        ]
+    )
+
+
+def scores_text(rows: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any] | None = None) -> str:
+    """A Markdown table of the rows of evaluation.json between two marks, by which `update_card` finds it again."""
+    if not rows:
+        return f"{BEGIN}\nNot scored yet.\n{END}"
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    if protocol:
+        lines += ["", "Protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()) + "."]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def update_card(path: Path, scores: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any] | None = None) -> None:
+    """Rewrite the scores in the card of the pipeline at `path`. Raises ValueError for a card without their marks."""
+    readme = path / "README.md"
+    head, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme} has no {BEGIN} ... {END} in which to write scores")
+    aside = path / "README.md.partial"
+    aside.write_text(head + scores_text(scores, protocol) + tail)
+    os.replace(aside, readme)
+
+
+def versions() -> dict[str, str]:
+    return {"fewstep": fewstep.__version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

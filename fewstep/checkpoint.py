@@ -1,0 +1,100 @@
+"""Checkpoints that a kill at any moment leaves whole: written aside, then renamed; safetensors and JSON, no pickles."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+PARTIAL = ".partial"
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The per-parameter tensors of an optimizer, as "<parameter>.<name>"; its hyper-parameters belong to the config."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(v).contiguous() for i, entry in state.items() for name, v in entry.items()}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        i, name = key.split(".", 1)
+        state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, path)
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    module.load_state_dict(load_file(path))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    found = [p for p in folder.glob("*") if p.name.isdigit() and (p / "state.json").exists()] if folder.exists() else []
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def find(folder: Path, name: str) -> Path:
+    """The checkpoint that `resume: NAME` means; "latest" is the newest whole one.
+
+    Raises:
+        FileNotFoundError: there is none; says where it looked.
+    """
+    if name == "latest":
+        found = checkpoints(folder)
+        if not found:
+            raise FileNotFoundError(f"resume: latest: no checkpoint in {folder}; leave resume out to start anew")
+        return found[-1]
+    path = Path(name)
+    if not (path / "state.json").exists():
+        raise FileNotFoundError(f"resume: {path} is not a checkpoint (it has no state.json)")
+    return path
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `path` only when the block ends well."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete the oldest checkpoints beyond `keep`, and what interrupted writes left behind."""
+    for old in [*checkpoints(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(value: Any, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

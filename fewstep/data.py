@@ -1,0 +1,301 @@
+"""Where images, prompts and labels come from, and in which order a run sees them.
+
+A source answers indices with images [B, 3, H, W] in [-1, 1] and conditions; a stream is its endless shuffled order, cut
+among the ranks, that resumes exactly.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fewstep import fashion
+from fewstep.config import DataConfig
+from fewstep.images import class_labels, decode, read_metadata, scaled, square
+
+Conditions = Literal["prompt", "label", "none"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Raw(NamedTuple):
+    """What a source holds at B indices."""
+
+    images: Tensor | None
+    """float32 [B, 3, H, W] in [-1, 1]; None for sources without images."""
+    conditions: list[Any]
+    """B prompts, labels or Nones."""
+    indices: list[int]
+
+
+class Source(ABC):
+    """A finite, indexed collection of samples; index i is always the same sample.
+
+    Attributes:
+        has_images: whether `get` gives images.
+        conditions: what the conditions are: "prompt" (str), "label" (int) or "none" (None).
+    """
+
+    has_images: bool
+    conditions: Conditions
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def get(self, indices: Sequence[int]) -> Raw:
+        """The samples at `indices`. Raises ValueError, naming the file, for an image that cannot be read."""
+
+
+class Fashion(Source):
+    """Fashion-MNIST: the 60,000 training images where Debian's package is installed, else the 2,000 embedded ones.
+
+    The caption's template is a function of the index. num_labels turns captions into labels.
+    """
+
+    has_images = True
+
+    def __init__(self, image_size: int, num_labels: int | None = None) -> None:
+        whole = fashion.DEBIAN_FOLDER.exists()
+        self.images, self.labels = fashion.load_idx("train") if whole else fashion.load_embedded()
+        self.image_size, self.num_labels = image_size, num_labels
+        self.conditions = "prompt" if num_labels is None else "label"
+        if num_labels is not None and num_labels != len(fashion.CLASSES):
+            raise ValueError(
+                f"data.num_labels: found {num_labels}; source 'fashion' has {len(fashion.CLASSES)} classes"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get(self, indices: Sequence[int]) -> Raw:
+        indices = list(indices)
+        pixels = self.images[indices]
+        if pixels.shape[-1] != self.image_size:
+            pixels = np.stack([square(Image.fromarray(x.transpose(1, 2, 0)), self.image_size) for x in pixels])
+        labels = self.labels[indices].tolist()
+        return Raw(scaled(pixels), [self._condition(i, c) for i, c in zip(indices, labels, strict=True)], indices)
+
+    def _condition(self, index: int, label: int) -> str | int:
+        return label if self.num_labels is not None else fashion.caption(label, index % len(fashion.TEMPLATES))
+
+
+class Folder(Source):
+    """A folder of images in the layout of Hugging Face's imagefolder.
+
+    With metadata.jsonl, lines of {"file_name": ..., "text": ...} say which images there are and their captions. Without
+    it, every image below the folder counts, captioned by the name of the folder it lies in, or "" at the top. With
+    num_labels, these names in sorted order are the labels instead.
+    """
+
+    has_images = True
+
+    def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
+        if not path.is_dir():
+            raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
+        self.image_size = image_size
+        metadata = path / "metadata.jsonl"
+        if num_labels is None and metadata.exists():
+            self.files, captions = read_metadata(metadata)
+            self.values: list[Any] = captions
+        else:
+            self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            names = ["" if f.parent == path else f.parent.name for f in self.files]
+            self.values = (
+                [n.replace("_", " ") for n in names] if num_labels is None else class_labels(names, num_labels, path)
+            )
+        if not self.files:
+            raise ValueError(f"data.path: no image in {path} (looked for {', '.join(IMAGE_SUFFIXES)})")
+        self.conditions = "prompt" if num_labels is None else "label"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def get(self, indices: Sequence[int]) -> Raw:
+        pixels = [decode(self.files[i], str(self.files[i]), self.image_size) for i in indices]
+        return Raw(scaled(np.stack(pixels)), [self.values[i] for i in indices], list(indices))
+
+
+class Parquet(Source):
+    """One parquet file, or all in a folder, held in memory with its images compressed.
+
+    Columns: image (encoded bytes, or Hugging Face's struct of bytes and path), text, label, each optional. With
+    num_labels the conditions are the labels; else the texts; else the labels; else none.
+    """
+
+    def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files or not files[0].exists():
+            raise ValueError(f"data.path: no parquet file at {path}")
+        known = ("image", "text", "label")
+        try:
+            names = pq.read_schema(files[0]).names
+            self.table = pa.concat_tables(pq.read_table(f, columns=[n for n in known if n in names]) for f in files)
+        except (OSError, pa.ArrowException) as e:
+            raise ValueError(f"data.path: {path} cannot be read as parquet: {e}") from None
+        columns = self.table.column_names
+        if not columns or not len(self.table):
+            found = f"{len(self.table)} rows, columns {', '.join(names)}"
+            raise ValueError(f"data.path: {path} has {found}; wanted are rows and any of {', '.join(known)}")
+        if num_labels is not None and "label" not in columns:
+            raise ValueError(f"data.num_labels: {path} has no column label; columns: {', '.join(names)}")
+        self.path, self.image_size, self.has_images = path, image_size, "image" in columns
+        self.column = "text" if "text" in columns and num_labels is None else "label" if "label" in columns else None
+        kinds: dict[str | None, Conditions] = {"text": "prompt", "label": "label", None: "none"}
+        self.conditions = kinds[self.column]
+        if self.conditions == "label":
+            _check_labels(self.table["label"].to_pylist(), num_labels, path)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def get(self, indices: Sequence[int]) -> Raw:
+        images: Tensor | None = None
+        values: list[Any] = [None for _ in indices]
+        if self.has_images:
+            images = scaled(np.stack([self._image(i) for i in indices]))
+        if self.column is not None:
+            values = [self.table[self.column][i].as_py() for i in indices]
+        if self.column == "text":
+            values = ["" if v is None else v for v in values]
+        return Raw(images, values, list(indices))
+
+    def _image(self, index: int) -> NDArray[np.uint8]:
+        where, cell = f"{self.path}, row {index}", self.table["image"][index].as_py()
+        if isinstance(cell, dict):
+            if cell.get("bytes") is None and cell.get("path"):
+                folder = self.path if self.path.is_dir() else self.path.parent
+                return decode(folder / cell["path"], f"{where}, {cell['path']}", self.image_size)
+            cell = cell.get("bytes")
+        return decode(cell, where, self.image_size)
+
+
+class Listed(Source):
+    """Conditions without images: prompts, labels, or one None."""
+
+    has_images = False
+
+    def __init__(self, values: Sequence[Any], conditions: Conditions) -> None:
+        self.values, self.conditions = values, conditions
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def get(self, indices: Sequence[int]) -> Raw:
+        return Raw(None, [self.values[i] for i in indices], list(indices))
+
+
+class Limited(Source):
+    """`size` samples of another source, drawn without replacement and always the same; all if it has no more."""
+
+    # One seed for every run: runs with other seeds must learn from the same samples.
+    SEED: ClassVar[int] = 0
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.has_images, self.conditions = source, source.has_images, source.conditions
+        self.kept: list[int] = np.random.default_rng(self.SEED).permutation(len(source))[:size].tolist()
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def get(self, indices: Sequence[int]) -> Raw:
+        return self.source.get([self.kept[i] for i in indices])._replace(indices=list(indices))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises ValueError where there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"data.path: {path} cannot be read as a text file of prompts: {e}") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"data.path: {path} holds no prompt; one per line is wanted")
+    return prompts
+
+
+def load_source(config: DataConfig, image_size: int) -> Source:
+    """The configured source, its images centre-cropped and resized to image_size pixels a side.
+
+    Raises ValueError, naming the config key, for paths and labels that do not fit.
+    """
+    source = _load(config, image_size)
+    if config.cache_latents and not source.has_images:
+        raise ValueError(f"data.cache_latents needs images, and {config.path} has none")
+    return source if config.limit is None else Limited(source, config.limit)
+
+
+def _load(config: DataConfig, image_size: int) -> Source:
+    match config.source:
+        case "fashion":
+            return Fashion(image_size, config.num_labels)
+        case "labels" if config.num_labels is not None:
+            return Listed(range(config.num_labels), "label")
+        case "none":
+            return Listed([None], "none")
+    if config.path is None:  # excluded by DataConfig, unless it was built without validation
+        raise ValueError(f"source {config.source!r} needs data.path")
+    match config.source:
+        case "folder":
+            return Folder(config.path, image_size, config.num_labels)
+        case "parquet":
+            return Parquet(config.path, image_size, config.num_labels)
+        case "prompts":
+            return Listed(read_prompts(config.path), "prompt")
+    raise ValueError(f"unknown data.source {config.source!r}")
+
+
+class Stream(Iterator[Raw]):
+    """Micro-batches of one rank, from a global order that depends on seed and source alone.
+
+    Every epoch is a permutation of the source drawn from (seed, epoch); epochs follow each other without a gap. A
+    micro-batch of rank r is the r-th run of batch_size samples from `position`, which moves on by batch_size * world.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not one of {world} processes")
+        self.source, self.batch_size, self.seed, self.rank, self.world = source, batch_size, seed, rank, world
+        self.position = 0
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def __next__(self) -> Raw:
+        start = self.position + self.rank * self.batch_size
+        indices = [self._index(i) for i in range(start, start + self.batch_size)]
+        raw = self.source.get(indices)
+        # Last, so that a sample that cannot be read does not move the stream.
+        self.position += self.batch_size * self.world
+        return raw
+
+    def state_dict(self) -> dict[str, int]:
+        """Plain numbers, the same on every rank."""
+        return {"position": self.position, "seed": self.seed, "length": len(self.source)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError for another seed or another number of samples, where the order would not go on."""
+        for name, value in (("seed", self.seed), ("length", len(self.source))):
+            if state[name] != value:
+                raise ValueError(f"the data cannot be resumed: {name} was {state[name]} and is {value}")
+        self.position = state["position"]
+
+    def _index(self, global_position: int) -> int:
+        epoch, offset = divmod(global_position, len(self.source))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
+        return int(self._order[offset])
+
+
+def _check_labels(labels: list[Any], num_labels: int | None, path: Path) -> None:
+    top = num_labels if num_labels is not None else float("inf")
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < top:
+            limit = "0 or more" if num_labels is None else f"0 to {num_labels - 1}, by data.num_labels"
+            raise ValueError(f"data.path: {path}, row {row} has the label {label!r}; allowed: {limit}")

@@ -1,0 +1,28 @@
+"""Scoring: features, Fréchet distance, CLIP score, and the evaluation of a pipeline."""
+
+from fewstep.evaluate.clip_score import ClipScore, load_clip
+from fewstep.evaluate.features import ImageFeatures, load_features
+from fewstep.evaluate.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
+from fewstep.evaluate.generate import sample
+from fewstep.evaluate.report import format_table, grid, protocol, recommended_guidance_scale, write_report
+from fewstep.evaluate.run import evaluate, first_images
+
+__all__ = [
+    "ClipScore",
+    "FrechetDistance",
+    "ImageFeatures",
+    "Moments",
+    "evaluate",
+    "first_images",
+    "format_table",
+    "frechet_distance",
+    "grid",
+    "load_clip",
+    "load_features",
+    "load_moments",
+    "protocol",
+    "recommended_guidance_scale",
+    "sample",
+    "save_moments",
+    "write_report",
+]

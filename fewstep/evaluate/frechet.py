@@ -1,0 +1,122 @@
+"""The Fréchet distance between two Gaussians fitted to image features: FID, in whatever features are given.
+
+Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium".
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchmetrics import Metric
+
+from fewstep.evaluate.features import ImageFeatures
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [D] and covariance [D, D] in float64 (divided by count - 1); count is None where a file does not say."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+
+
+def moments(features: Tensor) -> Moments:
+    """Moments of features [N, D]; ValueError for fewer than two."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+    features = features.double()
+    return Moments(features.mean(0), features.T.cov().reshape(features.shape[1], -1), len(features))
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), in float64."""
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: "
+            "the reference was made with another feature extractor"
+        )
+    # tr sqrt(A B) = tr sqrt(A^1/2 B A^1/2), whose argument is symmetric: no complex parts, even where it is singular.
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ b.covariance @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    squared = (a.mean - b.mean).square().sum()
+    return max(0.0, float(squared + a.covariance.trace() + b.covariance.trace() - 2 * cross))
+
+
+def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a .safetensors file with mean, covariance and, as metadata, count and ddof."""
+    tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
+    count = {} if m.count is None else {"count": str(m.count)}
+    save_file(tensors, file, metadata={**(metadata or {}), "ddof": "1", **count})
+
+
+def load_moments(file: Path) -> Moments:
+    """Moments of a .safetensors file of `save_moments`, or of an .npz with mu and sigma as pytorch-fid writes them."""
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            if not {"mu", "sigma"} <= set(arrays.files):
+                raise ValueError(f"{file}: needs the arrays mu and sigma, has {', '.join(arrays.files)}")
+            mean, covariance = (torch.from_numpy(arrays[k].astype(np.float64)) for k in ("mu", "sigma"))
+        return Moments(mean, covariance, None)
+    with safe_open(file, "pt") as f:
+        if not {"mean", "covariance"} <= set(f.keys()):
+            raise ValueError(f"{file}: needs the tensors mean and covariance, has {', '.join(f.keys())}")
+        metadata = f.metadata() or {}
+        count = int(metadata["count"]) if "count" in metadata else None
+        return Moments(f.get_tensor("mean").double(), f.get_tensor("covariance").double(), count)
+
+
+class FrechetDistance(Metric):
+    """FID of all images given to `update` against a reference; sums over the processes of torch.distributed.
+
+    features: uint8 images [B, 3, H, W] -> features [B, D].
+    reference: the moments of the real images in the same features.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    count: Tensor
+    sum: Tensor
+    outer: Tensor
+
+    def __init__(self, features: ImageFeatures, reference: Moments, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        self.features, self.reference = features, reference
+        d = len(reference.mean)
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sum", torch.zeros(d, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, images: Tensor) -> None:
+        """Raises ValueError for features of another width than the reference's, or that are not finite."""
+        features = self.features(images).double()
+        if features.shape[1] != len(self.reference.mean):
+            raise ValueError(
+                f"features {self.features.name!r} have {features.shape[1]} dimensions, "
+                f"the reference has {len(self.reference.mean)}: give the extractor that it was made with"
+            )
+        if not features.isfinite().all():
+            raise ValueError("image features are not finite")
+        # Sums about the reference's mean: the same covariance, and far less cancellation than about zero.
+        centred = features - self.reference.mean.to(features.device)
+        self.count += len(centred)
+        self.sum += centred.sum(0)
+        self.outer += centred.T @ centred
+
+    def moments(self) -> Moments:
+        """Moments of this process's images so far; ValueError for fewer than two."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {int(self.count)}")
+        mean = (self.sum / self.count).cpu()
+        scatter = self.outer.cpu() - self.count.cpu() * mean.outer(mean)
+        return Moments(mean + self.reference.mean, scatter / (self.count.cpu() - 1), int(self.count))
+
+    def compute(self) -> Tensor:
+        return torch.tensor(frechet_distance(self.moments(), self.reference), dtype=torch.float64)

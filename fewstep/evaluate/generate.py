@@ -1,0 +1,117 @@
+"""Images out of any diffusers pipeline, by its own call, the same for every batch size and number of processes."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+ConditionKind = Literal["prompt", "label", "none"]
+
+
+def network(pipeline: Any) -> nn.Module:
+    """The network that a pipeline evaluates at every step."""
+    for name in ("unet", "transformer"):
+        if isinstance(module := pipeline.components.get(name), nn.Module):
+            return module
+    raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+
+
+def num_labels(pipeline: Any) -> int | None:
+    """Number of classes of a class-conditional pipeline."""
+    config = network(pipeline).config
+    # DiT counts its classes under the name of the layer that embeds them.
+    labels: int | None = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    return labels
+
+
+def condition_kind(pipeline: Any) -> ConditionKind:
+    """What the pipeline's call wants; ValueError for a call that takes no prompt, label or batch size."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if "prompt" in parameters:
+        return "prompt"
+    # ConsistencyModelPipeline takes labels but may hold an unconditional network.
+    if "class_labels" in parameters and ("batch_size" not in parameters or num_labels(pipeline)):
+        return "label"
+    if "batch_size" in parameters:
+        return "none"
+    raise ValueError(f"{type(pipeline).__name__} takes neither prompt nor class_labels nor batch_size")
+
+
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """The source of all noise of image `index`, on the CPU so that every device draws the same."""
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any,
+    conditions: Sequence[Any],
+    indices: Sequence[int],
+    *,
+    steps: int,
+    seed: int,
+    guidance_scale: float | None = None,
+) -> Tensor:
+    """One image per condition (prompt, label or None) as uint8 [B, 3, H, W] on the CPU.
+
+    The noise of an image depends on (seed, index) only. Without `guidance_scale` the pipeline's own default holds.
+    Raises ValueError for a guidance scale that the pipeline does not take, and for images that are not finite.
+    """
+    if len(conditions) != len(indices):
+        raise ValueError(f"{len(conditions)} conditions but {len(indices)} indices")
+    kwargs: dict[str, Any] = {}
+    match condition_kind(pipeline):
+        case "prompt":
+            kwargs["prompt"] = list(conditions)
+        case "label":
+            kwargs["class_labels"] = [int(label) for label in conditions]
+        case "none":
+            kwargs["batch_size"] = len(indices)
+    if guidance_scale is not None:
+        if "guidance_scale" not in inspect.signature(type(pipeline).__call__).parameters:
+            raise ValueError(f"guidance_scale: {type(pipeline).__name__} has none; leave it out")
+        kwargs["guidance_scale"] = guidance_scale
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [noise_generator(seed, i) for i in indices]
+    # "np" is the one output type that every pipeline has: float [B, H, W, C] in [0, 1].
+    images = pipeline(num_inference_steps=steps, generator=generators, output_type="np", **kwargs).images
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if not pixels.isfinite().all():
+        raise ValueError(f"{type(pipeline).__name__} drew images that are not finite in {steps} steps")
+    # Rounded as diffusers does when it makes a PIL image; truncation would darken by half a level.
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def batches(num_images: int, batch_size: int, rank: int = 0, world: int = 1) -> list[range]:
+    """The index ranges of one process: batch b of the whole belongs to rank b % world, whatever the world."""
+    starts = range(0, num_images, batch_size)
+    return [range(s, min(s + batch_size, num_images)) for s in starts[rank::world]]
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations so far, counted per sample: a batch doubled for guidance counts twice."""
+
+    count: int = 0
+
+
+@contextmanager
+def counted(pipeline: Any) -> Iterator[Evaluations]:
+    """Counts the samples that go through the pipeline's network inside the block."""
+    evaluations = Evaluations()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
+        evaluations.count += len(first)
+
+    handle = network(pipeline).register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield evaluations
+    finally:
+        handle.remove()

@@ -1,0 +1,208 @@
+"""A student to a pipeline folder that plain diffusers opens, reloaded and compared before it counts as written."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewstep import card as model_card
+from fewstep.assets import ASSETS
+from fewstep.card import update_card
+from fewstep.teachers import Denoiser, Teacher
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+__all__ = ["ExportError", "export", "update_card"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+"""Largest difference between reloaded and in-memory pixels in [0, 1]: rounding of the dtype, no more."""
+
+STRANGER = """
+import json, os, re, sys
+sys.modules["fewstep"] = None  # from here on `import fewstep` fails
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+task = json.loads(sys.argv[1])
+torch.set_num_threads(task["threads"])
+os.chdir(task["folder"])
+code = re.search(r"```python\\n(.*?)```", open("README.md").read(), re.S).group(1)
+scope = {}
+exec(code, scope)
+scope["image"].size  # the card's code must end in a PIL image
+pipeline = scope["pipeline"]
+found = {}
+for steps in task["steps"]:
+    generator = torch.Generator().manual_seed(steps)
+    images = pipeline(*task["arguments"], num_inference_steps=steps, generator=generator, output_type="np").images
+    found[f"timesteps_{steps}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
+    found[f"images_{steps}"] = np.asarray(images, dtype=np.float32)
+try:
+    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1)
+    found["too_many_raised"] = np.asarray(False)
+except Exception:
+    found["too_many_raised"] = np.asarray(True)
+np.savez(task["result"], **found)
+"""
+"""What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else."""
+
+
+class ExportError(RuntimeError):
+    """The exported folder does not do in plain diffusers what the student does in memory."""
+
+
+def export(
+    teacher: Teacher,
+    student: Denoiser,
+    scheduler: "SchedulerMixin",
+    path: Path,
+    *,
+    allowed_steps: Sequence[int],
+    guidance_scale: float | None = None,
+    dtype: str = "fp32",
+    card: dict[str, Any],
+) -> Path:
+    """Write the student as a stock pipeline with a model card (safetensors only), and return `path`.
+
+    The folder is written aside, loaded in a fresh process without fewstep, called with every count of `allowed_steps`
+    and compared with the student in memory, timesteps and pixels; only then does it replace what was at `path`.
+
+    guidance_scale: folded into a student with a guidance embedding; None leaves the embedding to the caller.
+    card: see `fewstep.card.render`; its `prompt` is the one of the example and of the comparison.
+    Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays as
+    it was.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"export_dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if not allowed_steps or min(allowed_steps) < 1:
+        raise ValueError(f"allowed_steps are {tuple(allowed_steps)}; at least one count of 1 or more is needed")
+    path = path.resolve()
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline = teacher.student_pipeline(student, scheduler, guidance_scale)
+    _own(pipeline, DTYPES[dtype])
+    if "license" not in card and card.get("teacher") in ASSETS:
+        card = card | {"license": "apache-2.0"}
+    arguments = _arguments(teacher, card)
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        guidance = _guidance_text(student, guidance_scale)
+        text = model_card.render(card, allowed_steps=allowed_steps, guidance=guidance, arguments=arguments, dtype=dtype)
+        (partial / "README.md").write_text(text)
+        _compare(
+            pipeline, _ask_stranger(partial, allowed_steps, arguments), allowed_steps, arguments, TOLERANCES[dtype]
+        )
+        _replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _own(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
+    """Copies of the pipeline's networks on the CPU in `dtype`: those it shares with the teacher must not change."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    pipeline.register_modules(**{name: _on_cpu(part, dtype) for name, part in modules.items()})
+
+
+def _on_cpu(module: Any, dtype: torch.dtype) -> nn.Module:
+    own = copy.deepcopy(module).to("cpu")
+    return own if own.dtype == dtype else own.to(dtype)
+
+
+def _arguments(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
+    return {"prompt": [card.get("prompt", "a photo")], "label": [[0]], "none": []}[teacher.conditions]
+
+
+def _guidance_text(student: Denoiser, guidance_scale: float | None) -> str:
+    net: Any = student.net
+    if net.config.get("time_cond_proj_dim") is None:
+        return "Guidance: none is applied; a `guidance_scale` or `negative_prompt` given to the call has no effect."
+    if guidance_scale is None:
+        return (
+            "Guidance: the network embeds `guidance_scale` (1 = none, as everywhere in diffusers) and needs no second "
+            "evaluation for it; give one from the range it was trained on. A `negative_prompt` has no effect."
+        )
+    return (
+        f"Guidance: a scale of {guidance_scale:g} (1 = none) is part of the weights; a `guidance_scale` or "
+        "`negative_prompt` given to the call has no effect."
+    )
+
+
+def _ask_stranger(folder: Path, steps: Sequence[int], arguments: list[Any]) -> dict[str, np.ndarray]:
+    """Timesteps and pixels [1, H, W, C] of the folder in a fresh process that cannot import fewstep."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        result = Path(elsewhere) / "result.npz"
+        task = {
+            "folder": str(folder),
+            "steps": list(steps),
+            "arguments": arguments,
+            "result": str(result),
+            "threads": torch.get_num_threads(),
+        }
+        run = subprocess.run(
+            [sys.executable, "-I", "-c", STRANGER, json.dumps(task)],
+            cwd=elsewhere,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        if run.returncode or not result.exists():
+            raise ExportError(f"the exported pipeline does not run in plain diffusers:\n{run.stderr.strip()[-2000:]}")
+        with np.load(result) as found:
+            return dict(found)
+
+
+def _compare(
+    pipeline: "DiffusionPipeline",
+    found: dict[str, np.ndarray],
+    steps: Sequence[int],
+    arguments: list[Any],
+    tolerance: float,
+) -> None:
+    for count in steps:
+        generator = torch.Generator().manual_seed(count)
+        images = pipeline(*arguments, num_inference_steps=count, generator=generator, output_type="np").images
+        timesteps = pipeline.scheduler.timesteps.tolist()
+        if timesteps != found[f"timesteps_{count}"].tolist():
+            raise ExportError(
+                f"num_inference_steps={count} runs timesteps {found[f'timesteps_{count}'].tolist()} in plain "
+                f"diffusers, {timesteps} in memory"
+            )
+        difference = float(np.abs(np.asarray(images, dtype=np.float32) - found[f"images_{count}"]).max())
+        # Not `>`: a NaN must fail too.
+        if not difference <= tolerance:
+            raise ExportError(
+                f"num_inference_steps={count} draws other pixels in plain diffusers than in memory: largest difference "
+                f"{difference:.2g}, allowed {tolerance:g}"
+            )
+    if not found["too_many_raised"]:
+        raise ExportError(
+            f"num_inference_steps={max(steps) + 1} does not raise, though at most {max(steps)} steps were trained: the "
+            "scheduler's grid and allowed_steps do not belong together"
+        )
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Put `new` at `path`; what was there is moved aside first, so that a half-written folder never has that name."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

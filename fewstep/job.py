@@ -1,0 +1,109 @@
+"""The main job: a config in, a trained, exported and scored student out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import RunConfig, dump_config, load_config
+from fewstep.methods.base import Method
+
+
+def run(method: type[Method], argv: list[str] | None = None) -> None:
+    """Train `method` as the command line says, export the student, score it beside its teacher.
+
+    Errors that a user can mend end the program with one sentence.
+    """
+    config = load_config(RunConfig[method.Config], argv)  # type: ignore[name-defined]
+    try:
+        _run(method, config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _run(method_class: type[Method], config: RunConfig[Any]) -> None:
+    from fewstep.data import load_source
+    from fewstep.export import export
+    from fewstep.teachers import load_teacher
+    from fewstep.trainer import Trainer
+
+    teacher = load_teacher(config.teacher)
+    source = load_source(config.data, teacher.image_size)
+    method = method_class(config.method, teacher)
+    trainer = Trainer(config, method, teacher, source)
+    folder = Path(config.output_dir)
+    main = trainer.accelerator.is_main_process
+    if config.resume:
+        trainer.resume(config.resume)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(config, versions()))
+    if not trainer.fit():
+        if main:
+            print(f"stopped at iteration {trainer.iteration}; go on with resume=latest")
+        return
+    if main:
+        export(
+            teacher, trainer.exported_weights(), method.scheduler(), folder / "pipeline",
+            allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, dtype=config.export_dtype,
+            card={
+                "method": method.name, "paper": method.paper, "teacher": config.teacher, "data": config.data.source,
+                "iterations": trainer.iteration, "versions": versions(),
+            },
+        )  # fmt: skip
+        print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
+    trainer.accelerator.wait_for_everyone()
+    if config.evaluate:
+        _evaluate(config, teacher.pipeline, trainer.accelerator)
+
+
+def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -> None:
+    from diffusers import DiffusionPipeline
+
+    from fewstep.evaluate import evaluate, format_table, protocol, recommended_guidance_scale, write_report
+    from fewstep.export import update_card
+
+    e = config.evaluate
+    assert e is not None  # the caller asked
+    folder = Path(config.output_dir)
+    student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
+    common = {
+        "reference": e.reference, "num_images": e.num_images, "batch_size": e.batch_size, "seed": config.seed,
+        "accelerator": accelerator,
+    }  # fmt: skip
+    scale = e.teacher_guidance_scale
+    scale = recommended_guidance_scale(config.teacher) if scale is None else scale
+    results = evaluate(student, name="student", steps=e.steps, **common)
+    results += evaluate(teacher_pipeline, name="teacher", steps=e.teacher_steps, guidance_scale=scale, **common)
+    if accelerator.is_main_process:
+        named = protocol(reference=e.reference, num_images=e.num_images, batch_size=e.batch_size, seed=config.seed)
+        write_report(folder / "evaluation.json", named, results)
+        update_card(folder / "pipeline", results, named)
+        print(format_table(results))
+        _picture(config, teacher_pipeline, student, scale)
+
+
+def _picture(config: RunConfig[Any], teacher: Any, student: Any, scale: float | None) -> None:
+    """Teacher and student side by side, from the same noises: samples/comparison.png."""
+    from fewstep.evaluate import first_images, grid
+
+    e = config.evaluate
+    assert e is not None  # the caller asked
+    rows, labels = [], []
+    for name, pipeline, steps, guidance in (("teacher", teacher, e.teacher_steps, scale), ("student", student, e.steps, None)):
+        for n in steps:
+            rows.append(
+                first_images(
+                    pipeline, reference=e.reference, steps=n, count=10, seed=config.seed, guidance_scale=guidance
+                )
+            )
+            labels.append(f"{name} {n}")
+    folder = Path(config.output_dir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid(rows, labels).save(folder / "comparison.png")
+    print(f"pictures: {folder / 'comparison.png'}")
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("fewstep", "torch", "diffusers", "transformers", "accelerate")}

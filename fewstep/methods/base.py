@@ -1,0 +1,86 @@
+"""A method: which networks it keeps, and the losses from which they learn."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import OptimConfig, Strict
+from fewstep.teachers.base import Cond, Teacher
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+Networks = Mapping[str, nn.Module]
+Losses = dict[str, Tensor]
+"""Log name -> scalar term; their sum is descended."""
+
+
+@dataclass
+class Batch:
+    """What a loss is given: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w]."""
+
+    size: int
+    cond: Cond
+    uncond: Cond
+    device: torch.device
+    iteration: int = 0
+    latents: Tensor | None = None
+
+    @property
+    def x0(self) -> Tensor:
+        if self.latents is None:
+            raise ValueError("this method needs images, and the data source gives none: set data.source to one with images")
+        return self.latents
+
+
+@dataclass
+class Role:
+    """A network a method keeps: learnt (optim), frozen (neither), or the moving average of another role (follows, decay)."""
+
+    net: nn.Module
+    optim: OptimConfig | None = None
+    follows: str | None = None
+    decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer update: `role` descends `loss` on every `every`-th iteration."""
+
+    role: str
+    loss: Callable[[Networks, Batch], Losses]
+    every: int = 1
+
+
+class Method(ABC):
+    """Roles, steps, and the stock scheduler with which the student is sampled; free of devices, processes and diffusers."""
+
+    Config: ClassVar[type[Strict]]
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs_images: ClassVar[bool] = True
+    export_guidance_scale: float | None = None
+    """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
+
+    def __init__(self, config: Any, teacher: Teacher) -> None:
+        self.config, self.teacher = config, teacher
+
+    @abstractmethod
+    def roles(self) -> dict[str, Role]:
+        """Name -> role, in a fixed order; holds "student"."""
+
+    @abstractmethod
+    def steps(self) -> tuple[Step, ...]:
+        """The updates of one iteration, in order."""
+
+    @abstractmethod
+    def scheduler(self) -> "SchedulerMixin":
+        """The stock scheduler: training grid, validation, scores and export all ask it."""
+
+    @abstractmethod
+    def allowed_steps(self) -> tuple[int, ...]:
+        """The counts of `num_inference_steps` that the student was trained for; any other must fail in stock diffusers."""

@@ -1,0 +1,152 @@
+"""Consistency distillation (Song et al. 2023) in latent space with guidance, as LCM does it (Luo et al. 2023)."""
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fewstep.config import OptimConfig, Strict
+from fewstep.losses import Distance, l2, pseudo_huber
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.process import Prediction, add_noise, guide, like, ode_step
+from fewstep.teachers.base import Cond, Teacher
+
+SIGMA_DATA = 0.5
+
+
+class ConsistencyConfig(Strict):
+    optim: OptimConfig
+    """Optimizer of the student."""
+    solver_steps: int = Field(50, ge=2)
+    """Points N of the teacher's ODE grid; must divide the teacher's training timesteps."""
+    steps: int = Field(10, ge=1)
+    """Largest number of network evaluations at inference; must divide solver_steps, so that every step count lies on the grid."""
+    guidance_range: tuple[float, float] | None = (3.0, 15.0)
+    """Guidance scales (1 = none) drawn uniformly for the teacher's step and embedded in the student; null = no guidance at all."""
+    export_guidance_scale: float | None = None
+    """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
+    target_decay: float | None = Field(0.95, ge=0, lt=1)
+    """Decay per update of the moving average that gives the targets; null = the student itself, without gradient."""
+    distance: Distance = "l2"
+    """Distance between student and target."""
+    huber_c: float = Field(1e-3, gt=0)
+    """c of the pseudo-Huber distance."""
+    timestep_scaling: float = Field(10.0, gt=0)
+    """Factor on t in c_skip and c_out; also saved in the exported scheduler."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ConsistencyConfig":
+        if self.solver_steps % self.steps:
+            raise ValueError(f"steps: {self.steps} does not divide solver_steps ({self.solver_steps})")
+        scale, span = self.export_guidance_scale, self.guidance_range
+        if span is not None and not 1 <= span[0] <= span[1]:
+            raise ValueError(f"guidance_range: {list(span)} is not an interval of scales >= 1")
+        if scale is not None and (span is None or not span[0] <= scale <= span[1]):
+            raise ValueError(f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained")
+        return self
+
+
+def boundary_scalings(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out at t [B] (Luo et al. 2023, appendix): 1 and 0 at t = 0, so that the student is the identity there.
+
+    c_out multiplies a prediction of x0 and so has no factor sigma_data, unlike Song et al.'s eq. 5.
+    """
+    q = timestep_scaling * t.double()
+    c_skip = SIGMA_DATA**2 / (q**2 + SIGMA_DATA**2)
+    c_out = q / (q**2 + SIGMA_DATA**2).sqrt()
+    return c_skip, c_out
+
+
+def solver_grid(solver_steps: int, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Timesteps of the teacher's grid [N], ascending, and for each the next cleaner one (t = 0 below the first)."""
+    k = num_train_timesteps // solver_steps
+    t = torch.arange(1, solver_steps + 1) * k - 1
+    return t, (t - k).clamp_min(0)
+
+
+class Consistency(Method):
+    """The student maps every point of a trajectory of the guided teacher to its end."""
+
+    Config = ConsistencyConfig
+    name = "consistency"
+    paper = "Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378; Song et al. 2023, Consistency Models, arXiv 2303.01469"
+
+    config: ConsistencyConfig
+
+    def __init__(self, config: ConsistencyConfig, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if teacher.num_train_timesteps % config.solver_steps:
+            raise ValueError(
+                f"method.solver_steps: {config.solver_steps} does not divide the teacher's "
+                f"{teacher.num_train_timesteps} timesteps, so its noisiest one would never be trained"
+            )
+        if config.guidance_range is not None and teacher.conditions == "none":
+            raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
+        self.export_guidance_scale = config.export_guidance_scale
+        self.grid = solver_grid(config.solver_steps, teacher.num_train_timesteps)
+
+    def roles(self) -> dict[str, Role]:
+        c, embedded = self.config, self.config.guidance_range is not None
+        student = self.teacher.student(guidance_embedding=embedded)
+        roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
+        if c.target_decay is not None:
+            roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
+        return roles
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("student", self.loss),)
+
+    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+        return self.teacher.renoise_scheduler(self.config.steps, self.config.timestep_scaling)
+
+    def allowed_steps(self) -> tuple[int, ...]:
+        return tuple(range(1, self.config.steps + 1))
+
+    def loss(
+        self,
+        nets: Networks,
+        batch: Batch,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+    ) -> Losses:
+        """Consistency loss (Luo et al. 2023, eq. 16 with skipping): distance of f(x_t, t) to f_target(x_s, s).
+
+        Args:
+            index: positions in the solver's grid, [B]; drawn if None.
+            noise: like x0, [B, C, h, w]; drawn if None.
+            guidance_scale: 1 = none, [B]; drawn from guidance_range if None.
+        """
+        c, x0, schedule = self.config, batch.x0, self.teacher.schedule
+        if index is None:
+            index = torch.randint(c.solver_steps, (batch.size,), device=batch.device)
+        noise = torch.randn_like(x0) if noise is None else noise
+        if guidance_scale is None and c.guidance_range is not None:
+            low, high = c.guidance_range
+            guidance_scale = low + (high - low) * torch.rand(batch.size, device=batch.device)
+        t, s = (grid.to(batch.device)[index] for grid in self.grid)
+        x_t = add_noise(schedule, x0, noise, t)
+
+        student = nets["student"](x_t, t, batch.cond, guidance_scale)
+        with torch.no_grad():
+            x_s = ode_step(schedule, self._teacher(nets, x_t, t, batch, guidance_scale), s)
+            target_net = nets["student" if c.target_decay is None else "target"]
+            target = self._endpoint(target_net(x_s, s, batch.cond, guidance_scale), x_s, s)
+        prediction = self._endpoint(student, x_t, t)
+        if c.distance == "l2":
+            return {"consistency": l2(prediction, target)}
+        return {"consistency": pseudo_huber(prediction, target, c.huber_c)}
+
+    def _teacher(self, nets: Networks, x_t: Tensor, t: Tensor, batch: Batch, scale: Tensor | None) -> Prediction:
+        if scale is None:
+            return nets["teacher"](x_t, t, batch.cond)  # type: ignore[no-any-return]
+        both = nets["teacher"](torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(batch.cond, batch.uncond))
+        cond, uncond = (Prediction(*halves) for halves in zip(*(p.chunk(2) for p in both), strict=True))
+        return guide(cond, uncond, scale)
+
+    def _endpoint(self, p: Prediction, x: Tensor, t: Tensor) -> Tensor:
+        c_skip, c_out = (like(v, p.x0) for v in boundary_scalings(t, self.config.timestep_scaling))
+        return c_skip * x + c_out * p.x0
+
+
+def _concatenate(a: Cond, b: Cond) -> Cond:
+    return {key: torch.cat([a[key], b[key]]) for key in a}

@@ -1,0 +1,96 @@
+"""Copies a finished run into an asset folder and writes its data card."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDERS = ("pipeline", "clip", "classifier")
+FILES = ("reference.safetensors", "images.parquet", "asset.json", "samples.png")
+
+CARD = """# fashion
+
+A small text-to-image Stable Diffusion pipeline (32x32 pixels, ten classes of garments), with the
+classifier and CLIP it is measured by. `asset.json` holds the recommended guidance scale and every figure.
+
+## Source and licence
+
+Trained on the 60,000 training images of [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist)
+(Zalando SE, MIT licence), zero-padded from 28x28 to 32x32, three equal channels. `images.parquet` holds
+2,000 of them, 200 per class, under the same licence. The weights are trained from scratch on these images.
+
+## How it was made
+
+    apt-get install dataset-fashion-mnist
+    python train/teacher.py --config configs/teacher_fashion.yaml
+    python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
+
+| path | made by | content |
+|---|---|---|
+| `classifier/` | `fewstep/pretrain/classifier.py` | FID features: its pooled output |
+| `clip/` | `fewstep/pretrain/clip.py` | CLIPModel, tokenizer of the caption words, image processor |
+| `pipeline/` | `autoencoder.py`, `denoiser.py` | VAE to 8x8x4, UNet, text tower of `clip/` |
+| `reference.safetensors` | `reference.py` | mean and covariance of the features of all training images |
+| `images.parquet` | `reference.py` | real training images with label and caption |
+| `samples.png` | `measure.py` | one row per class, then test images above their VAE reconstructions |
+
+![samples](samples.png)
+
+## Figures
+
+FID is measured in the classifier's features against all training images; it compares only within this asset.
+
+{figures}
+
+## Checksums (sha256)
+
+| file | bytes | sha256 |
+|---|---|---|
+{checksums}
+"""
+
+
+def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in figures.items():
+        name = f"{prefix}{key}"
+        rows += flat(value, f"{name} / ") if isinstance(value, dict) else [(name, value)]
+    return rows
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 of every file of the asset but its card, by path."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def write_card(folder: Path) -> None:
+    asset = json.loads((folder / "asset.json").read_text())
+    figures = [f"| {name} | {value} |" for name, value in flat(asset["figures"])]
+    sums = [f"| {f} | {(folder / f).stat().st_size} | `{s}` |" for f, s in checksums(folder).items()]
+    table = "\n".join(["| figure | value |", "|---|---|", *figures])
+    (folder / "README.md").write_text(CARD.format(figures=table, checksums="\n".join(sums)))
+
+
+def publish(run_folder: Path, asset_folder: Path) -> None:
+    """What the run has finished so far replaces its namesake in the asset."""
+    asset_folder.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        if (run_folder / name).exists():
+            shutil.rmtree(asset_folder / name, ignore_errors=True)
+            shutil.copytree(run_folder / name, asset_folder / name)
+    for name in FILES:
+        if (run_folder / name).exists():
+            shutil.copy2(run_folder / name, asset_folder / name)
+    for file in asset_folder.rglob("*"):
+        if file.is_file():
+            # safetensors writes for the owner alone; an installed package is read by everybody.
+            file.chmod(0o644)
+    if (asset_folder / "asset.json").exists():
+        write_card(asset_folder)
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,103 @@
+"""Noise processes x_t = alpha(t) x0 + sigma(t) eps: schedules, readings of a network, ODE steps, guidance.
+
+Pure functions of tensors. A timestep t is what the network is given, in diffusers' units, shaped [B]; s is the next,
+less noisy one. A negative timestep stands for clean data (alpha = 1, sigma = 0).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+class Prediction(NamedTuple):
+    """The two readings of one network output, each [B, ...]; every parametrisation gives both."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+class Schedule(Protocol):
+    """alpha and sigma at timesteps t [B]; both [B]."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1, from a diffusers scheduler's `alphas_cumprod` [T]; zero terminal SNR included."""
+
+    alphas_cumprod: Tensor
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = self.alphas_cumprod.to(t.device)
+        a = torch.where(t < 0, torch.ones((), dtype=table.dtype, device=t.device), table[t.long().clamp_min(0)])
+        return a.sqrt(), (1 - a).sqrt()
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return bool(self.alphas_cumprod[-1] <= 1e-12)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """alpha = 1 - t / T, sigma = t / T (Liu et al. 2022), with T the network's time at pure noise."""
+
+    num_train_timesteps: float = 1000
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t if t.is_floating_point() else t.float()
+        sigma = t.clamp_min(0) / self.num_train_timesteps
+        return 1 - sigma, sigma
+
+
+def like(v: Tensor, x: Tensor) -> Tensor:
+    """v [B] as [B, 1, ...], in the type of x [B, ...], ready to multiply it."""
+    return v.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+
+
+def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha(t) x0 + sigma(t) eps."""
+    alpha, sigma = (like(v, x0) for v in schedule(t))
+    return alpha * x0 + sigma * eps
+
+
+def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+    """Read a network output [B, ...] at (x_t, t) as (x0, eps), in float32 (float64 stays).
+
+    v is alpha eps - sigma x0 (Salimans & Ho 2022); flow is eps - x0, for schedules with alpha + sigma = 1.
+    Raises ValueError for an unknown kind.
+    """
+    output, x_t = _full(output), _full(x_t)
+    alpha, sigma = (like(v, x_t) for v in schedule(t))
+    match kind:
+        case "epsilon":
+            return Prediction((x_t - sigma * output) / alpha, output)
+        case "sample":
+            return Prediction(output, (x_t - alpha * output) / sigma)
+        case "v_prediction":
+            return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output)
+        case "flow":
+            return Prediction(x_t - sigma * output, x_t + alpha * output)
+    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
+
+
+def ode_step(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
+    """One step of the probability-flow ODE to s: DDIM (Song et al. 2021, eq. 12, eta = 0) and, for rectified flow, Euler."""
+    return add_noise(schedule, p.x0, p.eps, s)
+
+
+def guide(cond: Prediction, uncond: Prediction, scale: Tensor | float) -> Prediction:
+    """Classifier-free guidance (Ho & Salimans 2022), uncond + scale (cond - uncond): 1 is none, as in diffusers.
+
+    scale is a number or [B].
+    """
+    w = like(scale, cond.x0) if isinstance(scale, Tensor) else scale
+    return Prediction(*(u + w * (c - u) for c, u in zip(cond, uncond, strict=True)))
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,77 @@
+"""Teachers: pretrained diffusers pipelines, one file per family."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fewstep.assets import ASSETS, asset_path
+from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
+
+__all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher"]
+
+SUPPORTED = ("StableDiffusionPipeline", "DDPMPipeline", "DDIMPipeline")
+
+
+def load_teacher(name_or_path: str) -> Teacher:
+    """The teacher in a pipeline folder, at a hub id ("owner/name"), or embedded in the package, in float32 and frozen.
+
+    Raises FileNotFoundError where there is no such pipeline, and ValueError where its class is not supported. Weights
+    are read from safetensors only, and no code that comes with them is run.
+    """
+    from diffusers import DiffusionPipeline
+
+    source = _locate(name_or_path)
+    with _quiet():
+        try:
+            kind = DiffusionPipeline.load_config(source)["_class_name"]
+        except (OSError, KeyError) as error:
+            raise FileNotFoundError(_missing(name_or_path)) from error
+        if kind not in SUPPORTED:
+            raise ValueError(f"the teacher {name_or_path} is a {kind}; supported: {', '.join(SUPPORTED)}")
+        # Images are scored and compared, not shown: a checker that blackens some of them would spoil both.
+        extra = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **extra)
+    pipeline.set_progress_bar_config(disable=True)
+    if kind == "StableDiffusionPipeline":
+        from fewstep.teachers.sd import StableDiffusion
+
+        return StableDiffusion(pipeline)
+    from fewstep.teachers.pixel import Pixel
+
+    return Pixel(pipeline)
+
+
+def _locate(name_or_path: str) -> str:
+    if name_or_path in ASSETS:
+        return str(asset_path(name_or_path) / "pipeline")
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    # A hub id is owner/name; everything else can only have been meant as a folder or an embedded name.
+    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise FileNotFoundError(_missing(name_or_path))
+    return name_or_path
+
+
+def _missing(name_or_path: str) -> str:
+    return (
+        f"no teacher {name_or_path!r}: not a folder with a model_index.json, not a reachable hub id, "
+        f"not an embedded name ({', '.join(ASSETS)})"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars while a pipeline loads."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    modules = [m for m in (diffusers.utils.logging, transformers.utils.logging) if m.is_progress_bar_enabled()]
+    for module in modules:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enable_progress_bar()

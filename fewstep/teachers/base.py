@@ -1,0 +1,126 @@
+"""A teacher is a diffusers pipeline; a denoiser is any network of its kind.
+
+A new pipeline family is one subclass of Teacher in a file of its own. Methods see nothing but what stands here.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.process import Prediction, PredictionType, Schedule, read
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+Cond = dict[str, Tensor]
+"""Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""
+
+
+class Call(Protocol):
+    """A family's calling convention: (net, x_t, t, cond, guidance_scale) -> raw network output, shaped as x_t."""
+
+    def __call__(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor: ...
+
+
+class Posterior(NamedTuple):
+    """What an image is in the teacher's latent space: x0 = mean + std * noise, each [B, C, h, w]; std is 0 for pixels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise
+
+
+class Denoiser(nn.Module):
+    """A network of the teacher's kind: (x_t [B, ...], t [B], cond) -> Prediction in float32.
+
+    `guidance_scale` [B] (1 = none) goes to networks that embed it; the others must be given None.
+    """
+
+    def __init__(self, net: nn.Module, call: Call, schedule: Schedule, prediction_type: PredictionType) -> None:
+        super().__init__()
+        self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None) -> Prediction:
+        output = self.call(self.net, x_t, t, cond, guidance_scale)
+        return read(self.schedule, self.prediction_type, output, x_t, t)
+
+    def clone(self) -> "Denoiser":
+        """A trainable copy in training mode; `call` and `schedule` are shared, weights are not."""
+        return Denoiser(copy.deepcopy(self.net), self.call, self.schedule, self.prediction_type).requires_grad_(True)
+
+
+class Teacher(ABC):
+    """A pretrained pipeline behind one interface.
+
+    Attributes:
+        pipeline: the diffusers pipeline, frozen.
+        denoiser: its network, frozen and in eval mode.
+        schedule: alpha and sigma at its timesteps.
+        num_train_timesteps: the network's timesteps are 0 ... num_train_timesteps - 1.
+        latent_shape: shape of one x0, without the batch: (C, h, w).
+        image_size: side of a decoded image in pixels.
+        conditions: "prompt", "label" or "none": what `condition` wants.
+    """
+
+    pipeline: "DiffusionPipeline"
+    denoiser: Denoiser
+    schedule: Schedule
+    num_train_timesteps: int
+    latent_shape: tuple[int, ...]
+    image_size: int
+    conditions: str
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Posterior:
+        """Images [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser wants them; H = W = image_size."""
+
+    @abstractmethod
+    def decode(self, x0: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images [B, 3, H, W], about [-1, 1]; differentiable."""
+
+    @abstractmethod
+    def condition(self, raw: Sequence[Any]) -> Cond:
+        """B prompts, labels or Nones to the network's conditions. Equal prompts are encoded once."""
+
+    @abstractmethod
+    def null_condition(self, size: int) -> Cond:
+        """What classifier-free guidance calls unconditional, for `size` samples."""
+
+    @abstractmethod
+    def student(self, guidance_embedding: bool = False) -> Denoiser:
+        """A trainable network that starts as the teacher's; with a zero-initialised embedding of the guidance scale if asked.
+
+        Raises ValueError where the family has no such embedding.
+        """
+
+    @abstractmethod
+    def feature_module(self, denoiser: Denoiser) -> nn.Module:
+        """The module (mid block) on whose output [B, C, h, w] a discriminator listens."""
+
+    @abstractmethod
+    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
+        """The stock scheduler that predicts x0 and re-noises it, on the even grid of `steps` timesteps.
+
+        Asked for n <= steps, it runs n of those timesteps; asked for more, it raises.
+        """
+
+    @abstractmethod
+    def student_pipeline(
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+    ) -> "DiffusionPipeline":
+        """The stock pipeline that samples `student` with one network evaluation a step and no guidance of its own.
+
+        guidance_scale: for a network with a guidance embedding, the scale that is folded into its weights (a copy), so that
+        whatever the caller passes is ignored; None leaves the embedding live, as the caller's `guidance_scale`.
+        """
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
+        """Move the frozen pipeline; the denoiser follows."""
+        self.pipeline.to(device=device, dtype=dtype)
+        return self

@@ -1,0 +1,93 @@
+"""Unconditional pixel models: DDPMPipeline and DDIMPipeline with a UNet2DModel (Ho et al. 2020, Song et al. 2021)."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.schedulers import read_schedule, renoise_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+
+def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor:
+    """The UNet's output at x_t [B, C, H, W], t [B]. Raises ValueError for a guidance_scale, which it cannot embed."""
+    if guidance_scale is not None:
+        raise ValueError("an unconditional UNet2DModel takes no guidance_scale")
+    return net(x_t.to(net.dtype), t).sample
+
+
+class Pixel(Teacher):
+    """A DDPMPipeline or DDIMPipeline. x0 is the image itself; one-channel models see the mean over colours.
+
+    Raises ValueError for class-conditional networks, for those that also predict a variance, and for epsilon with zero
+    terminal SNR.
+    """
+
+    conditions = "none"
+
+    def __init__(self, pipeline: "DiffusionPipeline") -> None:
+        config = pipeline.unet.config
+        if config.num_class_embeds is not None or config.class_embed_type is not None:
+            raise ValueError("the teacher's UNet2DModel is class-conditional; only unconditional ones are supported")
+        if config.in_channels != config.out_channels or config.in_channels not in (1, 3):
+            raise ValueError(
+                f"the teacher's UNet2DModel has {config.in_channels} channels in and {config.out_channels} out; "
+                "supported: 1 or 3, and as many out as in (no learnt variance)"
+            )
+        if not isinstance(config.sample_size, int):
+            raise ValueError(f"the teacher's sample_size is {config.sample_size}; only square images are supported")
+        pipeline.unet.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.schedule = read_schedule(pipeline.scheduler)
+        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.denoiser = Denoiser(pipeline.unet, call, self.schedule, pipeline.scheduler.config.prediction_type)
+        self.image_size = config.sample_size
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    def encode(self, images: Tensor) -> Posterior:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
+        x0 = images.float()
+        if self.latent_shape[0] == 1:
+            x0 = x0.mean(1, keepdim=True)
+        return Posterior(x0, torch.zeros_like(x0))
+
+    def decode(self, x0: Tensor) -> Tensor:
+        x0 = x0.float()
+        return x0.expand(-1, 3, -1, -1) if self.latent_shape[0] == 1 else x0
+
+    def condition(self, raw: Sequence[Any]) -> Cond:
+        return {}
+
+    def null_condition(self, size: int) -> Cond:
+        return {}
+
+    def student(self, guidance_embedding: bool = False) -> Denoiser:
+        if guidance_embedding:
+            raise ValueError("an unconditional UNet2DModel has no guidance to embed: switch the guidance embedding off")
+        return self.denoiser.clone().float().train()
+
+    def feature_module(self, denoiser: Denoiser) -> nn.Module:
+        return denoiser.net.get_submodule("mid_block")
+
+    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
+        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling)
+
+    def student_pipeline(
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+    ) -> "DiffusionPipeline":
+        """DDPMPipeline, whose loop runs any stock scheduler; its default of 1000 steps raises with a few-step grid."""
+        from diffusers import DDPMPipeline
+
+        if guidance_scale is not None:
+            raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
+        unet = copy.deepcopy(student.net).requires_grad_(False).eval()
+        pipeline = DDPMPipeline(unet=unet, scheduler=copy.deepcopy(scheduler))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline

@@ -1,0 +1,187 @@
+"""Stable Diffusion 1.x and 2.x (Rombach et al. 2022): latents, CLIP prompts, a UNet that predicts epsilon or v."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.schedulers import read_schedule, renoise_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+EMBEDDING_DIM = 256
+"""Width of the guidance scale's embedding (Luo et al. 2023); also `time_cond_proj_dim` of an exported UNet."""
+
+CACHED_PROMPTS = 4096
+COND_PROJ = "time_embedding.cond_proj.weight"
+
+
+def guidance_embedding(guidance_scale: Tensor, dim: int = EMBEDDING_DIM) -> Tensor:
+    """Sinusoids of w = guidance_scale - 1 [B] as [B, dim] in float32: sin, then cos, of 1000 w 10000^(-j / (H - 1))."""
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1))
+    ).to(guidance_scale.device)
+    angles = (guidance_scale.float() - 1)[:, None] * 1000.0 * frequencies[None]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
+def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor:
+    """The UNet's output at x_t [B, C, h, w], t [B]; guidance_scale [B] if and only if the network embeds it."""
+    dim = net.config.time_cond_proj_dim
+    if (dim is None) != (guidance_scale is None):
+        has, given = ("no" if dim is None else "a"), ("none" if guidance_scale is None else "one")
+        raise ValueError(f"the network has {has} guidance embedding and was given {given} guidance_scale")
+    dtype = net.dtype
+    timestep_cond = None if guidance_scale is None else guidance_embedding(guidance_scale, dim).to(dtype)
+    hidden = cond["encoder_hidden_states"].to(dtype)
+    return net(x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond).sample
+
+
+def with_guidance_embedding(unet: Any) -> nn.Module:
+    """A copy of a UNet2DConditionModel with a zero-initialised guidance embedding: the same function for any scale."""
+    from diffusers import UNet2DConditionModel
+
+    # A keyword, not a key of the config: diffusers overrules config entries that the source left at their default.
+    wider = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=EMBEDDING_DIM)
+    missing, unexpected = wider.load_state_dict(unet.state_dict(), strict=False)
+    if set(missing) != {COND_PROJ} or unexpected:
+        raise ValueError(f"the UNet's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+    nn.init.zeros_(wider.time_embedding.cond_proj.weight)
+    return _in_dtype(wider, unet.dtype).to(unet.device)
+
+
+def fold_guidance(unet: Any, guidance_scale: float) -> None:
+    """Bake one guidance scale into the UNet, in place; its embedding then has no effect.
+
+    The embedding is added to the sinusoids of t before a linear layer, so it is a constant in that layer's bias.
+    """
+    embedding = unet.time_embedding
+    with torch.no_grad():
+        projection = embedding.cond_proj.weight.double()
+        scale = torch.tensor([guidance_scale], device=projection.device)
+        shift = projection @ guidance_embedding(scale, projection.shape[1])[0].double()
+        embedding.linear_1.bias += (embedding.linear_1.weight.double() @ shift).to(embedding.linear_1.bias.dtype)
+        embedding.cond_proj.weight.zero_()
+
+
+class StableDiffusion(Teacher):
+    """A StableDiffusionPipeline; its conditions are prompts, unconditional is the empty one.
+
+    Raises ValueError for a UNet that embeds the guidance scale (a student already) and for epsilon with zero terminal
+    SNR.
+    """
+
+    conditions = "prompt"
+
+    def __init__(self, pipeline: "DiffusionPipeline") -> None:
+        unet, vae = pipeline.unet, pipeline.vae
+        if unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                "the teacher's UNet embeds the guidance scale (time_cond_proj_dim): it is a student already"
+            )
+        for module in (unet, vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.schedule = read_schedule(pipeline.scheduler)
+        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.denoiser = Denoiser(unet, call, self.schedule, pipeline.scheduler.config.prediction_type)
+        self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        self._prompts: dict[str, Tensor] = {}
+
+    def encode(self, images: Tensor) -> Posterior:
+        expected = (3, self.image_size, self.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
+        vae = self.pipeline.vae
+        with torch.no_grad():
+            posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+        scale = vae.config.scaling_factor
+        return Posterior(posterior.mean.float() * scale, posterior.std.float() * scale)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        return vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+
+    def condition(self, raw: Sequence[Any]) -> Cond:
+        wrong = [prompt for prompt in raw if not isinstance(prompt, str)]
+        if wrong:
+            raise ValueError(
+                f"the teacher's conditions are prompts; found {wrong[0]!r}: set data.source to one with prompts"
+            )
+        new = [prompt for prompt in dict.fromkeys(raw) if prompt not in self._prompts]
+        if new:
+            # The pipeline's own encoding, so that padding, truncation and masks are those of sampling.
+            with torch.no_grad():
+                encoded, _ = self.pipeline.encode_prompt(new, self.pipeline.text_encoder.device, 1, False)
+            self._prompts.update(zip(new, encoded, strict=True))
+        cond = {"encoder_hidden_states": torch.stack([self._prompts[prompt] for prompt in raw])}
+        while len(self._prompts) > CACHED_PROMPTS:
+            del self._prompts[next(iter(self._prompts))]
+        return cond
+
+    def null_condition(self, size: int) -> Cond:
+        return self.condition([""] * size)
+
+    def student(self, guidance_embedding: bool = False) -> Denoiser:
+        if not guidance_embedding:
+            return self.denoiser.clone().float().train()
+        net = with_guidance_embedding(self.denoiser.net)
+        student = Denoiser(net, call, self.schedule, self.denoiser.prediction_type)
+        return student.float().requires_grad_(True).train()
+
+    def feature_module(self, denoiser: Denoiser) -> nn.Module:
+        return denoiser.net.get_submodule("mid_block")
+
+    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
+        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling)
+
+    def student_pipeline(
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+    ) -> "DiffusionPipeline":
+        """LatentConsistencyModelPipeline for re-noising schedulers, else StableDiffusionPipeline.
+
+        Both switch classifier-free guidance off for a UNet that embeds the guidance scale, so every exported UNet does,
+        if only with zeros. A guidance_scale for a student without the embedding raises ValueError.
+        """
+        from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+
+        net: Any = student.net
+        if net.config.time_cond_proj_dim is None:
+            if guidance_scale is not None:
+                raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
+            unet = with_guidance_embedding(net)
+        else:
+            unet = copy.deepcopy(net)
+            if guidance_scale is not None:
+                fold_guidance(unet, guidance_scale)
+        unet.requires_grad_(False).eval()
+        kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
+        pipeline = kind(
+            vae=_in_dtype(self.pipeline.vae, unet.dtype),
+            text_encoder=_in_dtype(self.pipeline.text_encoder, unet.dtype),
+            tokenizer=self.pipeline.tokenizer,
+            unet=unet,
+            scheduler=copy.deepcopy(scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
+        super().to(device, dtype)
+        self._prompts.clear()
+        return self
+
+
+def _in_dtype(module: Any, dtype: torch.dtype) -> Any:
+    """The module itself where it has that dtype, else a converted copy: the teacher's own must not change."""
+    return module if module.dtype == dtype else copy.deepcopy(module).to(dtype)

@@ -1,0 +1,370 @@
+"""The one training loop: roles, steps, averages, logs, checkpoints, validation."""
+
+import copy
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fewstep import checkpoint as ckpt
+from fewstep.config import OptimConfig, RunConfig
+from fewstep.data import Raw, Source, Stream
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.teachers.base import Denoiser, Posterior, Teacher
+
+
+class NonFiniteError(RuntimeError):
+    """Too many updates in a row had a loss or gradient that is not a finite number."""
+
+
+class Trainer:
+    """Trains a method's roles on a source.
+
+    `fit` returns True when all iterations are done and False when a SIGTERM stopped it after a checkpoint.
+    """
+
+    def __init__(self, config: RunConfig[Any], method: Method, teacher: Teacher, source: Source) -> None:
+        if method.needs_images and not source.has_images:
+            raise ValueError(
+                f"data.source: {config.data.source} gives no images, and {method.name} needs them: use fashion, folder or parquet"
+            )
+        if teacher.conditions not in ("none", source.conditions):
+            raise ValueError(
+                f"data.source: {config.data.source} gives {source.conditions}s, and the teacher wants {teacher.conditions}s"
+            )
+        self.config, self.method, self.teacher = config, method, teacher
+        self.accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision), log_with=config.tracker)
+        self.device = self.accelerator.device
+        self.folder = Path(config.output_dir)
+        set_seed(config.seed)  # the same on every process, for weights that are drawn
+        teacher.to(self.device, torch.float32)
+        self._prepare_roles(method.roles())
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.stream = Stream(source, config.batch_size, config.seed, rank, world)
+        torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
+        self.iteration, self.nonfinite = 0, 0
+        self.best: dict[str, float] = {}
+        self.stopping = False
+        self.cache = self._encode_all(source) if method.needs_images and config.data.cache_latents else None
+
+    # Roles ------------------------------------------------------------------------------------------------------------
+
+    def _prepare_roles(self, roles: dict[str, Role]) -> None:
+        average = copy.deepcopy(roles["student"].net)
+        self.roles = roles | {"ema": Role(average, follows="student", decay=self.config.ema_decay)}
+        self.raw: dict[str, nn.Module] = {}
+        self.wrapped: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.updates: dict[str, int] = {}
+        for name, role in self.roles.items():
+            if role.optim is None:
+                role.net.requires_grad_(False).eval().to(self.device)
+            else:
+                role.net.requires_grad_(True).train()
+                self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(role.net, _adamw(role.net, role.optim))
+                self.updates[name] = 0
+            self.raw[name] = role.net
+
+    @torch.no_grad()
+    def _follow(self, leader: str) -> None:
+        for name, role in self.roles.items():
+            if role.follows == leader:
+                pairs = zip(self.raw[name].parameters(), self.raw[leader].parameters(), strict=True)
+                followers, leaders = zip(*pairs, strict=True)
+                torch._foreach_lerp_(list(followers), list(leaders), 1 - role.decay)
+                for a, b in zip(self.raw[name].buffers(), self.raw[leader].buffers(), strict=True):
+                    a.copy_(b)
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _encode_all(self, source: Source) -> Posterior:
+        """Every image of the source as the teacher's latents, on the CPU: [N, C, h, w] twice."""
+        parts = []
+        chunks = range(0, len(source), 256)
+        for start in tqdm(chunks, "encoding images", disable=not self.accelerator.is_main_process, dynamic_ncols=True):
+            images = source.get(range(start, min(start + 256, len(source)))).images
+            assert images is not None  # a source with images
+            parts.append([v.cpu() for v in self.teacher.encode(images.to(self.device))])
+        mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
+        return Posterior(mean, std)
+
+    @torch.no_grad()
+    def _batch(self) -> Batch:
+        raw = next(self.stream)
+        latents = None
+        if self.method.needs_images:
+            posterior = self._posterior(raw)
+            latents = posterior.sample(torch.randn_like(posterior.mean))
+        cond, uncond = self.teacher.condition(raw.conditions), self.teacher.null_condition(len(raw.indices))
+        return Batch(len(raw.indices), cond, uncond, self.device, self.iteration, latents)
+
+    def _posterior(self, raw: Raw) -> Posterior:
+        if self.cache is not None:
+            return Posterior(*(v[raw.indices].to(self.device) for v in self.cache))
+        assert raw.images is not None  # checked in __init__
+        return self.teacher.encode(raw.images.to(self.device))
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        c, main = self.config, self.accelerator.is_main_process
+        if main:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if c.tracker:
+            self.accelerator.init_trackers("fewstep", config={"method": self.method.name})
+        steps = self.method.steps()
+        previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        bar = tqdm(total=c.max_iterations, initial=self.iteration, desc=self.method.name, disable=not main, dynamic_ncols=True)
+        window = _Window()
+        try:
+            while self.iteration < c.max_iterations:
+                for step in steps:
+                    if self.iteration % step.every == 0:
+                        window.add(self._update(step))
+                self.iteration += 1
+                bar.update()
+                if self.iteration % c.log_every == 0 or self.iteration == c.max_iterations:
+                    self._log(window, bar)
+                    window = _Window()
+                self._events(bar)
+                if self._should_stop():
+                    if self.iteration % c.checkpoint_every:
+                        self.save()
+                    return False
+        finally:
+            bar.close()
+            signal.signal(signal.SIGTERM, previous)
+            if c.tracker:
+                self.accelerator.end_training()
+        if self.iteration % c.checkpoint_every:
+            self.save()
+        return True
+
+    def _events(self, bar: Any) -> None:
+        c = self.config
+        if c.score.every and self.iteration % c.score.every == 0:
+            self._score()
+        if c.validate_every and self.iteration % c.validate_every == 0:
+            self._picture()
+        if self.iteration % c.checkpoint_every == 0:
+            self.save()
+
+    def _update(self, step: Step) -> dict[str, Tensor]:
+        """One optimizer update of one role, over `accumulate` micro-batches."""
+        n, optim = self.config.accumulate, self.roles[step.role].optim
+        assert optim is not None  # a step descends a learnt role
+        net, optimizer = self.wrapped[step.role], self.optimizers[step.role]
+        if len(self.optimizers) > 1:
+            for name in self.optimizers:
+                self.raw[name].requires_grad_(name == step.role)
+        nets = self.raw | {step.role: net}
+        logs: dict[str, Tensor] = {}
+        for i in range(n):
+            batch = self._batch()
+            if i < n - 1:
+                with self.accelerator.no_sync(net):
+                    losses = self._backward(step, nets, batch)
+            else:
+                losses = self._backward(step, nets, batch)
+            for key, value in losses.items():
+                logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
+        norm = self.accelerator.clip_grad_norm_(net.parameters(), optim.max_grad_norm)
+        finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))  # fp16's scaler skips by itself
+        if finite:
+            self.updates[step.role] += 1
+            for group in optimizer.param_groups:
+                group["lr"] = optim.lr * lr_factor(optim, self.updates[step.role], self.config.max_iterations // step.every)
+            optimizer.step()
+        self._guard(finite)
+        optimizer.zero_grad()
+        if finite:
+            self._follow(step.role)
+        return logs | {f"{step.role}_grad_norm": norm.detach()}
+
+    def _backward(self, step: Step, nets: Networks, batch: Batch) -> Losses:
+        with self.accelerator.autocast():
+            losses = step.loss(nets, batch)
+        self.accelerator.backward(torch.stack(list(losses.values())).sum() / self.config.accumulate)
+        return losses
+
+    def _guard(self, finite: bool) -> None:
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        if self.nonfinite > self.config.max_nonfinite:
+            last = ckpt.checkpoints(self.folder / "checkpoints")
+            raise NonFiniteError(
+                f"{self.nonfinite} updates in a row were not finite (max_nonfinite: {self.config.max_nonfinite}); "
+                f"lower method.optim.lr. Last good checkpoint: {last[-1] if last else 'none'}"
+            )
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self.stopping = True
+
+    def _should_stop(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stopping
+        flag = torch.tensor(float(self.stopping), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # Logs and pictures ------------------------------------------------------------------------------------------------
+
+    def _log(self, window: "_Window", bar: Any) -> None:
+        c = self.config
+        values = {k: float(v) for k, v in window.means().items()}
+        count = window.turns * c.batch_size * c.accumulate * self.accelerator.num_processes
+        record = {"iteration": self.iteration, **values, "images_per_second": round(count / window.seconds(), 2)}
+        if self.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self._record(record)
+        shown = {k: f"{v:.4g}" for k, v in values.items() if "grad_norm" not in k}
+        bar.set_postfix(shown | {"img/s": f"{record['images_per_second']:.0f}"} | self._shown_best())
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as f:
+                f.write(json.dumps(record) + "\n")
+        if self.config.tracker:
+            self.accelerator.log({k: v for k, v in record.items() if k != "iteration"}, step=self.iteration)
+
+    def _shown_best(self) -> dict[str, str]:
+        return {"best fid": f"{self.best['fid']:.1f}"} if self.best else {}
+
+    def _pipeline(self) -> Any:
+        ema = self.raw["ema"]
+        assert isinstance(ema, Denoiser)
+        return self.teacher.student_pipeline(ema, self.method.scheduler(), self.method.export_guidance_scale)
+
+    def _score(self) -> None:
+        """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
+        from fewstep.evaluate import evaluate
+
+        s = self.config.score
+        with torch.random.fork_rng():  # scoring must not move the training's noise
+            rows = evaluate(
+                self._pipeline(), name="student", reference=s.reference, steps=(s.steps,), num_images=s.num_images,
+                seed=self.config.seed, accelerator=self.accelerator,
+            )  # fmt: skip
+        fid = rows[0]["fid"]
+        self._record({"iteration": self.iteration, "fid": fid, "clip_score": rows[0].get("clip_score"), "images": s.num_images})
+        if fid < self.best.get("fid", math.inf):
+            self.best = {"fid": fid, "iteration": self.iteration}
+            if self.accelerator.is_main_process:
+                aside = self.folder / "best.safetensors.partial"
+                ckpt.save_module(self.raw["ema"], aside)
+                aside.rename(self.folder / "best.safetensors")
+
+    def _picture(self) -> None:
+        """The same noises every time: the student at its step counts, for eight conditions of the source."""
+        if not self.accelerator.is_main_process:
+            return
+        from fewstep.evaluate import grid, sample
+
+        indices = list(range(min(8, len(self.stream.source))))
+        conditions = self.stream.source.get(indices).conditions
+        steps = [n for n in (1, 2, 4, 8) if n in self.method.allowed_steps()]
+        with torch.random.fork_rng():
+            pipeline = self._pipeline()
+            rows = [sample(pipeline, conditions, indices, steps=n, seed=self.config.seed) for n in steps]
+        (self.folder / "samples").mkdir(exist_ok=True)
+        grid(rows, [f"{n} steps" for n in steps]).save(self.folder / "samples" / f"{self.iteration}.png")
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write everything that exact resume needs to checkpoints/<iteration>; a failed write leaves the last one whole."""
+        path = self.folder / "checkpoints" / f"{self.iteration}"
+        rank = self.accelerator.process_index
+        partial = path.with_name(path.name + ckpt.PARTIAL)
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(ckpt.rng_state(self.device), partial / f"rng_{rank}.safetensors")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with ckpt.written_aside(path) as aside:
+                for name, role in self.roles.items():
+                    if role.optim or role.follows:
+                        ckpt.save_module(self.raw[name], aside / f"{name}.safetensors")
+                for name, optimizer in self.optimizers.items():
+                    save_file(ckpt.pack_optimizer(optimizer), aside / f"{name}_optimizer.safetensors")
+                state = {
+                    "iteration": self.iteration, "updates": self.updates, "nonfinite": self.nonfinite, "best": self.best,
+                    "data": self.stream.state_dict(), "num_processes": self.accelerator.num_processes,
+                }  # fmt: skip
+                ckpt.write_json(state, aside / "state.json")
+            ckpt.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def resume(self, name: str) -> None:
+        """Go on from a checkpoint ("latest" or a path), bit for bit on the same number of processes."""
+        path = ckpt.find(self.folder / "checkpoints", name)
+        state = ckpt.read_json(path / "state.json")
+        if state["num_processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"resume: {path} was written by {state['num_processes']} processes, this run has "
+                f"{self.accelerator.num_processes}; exact resume needs the same number"
+            )
+        for name_, role in self.roles.items():
+            if role.optim or role.follows:
+                ckpt.load_module(self.raw[name_], path / f"{name_}.safetensors")
+        for name_, optimizer in self.optimizers.items():
+            ckpt.unpack_optimizer(optimizer, load_file(path / f"{name_}_optimizer.safetensors"))
+        self.iteration, self.updates = state["iteration"], state["updates"]
+        self.nonfinite, self.best = state["nonfinite"], state["best"]
+        self.stream.load_state_dict(state["data"])
+        ckpt.set_rng_state(load_file(path / f"rng_{self.accelerator.process_index}.safetensors"), self.device)
+
+    def exported_weights(self) -> Denoiser:
+        """The student to export: the best by small-sample FID where scores were taken, else the moving average."""
+        ema = self.raw["ema"]
+        assert isinstance(ema, Denoiser)
+        if self.best and (self.folder / "best.safetensors").exists():
+            ckpt.load_module(ema, self.folder / "best.safetensors")
+        return ema
+
+
+class _Window:
+    """Means of the log terms since the last log line, kept on the device until asked."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.turns, self.start = 0, time.perf_counter()
+
+    def add(self, logs: dict[str, Tensor]) -> None:
+        self.turns += 1
+        for key, value in logs.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, Tensor]:
+        return {key: value / self.counts[key] for key, value in self.sums.items()}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def lr_factor(optim: OptimConfig, update: int, updates: int) -> float:
+    """What multiplies the learning rate at the `update`-th of `updates` updates (from 1): linear warm-up, then the decay."""
+    if update <= optim.warmup_iterations:
+        return update / optim.warmup_iterations
+    if optim.decay == "constant":
+        return 1.0
+    progress = (update - optim.warmup_iterations) / max(1, updates - optim.warmup_iterations)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _adamw(net: nn.Module, o: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), o.lr, o.betas, o.eps, o.weight_decay)
+
+
+def _precision(name: str) -> str:
+    return ("bf16" if torch.cuda.is_available() else "no") if name == "auto" else name

@@ -1,0 +1,66 @@
+"""The command `fewstep`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fewstep.cli import main
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    """Options that score against the embedded images, with the asset's classifier and CLIP."""
+    import torch
+
+    from fewstep.evaluate import load_features, save_moments
+    from fewstep.evaluate.frechet import moments
+    from fewstep.fashion import load_embedded
+
+    images = torch.from_numpy(load_embedded()[0])[::10].contiguous()
+    save_moments(moments(load_features("fashion")(images)), tmp_path / "real.safetensors")
+    (tmp_path / "prompts.txt").write_text("a photo of a bag\na photo of a dress\n")
+    paths = ["--reference", str(tmp_path / "real.safetensors"), "--prompts", str(tmp_path / "prompts.txt")]
+    return [*paths, "--features", "fashion", "--clip", "fashion"]
+
+
+def test_evaluate_writes_a_report(sources: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "evaluation.json"
+    main(["evaluate", "fashion", *sources, "--steps", "1", "--num-images", "8", "--output", str(output)])
+    report = json.loads(output.read_text())
+    (row,) = report["results"]
+    assert row["model"] == report["protocol"]["pipeline"] == "fashion"
+    assert (row["steps"], row["images"], row["network_evaluations"]) == (1, 8, 2)
+    assert "| fashion |" in capsys.readouterr().out
+
+
+def test_sample_writes_a_picture(tmp_path: Path) -> None:
+    from PIL import Image
+
+    output = tmp_path / "x.png"
+    prompts = ["a photo of a bag", "a photo of a dress"]
+    main(["sample", "fashion", "--prompt", *prompts, "--num-images", "3", "--steps", "1", "--output", str(output)])
+    assert Image.open(output).size == (3 * 34 - 2, 2 * 34 - 2)
+
+
+def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="reference 'coco' is neither bundled"):
+        main(["evaluate", "fashion", "--reference", "coco", "--features", "fashion"])
+    with pytest.raises(SystemExit, match=r"pipeline '.*nowhere' cannot be loaded"):
+        main(
+            ["sample", str(tmp_path / "nowhere"), "--prompt", "x", "--steps", "1", "--output", str(tmp_path / "x.png")]
+        )
+
+
+def test_help_loads_no_torch() -> None:
+    code = """
+import sys
+from fewstep.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

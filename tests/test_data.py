@@ -1,0 +1,222 @@
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from fewstep import fashion
+from fewstep.config import DataConfig
+from fewstep.data import Listed, Source, Stream, load_source
+
+
+def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (20, 10)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def encoded(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 12), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def source(kind: str, size: int = 8, **settings: Any) -> Source:
+    return load_source(DataConfig(source=kind, **settings), size)  # type: ignore[arg-type]
+
+
+def order(length: int, batch_size: int, batches: int, rank: int = 0, world: int = 1, seed: int = 0) -> list[int]:
+    stream = Stream(Listed(range(length), "label"), batch_size, seed, rank, world)
+    return [i for _ in range(batches) for i in next(stream).indices]
+
+
+def test_every_epoch_is_a_permutation() -> None:
+    seen = order(10, 4, 5)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    assert seen == order(10, 4, 5) and seen != order(10, 4, 5, seed=1)
+
+
+def test_order_is_independent_of_the_batch_size() -> None:
+    assert order(13, 8, 4) == order(13, 1, 32)
+
+
+def test_ranks_partition_the_global_order() -> None:
+    ranks = [order(13, 3, 6, rank, 2) for rank in range(2)]
+    shared = [i for step in range(6) for rank in ranks for i in rank[3 * step : 3 * step + 3]]
+    assert shared == order(13, 3, 12)
+    with pytest.raises(ValueError, match="rank 2"):
+        order(13, 3, 1, 2, 2)
+
+
+def test_exact_resume() -> None:
+    labels = Listed(range(7), "label")
+    whole, first, second = (Stream(labels, 3, seed=5, rank=1, world=2) for _ in range(3))
+    expected = [next(whole) for _ in range(9)]
+    got = [next(first) for _ in range(4)]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert got + [next(second) for _ in range(5)] == expected
+    with pytest.raises(ValueError, match="seed was 5 and is 6"):
+        Stream(labels, 3, seed=6).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="length was 7 and is 8"):
+        Stream(Listed(range(8), "label"), 3, seed=5).load_state_dict(first.state_dict())
+
+
+def test_limit_is_the_same_draw() -> None:
+    few, more = (source("labels", num_labels=100, limit=n) for n in (5, 9))
+    values = [s.get(range(len(s))).conditions for s in (few, more)]
+    assert len(few) == 5 and values[1][:5] == values[0] != sorted(values[0])
+    assert few.get([3]).indices == [3]
+    assert len(source("labels", num_labels=3, limit=5)) == 3
+
+
+def test_fashion() -> None:
+    data = source("fashion", 32)
+    assert (data.has_images, data.conditions, len(data)) == (
+        True,
+        "prompt",
+        60_000 if fashion.DEBIAN_FOLDER.exists() else 2000,
+    )
+    raw = data.get([0, 1, 9])
+    assert raw.images is not None and raw.images.shape == (3, 3, 32, 32) and raw.images.dtype == torch.float32
+    assert raw.images.min() == -1 and raw.images.max() <= 1
+    assert raw.conditions == data.get([0, 1, 9]).conditions and raw.indices == [0, 1, 9]
+
+
+def test_embedded_fashion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fashion, "DEBIAN_FOLDER", tmp_path / "missing")
+    captions, labels = source("fashion", 16), source("fashion", 16, num_labels=10)
+    assert len(captions) == 2000 and captions.get([3]).images.shape == (1, 3, 16, 16)  # type: ignore[union-attr]
+    assert labels.conditions == "label"
+    for i, label in enumerate(labels.get(range(20)).conditions):
+        assert captions.get([i]).conditions == [fashion.caption(label, i % len(fashion.TEMPLATES))]
+    with pytest.raises(ValueError, match="num_labels: found 7"):
+        source("fashion", num_labels=7)
+
+
+def test_crop_and_resize(tmp_path: Path) -> None:
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, :10], wide[:, 10:20] = 255, (255, 0, 51)
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    images = source("folder", 5, path=tmp_path).get([0]).images
+    assert images is not None and images.shape == (1, 3, 5, 5)
+    # The middle square alone is seen, and values map 0 ... 255 to -1 ... 1.
+    assert torch.allclose(images, torch.tensor([1, -1, -0.6]).view(1, 3, 1, 1).expand(1, 3, 5, 5), atol=1e-6)
+
+
+def test_other_modes(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        Image.new(mode, (6, 6)).save(tmp_path / f"{mode}.tif")
+    assert source("folder", path=tmp_path).get(range(4)).images.shape == (4, 3, 8, 8)  # type: ignore[union-attr]
+
+
+def test_folder_of_classes(tmp_path: Path) -> None:
+    for name in ("dog/1.jpg", "big_cat/1.png", "big_cat/2.PNG"):
+        save(tmp_path / name)
+    (tmp_path / "dog/notes.txt").write_text("not an image")
+    assert source("folder", path=tmp_path).get(range(3)).conditions == ["big cat", "big cat", "dog"]
+    labels = source("folder", path=tmp_path, num_labels=2)
+    assert labels.conditions == "label" and labels.get(range(3)).conditions == [0, 0, 1]
+    with pytest.raises(ValueError, match="num_labels: found 3; .* in 2 folders"):
+        source("folder", path=tmp_path, num_labels=3)
+
+
+def test_flat_folder_has_empty_prompts(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    data = source("folder", path=tmp_path)
+    assert data.conditions == "prompt" and data.get([0]).conditions == [""]
+
+
+def test_folder_with_metadata(tmp_path: Path) -> None:
+    for name in ("a/1.png", "2.png", "unlisted.png"):
+        save(tmp_path / name)
+    lines = [{"file_name": "a/1.png", "text": "a cat"}, {"file_name": "2.png"}]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    data = source("folder", path=tmp_path)
+    assert len(data) == 2 and data.get([0, 1]).conditions == ["a cat", ""]
+    metadata.write_text('{"file_name": "gone.png"}')
+    with pytest.raises(ValueError, match="metadata.jsonl, line 1: image .*gone.png does not exist"):
+        source("folder", path=tmp_path)
+    metadata.write_text('{"text": "a cat"}')
+    with pytest.raises(ValueError, match="line 1: not a JSON object with file_name and text"):
+        source("folder", path=tmp_path)
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.path: no image in"):
+        source("folder", path=tmp_path)
+    for kind in ("folder", "parquet", "prompts"):
+        with pytest.raises(ValueError, match=r"data\.path: .*gone"):
+            source(kind, path=tmp_path / "gone")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_broken_image(tmp_path: Path, whole: bool) -> None:
+    save(tmp_path / "good.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "bad.jpg")
+    content = (tmp_path / "bad.jpg").read_bytes()
+    (tmp_path / "bad.jpg").write_bytes(b"" if whole else content[: len(content) // 2])
+    stream = Stream(source("folder", path=tmp_path), 2, 0)
+    with pytest.raises(ValueError, match=r"image .*bad\.jpg cannot be read"):
+        next(stream)
+    assert stream.position == 0
+
+
+def test_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  ein schöner Hund \n", encoding="utf-8")
+    data = source("prompts", path=path)
+    assert not data.has_images and data.get([1, 0]) == (None, ["ein schöner Hund", "a cat"], [1, 0])
+    path.write_text(" \n")
+    with pytest.raises(ValueError, match=r"data\.path: .*prompts.txt holds no prompt"):
+        source("prompts", path=path)
+
+
+def test_labels_and_none() -> None:
+    labels, none = source("labels", num_labels=3), source("none")
+    assert (labels.conditions, labels.get(range(3)).conditions) == ("label", [0, 1, 2])
+    assert (none.conditions, none.get([0]).conditions, none.has_images) == ("none", [None], False)
+    assert next(Stream(none, 4, 0)).conditions == [None] * 4
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_parquet(tmp_path: Path, struct: bool) -> None:
+    cells: list[Any] = [encoded((255, 0, 0)), encoded((0, 255, 0)), b"broken"]
+    cells = [{"bytes": c, "path": None} for c in cells] if struct else cells
+    table = pa.table({"image": cells, "text": ["red", None, "x"], "label": [0, 4, 1], "other": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    data = source("parquet", path=tmp_path / "a.parquet")
+    raw = data.get([1, 0])
+    assert data.has_images and raw.conditions == ["", "red"]
+    assert raw.images is not None and raw.images[:, :, 0, 0].tolist() == [[-1, 1, -1], [1, -1, -1]]
+    assert source("parquet", path=tmp_path, num_labels=5).get([1]).conditions == [4]
+    with pytest.raises(ValueError, match=r"image .*a\.parquet, row 2 cannot be read"):
+        data.get([2])
+    with pytest.raises(ValueError, match="row 1 has the label 4; allowed: 0 to 3"):
+        source("parquet", path=tmp_path, num_labels=4)
+
+
+def test_parquet_with_image_files(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "1.png"}]}), tmp_path / "a.parquet")
+    data = source("parquet", path=tmp_path / "a.parquet")
+    assert data.conditions == "none" and data.get([0]).images.shape == (1, 3, 8, 8)  # type: ignore[union-attr]
+
+
+def test_parquet_without_images(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a cat"]}), tmp_path / "a.parquet")
+    data = source("parquet", path=tmp_path)
+    assert not data.has_images and data.get([0]) == (None, ["a cat"], [0])
+    with pytest.raises(ValueError, match="cache_latents needs images"):
+        source("parquet", path=tmp_path, cache_latents=True)
+    pq.write_table(pa.table({"caption": ["a cat"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="columns caption; wanted are rows and any of image, text, label"):
+        source("parquet", path=tmp_path)
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        source("parquet", path=tmp_path)

@@ -1,0 +1,265 @@
+"""What the loop promises: exact resume, frozen roles, equal batches, two processes, bad input that loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep import checkpoint as ckpt
+from fewstep.config import DataConfig, OptimConfig, RunConfig
+from fewstep.data import load_source
+from fewstep.methods.consistency import Consistency, ConsistencyConfig
+from fewstep.teachers import load_teacher
+from fewstep.trainer import NonFiniteError, Trainer, lr_factor
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(teacher_path, folder, **changes):
+    method = {"optim": {"lr": 1e-3}, "solver_steps": 40, "steps": 8, "guidance_range": [1.0, 3.0]} | changes.pop("method", {})
+    values = {
+        "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 64},
+        "max_iterations": 6, "batch_size": 4, "checkpoint_every": 3, "log_every": 2, "mixed_precision": "no",
+    } | changes  # fmt: skip
+    config = RunConfig[ConsistencyConfig].model_validate(values | {"method": method})
+    teacher = load_teacher(config.teacher)
+    return Trainer(config, Consistency(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+
+
+def weights(folder, iteration, names=("student", "target", "ema", "student_optimizer")):
+    files = [folder / "checkpoints" / str(iteration) / f"{n}.safetensors" for n in names]
+    return {f"{f.stem}.{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, different[:3]
+
+
+@pytest.fixture(scope="module")
+def teacher_path(tiny_sd_path):
+    return tiny_sd_path("v_prediction")
+
+
+@pytest.fixture(scope="module")
+def whole_run(teacher_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = make(teacher_path, folder)
+    before = {k: v.clone() for k, v in trainer.raw["teacher"].state_dict().items()}
+    start = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
+    assert trainer.fit()
+    return folder, trainer, before, start
+
+
+def test_learnt_roles_change_and_frozen_ones_do_not(whole_run):
+    _, trainer, before, start = whole_run
+    assert_equal(trainer.raw["teacher"].state_dict(), before)
+    now = trainer.raw["student"].state_dict()
+    assert all(not torch.equal(now[k], v) for k, v in start.items())
+
+
+def test_followers_average_what_they_follow(whole_run):
+    folder, *_ = whole_run
+    w = weights(folder, 6)
+    key = "net.conv_in.weight"
+    assert not torch.equal(w[f"target.{key}"], w[f"student.{key}"])
+    assert not torch.equal(w[f"ema.{key}"], w[f"target.{key}"])
+
+
+def test_log_has_losses_and_speed(whole_run):
+    folder, *_ = whole_run
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 4, 6]
+    assert all(line["consistency"] > 0 and line["images_per_second"] > 0 for line in lines)
+
+
+def test_resume_is_exact(whole_run, teacher_path, tmp_path):
+    folder, *_ = whole_run
+    trainer = make(teacher_path, tmp_path, max_iterations=6)
+    trainer.resume(str(folder / "checkpoints" / "3"))
+    assert trainer.iteration == 3
+    trainer.fit()
+    assert_equal(weights(tmp_path, 6), weights(folder, 6))
+
+
+def test_no_pickles_in_a_checkpoint(whole_run):
+    folder, *_ = whole_run
+    names = {p.suffix for p in (folder / "checkpoints" / "6").iterdir()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_cached_latents_train_too(teacher_path, tmp_path):
+    trainer = make(
+        teacher_path, tmp_path, max_iterations=2, data={"source": "fashion", "limit": 16, "cache_latents": True}
+    )
+    assert trainer.fit()
+    assert trainer.cache is not None and len(trainer.cache.mean) == 16
+
+
+class Recorder:
+    """Wraps a method's loss to average the gradient-free quantities: conditions and clean latents in the order seen."""
+
+    def __init__(self, trainer):
+        self.seen, loss = [], trainer.method.loss
+        trainer.method.steps = lambda: (type(step)(step.role, self.loss, step.every),)
+        step = Consistency.steps(trainer.method)[0]
+        self.inner = loss
+
+    def loss(self, nets, batch):
+        self.seen.append(batch.cond["encoder_hidden_states"])
+        return self.inner(nets, batch, *fixed_for(batch))
+
+
+def fixed_for(batch):
+    """index, noise and guidance that depend on the sample alone, so that micro-batches draw what the whole batch draws."""
+    code = batch.x0.flatten(1).sum(1)
+    index = (code.abs() * 1000).long() % 40
+    noise = torch.sin(batch.x0 * 50) * 1.4
+    return index, noise, 1 + (code.abs() % 2)
+
+
+def test_one_batch_of_eight_equals_eight_of_one(teacher_path, tmp_path):
+    """Accumulated gradients of micro-batches are those of the whole batch (VAE noise set to zero by the mode)."""
+    results = []
+    for name, size, accumulate in (("a", 8, 1), ("b", 1, 8)):
+        trainer = make(teacher_path, tmp_path / name, batch_size=size, accumulate=accumulate, max_iterations=2, checkpoint_every=2)
+        encode = trainer.teacher.encode
+        trainer.teacher.encode = lambda images, encode=encode: (p := encode(images))._replace(std=torch.zeros_like(p.std))
+        recorder = Recorder(trainer)
+        trainer.fit()
+        results.append((torch.cat(recorder.seen), weights(tmp_path / name, 2, ("student",))))
+    assert torch.equal(results[0][0], results[1][0])
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][key], value, atol=2e-4, rtol=1e-3)
+
+
+def test_non_finite_updates_are_skipped_then_end_the_run(teacher_path, tmp_path):
+    trainer = make(teacher_path, tmp_path, max_nonfinite=2, max_iterations=20, checkpoint_every=1)
+    trainer.fit_iterations = None
+    trainer.config = trainer.config.model_copy(update={"max_iterations": 1})
+    trainer.fit()
+    before = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
+    trainer.config = trainer.config.model_copy(update={"max_iterations": 20, "checkpoint_every": 1000})
+    loss = trainer.method.loss
+    trainer.method.steps = lambda: (type(Consistency.steps(trainer.method)[0])("student", broken),)
+
+    def broken(nets, batch):
+        return {"consistency": loss(nets, batch)["consistency"] * float("nan")}
+
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row.*checkpoints/1"):
+        trainer.fit()
+    assert_equal(trainer.raw["student"].state_dict(), before)
+
+
+def test_source_without_images_is_refused(teacher_path, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photo of a coat\n")
+    with pytest.raises(ValueError, match=r"data\.source: prompts gives no images"):
+        make(teacher_path, tmp_path / "run", data={"source": "prompts", "path": str(prompts)})
+
+
+def test_full_disk_keeps_the_last_checkpoint(teacher_path, tmp_path, monkeypatch):
+    trainer = make(teacher_path, tmp_path, max_iterations=3)
+    trainer.fit()
+    trainer.iteration = 4
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ckpt, "save_module", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    monkeypatch.undo()
+    make(teacher_path, tmp_path).resume("latest")
+
+
+def test_resume_without_a_checkpoint_says_so(teacher_path, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        make(teacher_path, tmp_path).resume("latest")
+
+
+def test_learning_rate_schedule():
+    o = OptimConfig(lr=1.0, warmup_iterations=10, decay="cosine")
+    assert lr_factor(o, 1, 110) == pytest.approx(0.1) and lr_factor(o, 10, 110) == 1
+    assert lr_factor(o, 60, 110) == pytest.approx(0.5) and lr_factor(o, 110, 110) == pytest.approx(0, abs=1e-12)
+
+
+def test_interrupted_write_is_not_a_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with ckpt.written_aside(folder / "1") as aside:
+        aside.mkdir(parents=True)
+        ckpt.write_json({}, aside / "state.json")
+    (folder / f"2{ckpt.PARTIAL}").mkdir()
+    assert ckpt.find(folder, "latest").name == "1"
+    ckpt.prune(folder, 1)
+    assert [p.name for p in folder.iterdir()] == ["1"]
+
+
+# The user's own commands ------------------------------------------------------------------------------------------------
+
+
+def command(teacher_path, folder, processes=1, *overrides):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
+    return [
+        *launch, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", f"teacher={teacher_path}",
+        f"output_dir={folder}", "data.limit=32", "batch_size=4", "max_iterations=6", "checkpoint_every=3",
+        "validate_every=0", "evaluate=null", "log_every=1", *overrides,
+    ]  # fmt: skip
+
+
+def environment():
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_two_processes_agree_and_resume_exactly(teacher_path, tmp_path):
+    runs = {}
+    for name, overrides in (("whole", ()), ("first", ("max_iterations=3",)), ("first", ("resume=latest",))):
+        done = subprocess.run(
+            command(teacher_path, tmp_path / name, 2, "method.optim.decay=constant", *overrides),
+            cwd=ROOT, env=environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = weights(tmp_path / name, ckpt.find(tmp_path / name / "checkpoints", "latest").name)
+    state = ckpt.read_json(tmp_path / "whole" / "checkpoints" / "6" / "state.json")
+    assert state["num_processes"] == 2, "the launch silently used one process"
+    assert_equal(runs["whole"], runs["first"])
+
+
+def test_sigterm_writes_a_checkpoint_and_stops(teacher_path, tmp_path):
+    arguments = command(teacher_path, tmp_path, 1, "max_iterations=100000", "checkpoint_every=100000")
+    process = subprocess.Popen(
+        [sys.executable, *arguments[arguments.index("train/consistency.py") :]], cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert log.exists(), "training did not start"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-2000:]
+    assert "go on with resume=latest" in out
+    assert ckpt.find(tmp_path / "checkpoints", "latest").exists()
+
+
+def test_missing_teacher_is_one_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", "teacher=./nowhere"],
+        cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "nowhere" in done.stderr
+
+
+def test_data_config_default_is_strict():
+    assert DataConfig(source="fashion").limit is None
