@@ -21,7 +21,7 @@ def render(
 ) -> str:
     """The text of README.md.
 
-    card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a line of the details.
+    card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a detail.
     arguments: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
     """
     method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))

@@ -19,7 +19,6 @@ from fewstep.config import DataConfig
 from fewstep.images import class_labels, decode, read_metadata, scaled, square
 
 Conditions = Literal["prompt", "label", "none"]
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -99,10 +98,10 @@ class Folder(Source):
         if not path.is_dir():
             raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
         self.image_size = image_size
+        self.values: list[Any]
         metadata = path / "metadata.jsonl"
         if num_labels is None and metadata.exists():
-            self.files, captions = read_metadata(metadata)
-            self.values: list[Any] = captions
+            self.files, self.values = read_metadata(metadata)
         else:
             self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
             names = ["" if f.parent == path else f.parent.name for f in self.files]

@@ -57,6 +57,11 @@ np.savez(task["result"], **found)
 """
 """What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else."""
 
+_TOO_MANY = (
+    "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
+    "allowed_steps do not belong together"
+)
+
 
 class ExportError(RuntimeError):
     """The exported folder does not do in plain diffusers what the student does in memory."""
@@ -80,8 +85,8 @@ def export(
 
     guidance_scale: folded into a student with a guidance embedding; None leaves the embedding to the caller.
     card: see `fewstep.card.render`; its `prompt` is the one of the example and of the comparison.
-    Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays as
-    it was.
+    Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays
+    as it was.
     """
     if dtype not in DTYPES:
         raise ValueError(f"export_dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -95,14 +100,14 @@ def export(
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = _arguments(teacher, card)
+    drawn = _draw(pipeline, allowed_steps, arguments)
     try:
         pipeline.save_pretrained(partial, safe_serialization=True)
         guidance = _guidance_text(student, guidance_scale)
         text = model_card.render(card, allowed_steps=allowed_steps, guidance=guidance, arguments=arguments, dtype=dtype)
         (partial / "README.md").write_text(text)
-        _compare(
-            pipeline, _ask_stranger(partial, allowed_steps, arguments), allowed_steps, arguments, TOLERANCES[dtype]
-        )
+        tolerance = _tolerance(student, teacher.num_train_timesteps - 1, dtype)
+        _compare(drawn, _ask_stranger(partial, allowed_steps, arguments), allowed_steps, tolerance)
         _replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -163,34 +168,53 @@ def _ask_stranger(folder: Path, steps: Sequence[int], arguments: list[Any]) -> d
             return dict(found)
 
 
-def _compare(
-    pipeline: "DiffusionPipeline",
-    found: dict[str, np.ndarray],
-    steps: Sequence[int],
-    arguments: list[Any],
-    tolerance: float,
-) -> None:
+def _draw(pipeline: "DiffusionPipeline", steps: Sequence[int], arguments: list[Any]) -> dict[str, np.ndarray]:
+    """Timesteps and pixels [1, H, W, C] of the student in memory, under the names that the stranger gives to its own.
+
+    Raises ExportError for a count that does not run, and where one more than the largest does.
+    """
+    drawn = {}
     for count in steps:
         generator = torch.Generator().manual_seed(count)
-        images = pipeline(*arguments, num_inference_steps=count, generator=generator, output_type="np").images
-        timesteps = pipeline.scheduler.timesteps.tolist()
-        if timesteps != found[f"timesteps_{count}"].tolist():
+        try:
+            images = pipeline(*arguments, num_inference_steps=count, generator=generator, output_type="np").images
+        except ValueError as error:
+            raise ExportError(f"num_inference_steps={count} does not run: {error}") from error
+        drawn[f"timesteps_{count}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
+        drawn[f"images_{count}"] = np.asarray(images, dtype=np.float32)
+    try:
+        pipeline(*arguments, num_inference_steps=max(steps) + 1)
+    except ValueError:
+        return drawn
+    raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
+
+
+def _compare(
+    drawn: dict[str, np.ndarray], found: dict[str, np.ndarray], steps: Sequence[int], tolerance: float
+) -> None:
+    for count in steps:
+        timesteps, reloaded = drawn[f"timesteps_{count}"].tolist(), found[f"timesteps_{count}"].tolist()
+        if timesteps != reloaded:
             raise ExportError(
-                f"num_inference_steps={count} runs timesteps {found[f'timesteps_{count}'].tolist()} in plain "
-                f"diffusers, {timesteps} in memory"
+                f"num_inference_steps={count} runs timesteps {reloaded} in plain diffusers, {timesteps} in memory"
             )
-        difference = float(np.abs(np.asarray(images, dtype=np.float32) - found[f"images_{count}"]).max())
+        difference = float(np.abs(drawn[f"images_{count}"] - found[f"images_{count}"]).max())
         # Not `>`: a NaN must fail too.
         if not difference <= tolerance:
             raise ExportError(
                 f"num_inference_steps={count} draws other pixels in plain diffusers than in memory: largest difference "
-                f"{difference:.2g}, allowed {tolerance:g}"
+                f"{difference:.2g}, allowed {tolerance:.2g}"
             )
     if not found["too_many_raised"]:
-        raise ExportError(
-            f"num_inference_steps={max(steps) + 1} does not raise, though at most {max(steps)} steps were trained: the "
-            "scheduler's grid and allowed_steps do not belong together"
-        )
+        raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
+
+
+def _tolerance(student: Denoiser, last_timestep: int, dtype: str) -> float:
+    """The dtype's; for epsilon, times a tenth of sigma / alpha at pure noise, by which x0 enlarges rounding of eps."""
+    if student.prediction_type != "epsilon":
+        return TOLERANCES[dtype]
+    alpha, sigma = student.schedule(torch.tensor([last_timestep]))
+    return TOLERANCES[dtype] * max(1.0, 0.1 * float(sigma / alpha))
 
 
 def _replace(new: Path, path: Path) -> None:

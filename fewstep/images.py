@@ -43,7 +43,8 @@ def class_labels(names: list[str], num_labels: int, path: Path) -> list[int]:
     classes = sorted(set(names))
     if len(classes) != num_labels:
         raise ValueError(f"data.num_labels: found {num_labels}; {path} has images in {len(classes)} folders")
-    return [classes.index(n) for n in names]
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[n] for n in names]
 
 
 def read_metadata(metadata: Path) -> tuple[list[Path], list[str]]:
@@ -55,7 +56,7 @@ def read_metadata(metadata: Path) -> tuple[list[Path], list[str]]:
         where = f"{metadata}, line {number}"
         try:
             row = json.loads(line)
-            file, text = metadata.parent / row["file_name"], row.get("text") or ""
+            file, text = metadata.parent / row["file_name"], str(row.get("text") or "")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{where}: not a JSON object with file_name and text: {line[:80]!r}") from None
         if not file.is_file():

@@ -9,8 +9,6 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: 1e-4 is a number, `no`, 2026-01-01 and 1:30 are text. A key that stands twice is an error."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -20,6 +18,9 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}  # YAML 1.1's are dropped; 1.2's are added below
 
 
 class _Dumper(yaml.SafeDumper):
@@ -47,7 +48,8 @@ def parse(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """In ASCII, so that it survives being written and read in any locale."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def dump_line(value: Any) -> str:

@@ -1,7 +1,9 @@
 """Tiny untrained pipelines from the real classes, seeded, each saved once a session as a folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 torch.set_num_threads(1)
 
 
-def _tokenizer(folder: Path) -> "CLIPTokenizer":  # noqa: F821
+def _tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -45,7 +47,8 @@ def build_sd(folder: Path, prediction_type: str = "v_prediction", zero_terminal_
     )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        prediction_type=prediction_type, timestep_spacing="trailing", rescale_betas_zero_snr=zero_terminal_snr,
+        prediction_type=prediction_type, timestep_spacing="trailing", steps_offset=1,
+        rescale_betas_zero_snr=zero_terminal_snr,
     )  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -90,3 +93,21 @@ def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_ddpm_grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny pixel model with one channel."""
     return build_ddpm(tmp_path_factory.mktemp("pipelines") / "ddpm_grey", channels=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_path(tiny_sd: Path, tiny_sd_epsilon: Path) -> Callable[[str], Path]:
+    """Prediction type -> folder of a tiny Stable Diffusion."""
+    return {"v_prediction": tiny_sd, "epsilon": tiny_sd_epsilon}.__getitem__
+
+
+@pytest.fixture(scope="session")
+def tiny_ddpm_path(tiny_ddpm: Path) -> Path:
+    """Folder of a tiny pixel model in colour, by the name that says so."""
+    return tiny_ddpm
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_path(tiny_sd: Path, tiny_sd_epsilon: Path) -> "Callable[[str], Path]":
+    """Prediction type -> folder of a tiny Stable Diffusion."""
+    return {"v_prediction": tiny_sd, "epsilon": tiny_sd_epsilon}.__getitem__

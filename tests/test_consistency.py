@@ -163,8 +163,8 @@ def test_grid_must_divide_the_teachers_timesteps(tiny_sd_path):
         Consistency(config(solver_steps=48, steps=8), teacher)
 
 
-def test_unconditional_teacher_has_no_guidance(tiny_ddpm_path):
-    teacher = load_teacher(str(tiny_ddpm_path))
+def test_unconditional_teacher_has_no_guidance(tiny_ddpm):
+    teacher = load_teacher(str(tiny_ddpm))
     with pytest.raises(ValueError, match="guidance_range"):
         Consistency(config(), teacher)
     method = Consistency(config(guidance_range=None), teacher)

@@ -121,7 +121,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert source("folder", path=tmp_path).get(range(3)).conditions == ["big cat", "big cat", "dog"]
     labels = source("folder", path=tmp_path, num_labels=2)
     assert labels.conditions == "label" and labels.get(range(3)).conditions == [0, 0, 1]
-    with pytest.raises(ValueError, match="num_labels: found 3; .* in 2 folders"):
+    with pytest.raises(ValueError, match=r"num_labels: found 3; .* in 2 folders"):
         source("folder", path=tmp_path, num_labels=3)
 
 
@@ -140,7 +140,7 @@ def test_folder_with_metadata(tmp_path: Path) -> None:
     data = source("folder", path=tmp_path)
     assert len(data) == 2 and data.get([0, 1]).conditions == ["a cat", ""]
     metadata.write_text('{"file_name": "gone.png"}')
-    with pytest.raises(ValueError, match="metadata.jsonl, line 1: image .*gone.png does not exist"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: image .*gone.png does not exist"):
         source("folder", path=tmp_path)
     metadata.write_text('{"text": "a cat"}')
     with pytest.raises(ValueError, match="line 1: not a JSON object with file_name and text"):
@@ -148,7 +148,7 @@ def test_folder_with_metadata(tmp_path: Path) -> None:
 
 
 def test_missing_paths(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.path: no image in"):
+    with pytest.raises(ValueError, match=r"data\.path: no image in"):
         source("folder", path=tmp_path)
     for kind in ("folder", "parquet", "prompts"):
         with pytest.raises(ValueError, match=r"data\.path: .*gone"):

@@ -72,7 +72,7 @@ class Preprocess(nn.Module):
 
 
 def load_preprocess(folder: Path) -> Preprocess:
-    """The preprocessing of a transformers folder: preprocessor_config.json, or processor_config.json of transformers 5."""
+    """The preprocessing of a folder: preprocessor_config.json, or transformers 5's processor_config.json."""
     old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
     if old.exists():
         return Preprocess(json.loads(old.read_text()))

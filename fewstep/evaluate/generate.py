@@ -23,7 +23,7 @@ def network(pipeline: Any) -> nn.Module:
 
 def num_labels(pipeline: Any) -> int | None:
     """Number of classes of a class-conditional pipeline."""
-    config = network(pipeline).config
+    config: Any = network(pipeline).config
     # DiT counts its classes under the name of the layer that embeds them.
     labels: int | None = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     return labels

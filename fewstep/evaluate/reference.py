@@ -53,8 +53,9 @@ def resolve(
     path = Path(reference)
     if not path.exists():
         raise ValueError(
-            f"reference {reference!r} is neither bundled ({', '.join(ASSETS)}) nor a path: data sets from the hub are "
-            "not bundled, so give the path of its statistics (.npz with mu and sigma, .safetensors) or a folder of images"
+            f"reference {reference!r} is neither bundled ({', '.join(ASSETS)}) nor a path: data sets from the hub "
+            "are not bundled, so give the path of its statistics (.npz with mu and sigma, .safetensors) or of a folder "
+            "of images"
         )
     if path.is_file() and path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"reference {reference!r}: a file of statistics ends in .npz or .safetensors")
@@ -65,7 +66,7 @@ def resolve(
 
 def _read(file: Path) -> Tensor:
     with Image.open(file) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _folder_features(folder: Path, features: ImageFeatures, batch_size: int = 64) -> Iterable[Tensor]:

@@ -93,7 +93,7 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))]
     mean, _ = encode(vae, test)
     reconstructions = decode(vae, mean)
-    few, few_labels = test[:2000], labels[:2000]
+    few, few_labels = test[:1000], labels[:1000]
     figures: dict[str, Any] = {
         "classifier_accuracy": classifier_accuracy,
         "clip_zero_shot_accuracy": round(float((similarity.argmax(1) == labels).double().mean()), 4),
@@ -112,12 +112,14 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
             str(s): judge(classifier, reference, noised(few, s, config.seed), few_labels)[0] for s in NOISES
         },
     }
+    print(json.dumps(figures, indent=2), flush=True)
     sweep = {}
     for scale in settings.guidance_scales:
         part = balanced(settings.sweep_samples)
         images = sample(pipeline, part, scale, settings.steps, config.seed)
         fid, accuracy = judge(classifier, reference, images, part)
         sweep[str(scale)] = {"fid": fid, "class_accuracy": accuracy}
+        print(scale, sweep[str(scale)], flush=True)
     figures["guidance_sweep"] = {"samples": settings.sweep_samples, **sweep}
     accurate = [s for s, row in sweep.items() if row["class_accuracy"] >= settings.class_accuracy]
     # Where no scale is accurate enough, the most accurate one is the nearest to what is asked for.
@@ -129,8 +131,12 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
     wanted = balanced(settings.samples)
     images = sample(pipeline, wanted, float(best), settings.steps, config.seed + 1)
     fid, accuracy = judge(classifier, reference, images, wanted)
+    # FID falls with the number of images: the ratio to the reconstructions needs as many of them.
+    few_reconstructions = judge(classifier, reference, reconstructions[: len(wanted)], labels[: len(wanted)])
     figures |= {
         "fid_teacher": fid,
+        "fid_reconstructions_as_many": few_reconstructions[0],
+        "fid_real_test_as_many": judge(classifier, reference, test[: len(wanted)], labels[: len(wanted)])[0],
         "teacher_class_accuracy": accuracy,
         "teacher_samples": settings.samples,
         "teacher_steps": settings.steps,

@@ -43,7 +43,7 @@ def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | 
     return net(x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond).sample
 
 
-def with_guidance_embedding(unet: Any) -> nn.Module:
+def with_guidance_embedding(unet: Any) -> Any:
     """A copy of a UNet2DConditionModel with a zero-initialised guidance embedding: the same function for any scale."""
     from diffusers import UNet2DConditionModel
 
