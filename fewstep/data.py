@@ -267,12 +267,20 @@ class Stream(Iterator[Raw]):
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __next__(self) -> Raw:
-        start = self.position + self.rank * self.batch_size
-        indices = [self._index(i) for i in range(start, start + self.batch_size)]
-        raw = self.source.get(indices)
+        raw = self.source.get(self._indices())
         # Last, so that a sample that cannot be read does not move the stream.
         self.position += self.batch_size * self.world
         return raw
+
+    def next_indices(self) -> list[int]:
+        """The indices of the next micro-batch, for a caller that holds the samples already; moves the stream on."""
+        indices = self._indices()
+        self.position += self.batch_size * self.world
+        return indices
+
+    def _indices(self) -> list[int]:
+        start = self.position + self.rank * self.batch_size
+        return [self._index(i) for i in range(start, start + self.batch_size)]
 
     def state_dict(self) -> dict[str, int]:
         """Plain numbers, the same on every rank."""

@@ -18,7 +18,7 @@ from torch import nn
 from fewstep import card as model_card
 from fewstep.assets import ASSETS
 from fewstep.card import update_card
-from fewstep.teachers import Denoiser, Teacher
+from fewstep.teachers import Denoiser, Teacher, quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -102,7 +102,8 @@ def export(
     arguments = _arguments(teacher, card)
     drawn = _draw(pipeline, allowed_steps, arguments)
     try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
+        with quiet():
+            pipeline.save_pretrained(partial, safe_serialization=True)
         guidance = _guidance_text(student, guidance_scale)
         text = model_card.render(card, allowed_steps=allowed_steps, guidance=guidance, arguments=arguments, dtype=dtype)
         (partial / "README.md").write_text(text)

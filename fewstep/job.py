@@ -89,7 +89,10 @@ def _picture(config: RunConfig[Any], teacher: Any, student: Any, scale: float | 
     e = config.evaluate
     assert e is not None  # the caller asked
     rows, labels = [], []
-    for name, pipeline, steps, guidance in (("teacher", teacher, e.teacher_steps, scale), ("student", student, e.steps, None)):
+    for name, pipeline, steps, guidance in (
+        ("teacher", teacher, e.teacher_steps, scale),
+        ("student", student, e.steps, None),
+    ):
         for n in steps:
             rows.append(
                 first_images(

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -70,7 +70,9 @@ class Trainer:
                 role.net.requires_grad_(False).eval().to(self.device)
             else:
                 role.net.requires_grad_(True).train()
-                self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(role.net, _adamw(role.net, role.optim))
+                self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(
+                    role.net, _adamw(role.net, role.optim)
+                )
                 self.updates[name] = 0
             self.raw[name] = role.net
 
@@ -87,32 +89,36 @@ class Trainer:
     # Data -------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _encode_all(self, source: Source) -> Posterior:
-        """Every image of the source as the teacher's latents, on the CPU: [N, C, h, w] twice."""
-        parts = []
+    def _encode_all(self, source: Source) -> "_Cache":
+        posteriors, conditions = [], []
         chunks = range(0, len(source), 256)
         for start in tqdm(chunks, "encoding images", disable=not self.accelerator.is_main_process, dynamic_ncols=True):
-            images = source.get(range(start, min(start + 256, len(source)))).images
-            assert images is not None  # a source with images
-            parts.append([v.cpu() for v in self.teacher.encode(images.to(self.device))])
-        mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
-        return Posterior(mean, std)
+            raw = source.get(range(start, min(start + 256, len(source))))
+            posteriors.append([v.cpu() for v in self._encode(raw)])
+            conditions += raw.conditions
+        mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
+        return _Cache(Posterior(mean, std), conditions)
+
+    def _encode(self, raw: Raw) -> Posterior:
+        assert raw.images is not None  # checked in __init__
+        return self.teacher.encode(raw.images.to(self.device))
 
     @torch.no_grad()
     def _batch(self) -> Batch:
-        raw = next(self.stream)
-        latents = None
-        if self.method.needs_images:
-            posterior = self._posterior(raw)
-            latents = posterior.sample(torch.randn_like(posterior.mean))
-        cond, uncond = self.teacher.condition(raw.conditions), self.teacher.null_condition(len(raw.indices))
-        return Batch(len(raw.indices), cond, uncond, self.device, self.iteration, latents)
-
-    def _posterior(self, raw: Raw) -> Posterior:
+        posterior = None
         if self.cache is not None:
-            return Posterior(*(v[raw.indices].to(self.device) for v in self.cache))
-        assert raw.images is not None  # checked in __init__
-        return self.teacher.encode(raw.images.to(self.device))
+            indices = self.stream.next_indices()
+            posterior = Posterior(*(v[indices].to(self.device) for v in self.cache.posterior))
+            conditions = [self.cache.conditions[i] for i in indices]
+        else:
+            raw = next(self.stream)
+            conditions = raw.conditions
+            if self.method.needs_images:
+                posterior = self._encode(raw)
+        latents = None if posterior is None else posterior.sample(torch.randn_like(posterior.mean))
+        size = len(conditions)
+        cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)
+        return Batch(size, cond, uncond, self.device, self.iteration, latents)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -124,7 +130,9 @@ class Trainer:
             self.accelerator.init_trackers("fewstep", config={"method": self.method.name})
         steps = self.method.steps()
         previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
-        bar = tqdm(total=c.max_iterations, initial=self.iteration, desc=self.method.name, disable=not main, dynamic_ncols=True)
+        bar = tqdm(
+            total=c.max_iterations, initial=self.iteration, desc=self.method.name, disable=not main, dynamic_ncols=True
+        )
         window = _Window()
         try:
             while self.iteration < c.max_iterations:
@@ -179,11 +187,15 @@ class Trainer:
             for key, value in losses.items():
                 logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
         norm = self.accelerator.clip_grad_norm_(net.parameters(), optim.max_grad_norm)
-        finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))  # fp16's scaler skips by itself
+        finite = self.accelerator.mixed_precision == "fp16" or bool(
+            torch.isfinite(norm)
+        )  # fp16's scaler skips by itself
         if finite:
             self.updates[step.role] += 1
             for group in optimizer.param_groups:
-                group["lr"] = optim.lr * lr_factor(optim, self.updates[step.role], self.config.max_iterations // step.every)
+                group["lr"] = optim.lr * lr_factor(
+                    optim, self.updates[step.role], self.config.max_iterations // step.every
+                )
             optimizer.step()
         self._guard(finite)
         optimizer.zero_grad()
@@ -254,7 +266,9 @@ class Trainer:
                 seed=self.config.seed, accelerator=self.accelerator,
             )  # fmt: skip
         fid = rows[0]["fid"]
-        self._record({"iteration": self.iteration, "fid": fid, "clip_score": rows[0].get("clip_score"), "images": s.num_images})
+        self._record(
+            {"iteration": self.iteration, "fid": fid, "clip_score": rows[0].get("clip_score"), "images": s.num_images}
+        )
         if fid < self.best.get("fid", math.inf):
             self.best = {"fid": fid, "iteration": self.iteration}
             if self.accelerator.is_main_process:
@@ -329,6 +343,13 @@ class Trainer:
         if self.best and (self.folder / "best.safetensors").exists():
             ckpt.load_module(ema, self.folder / "best.safetensors")
         return ema
+
+
+class _Cache(NamedTuple):
+    """Every sample of a source, on the CPU, as its latents [N, C, h, w] and its condition."""
+
+    posterior: Posterior
+    conditions: list[Any]
 
 
 class _Window:

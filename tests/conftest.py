@@ -105,9 +105,3 @@ def tiny_sd_path(tiny_sd: Path, tiny_sd_epsilon: Path) -> Callable[[str], Path]:
 def tiny_ddpm_path(tiny_ddpm: Path) -> Path:
     """Folder of a tiny pixel model in colour, by the name that says so."""
     return tiny_ddpm
-
-
-@pytest.fixture(scope="session")
-def tiny_sd_path(tiny_sd: Path, tiny_sd_epsilon: Path) -> "Callable[[str], Path]":
-    """Prediction type -> folder of a tiny Stable Diffusion."""
-    return {"v_prediction": tiny_sd, "epsilon": tiny_sd_epsilon}.__getitem__

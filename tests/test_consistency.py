@@ -23,9 +23,7 @@ def batch_for(teacher, size=4):
     g = torch.Generator().manual_seed(3)
     x0 = torch.randn(size, *teacher.latent_shape, generator=g)
     prompts = ["a coat", "a bag", "", "a shirt"][:size]
-    return Batch(
-        size, teacher.condition(prompts), teacher.null_condition(size), torch.device("cpu"), latents=x0
-    )
+    return Batch(size, teacher.condition(prompts), teacher.null_condition(size), torch.device("cpu"), latents=x0)
 
 
 def nets_for(method, perturb=0.02):

@@ -45,9 +45,7 @@ def test_shift_keeps_the_content() -> None:
     moved = shifted(images, 2, torch.Generator().manual_seed(0))
     assert torch.equal(moved.flatten(1).sort(1).values, images.flatten(1).sort(1).values)
     inner = images[0, :, 2:-2, 2:-2]
-    assert any(
-        torch.equal(moved[0, :, y : y + 28, x : x + 28], inner) for y in range(5) for x in range(5)
-    )
+    assert any(torch.equal(moved[0, :, y : y + 28, x : x + 28], inner) for y in range(5) for x in range(5))
 
 
 def test_blur_keeps_a_flat_interior() -> None:

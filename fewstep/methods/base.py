@@ -33,7 +33,9 @@ class Batch:
     @property
     def x0(self) -> Tensor:
         if self.latents is None:
-            raise ValueError("this method needs images, and the data source gives none: set data.source to one with images")
+            raise ValueError(
+                "this method needs images, and the data source gives none: set data.source to one with images"
+            )
         return self.latents
 
 

@@ -41,7 +41,9 @@ class ConsistencyConfig(Strict):
         if span is not None and not 1 <= span[0] <= span[1]:
             raise ValueError(f"guidance_range: {list(span)} is not an interval of scales >= 1")
         if scale is not None and (span is None or not span[0] <= scale <= span[1]):
-            raise ValueError(f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained")
+            raise ValueError(
+                f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
+            )
         return self
 
 

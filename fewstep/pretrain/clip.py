@@ -1,6 +1,7 @@
 """Stage 2: a CLIP of the captions, whose text tower conditions the UNet."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def build_tokenizer() -> CLIPTokenizer:
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while any(len(parts) > 1 for parts in split.values()):
-        pairs = Counter(pair for parts in split.values() for pair in zip(parts, parts[1:], strict=False))
+        pairs = Counter(pair for parts in split.values() for pair in pairwise(parts))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word, parts in split.items():
@@ -45,9 +46,7 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = [chr(c) for c in range(33, 127)]
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS
-    )
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -75,9 +74,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def caption_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    encoded = tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    )
+    encoded = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 
@@ -129,9 +126,7 @@ def text_tower(model: CLIPModel) -> CLIPTextModel:
     """The text encoder as Stable Diffusion uses it: without the projection."""
     tower = CLIPTextModel(model.config.text_config)
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("text_model.")}
-    tower.load_state_dict(
-        {k: weights[k if k in weights else f"text_model.{k}"] for k in tower.state_dict()}
-    )
+    tower.load_state_dict({k: weights[k if k in weights else f"text_model.{k}"] for k in tower.state_dict()})
     return tower.eval().requires_grad_(False)
 
 

@@ -51,9 +51,7 @@ def fit(
     """
     checkpoint = folder / f"{name}.checkpoint.pt"
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     average = [p.detach().clone() for p in model.parameters()]
     start = 0
     if checkpoint.exists():

@@ -25,9 +25,7 @@ BLURS = (0.5, 1.0, 2.0)
 NOISES = (10.0, 20.0, 40.0)
 
 
-def sample(
-    pipeline: StableDiffusionPipeline, labels: Tensor, guidance_scale: float, steps: int, seed: int
-) -> Tensor:
+def sample(pipeline: StableDiffusionPipeline, labels: Tensor, guidance_scale: float, steps: int, seed: int) -> Tensor:
     """uint8 images of the first caption template, by the pipeline's own call."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -105,9 +103,7 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
         "reconstruction_l1": round(float((reconstructions.float() - test.float()).abs().mean() / 127.5), 4),
         "degraded_count": len(few),
         "fid_undegraded": judge(classifier, reference, few, few_labels)[0],
-        "fid_blurred": {
-            str(s): judge(classifier, reference, blurred(few, s), few_labels)[0] for s in BLURS
-        },
+        "fid_blurred": {str(s): judge(classifier, reference, blurred(few, s), few_labels)[0] for s in BLURS},
         "fid_noised": {
             str(s): judge(classifier, reference, noised(few, s, config.seed), few_labels)[0] for s in NOISES
         },
@@ -153,5 +149,5 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
         "classes": list(CLASSES),
         "figures": figures,
     }
-    with aside(folder / "asset.json") as part:
-        part.write_text(json.dumps(asset, indent=2) + "\n")
+    with aside(folder / "asset.json") as unfinished:
+        unfinished.write_text(json.dumps(asset, indent=2) + "\n")

@@ -9,7 +9,7 @@ import torch
 from fewstep.assets import ASSETS, asset_path
 from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
 
-__all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher"]
+__all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher", "quiet"]
 
 SUPPORTED = ("StableDiffusionPipeline", "DDPMPipeline", "DDIMPipeline")
 
@@ -23,7 +23,7 @@ def load_teacher(name_or_path: str) -> Teacher:
     from diffusers import DiffusionPipeline
 
     source = _locate(name_or_path)
-    with _quiet():
+    with quiet():
         try:
             kind = DiffusionPipeline.load_config(source)["_class_name"]
         except (OSError, KeyError) as error:
@@ -62,8 +62,8 @@ def _missing(name_or_path: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars while a pipeline loads."""
+def quiet() -> Iterator[None]:
+    """No progress bars while a pipeline is loaded or saved."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
