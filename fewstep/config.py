@@ -152,6 +152,8 @@ class RunConfig(Strict, Generic[M]):
     """Decay of the student's weight average, which is exported; 0 = the last weights."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Type of the networks' arithmetic; auto = bf16 where the device has it, else no."""
+    cpu_threads: PositiveInt | None = None
+    """Threads of each process on a machine without a GPU; null = the machine's cores, shared among its processes."""
     log_every: PositiveInt = 10
     """Iterations between two log lines."""
     checkpoint_every: PositiveInt = 500

@@ -2,10 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.config import RunConfig, dump_config, load_config
 from fewstep.methods.base import Method
+
+if TYPE_CHECKING:
+    from fewstep.data import Source
 
 
 def run(method: type[Method], argv: list[str] | None = None) -> None:
@@ -47,13 +50,18 @@ def _run(method_class: type[Method], config: RunConfig[Any]) -> None:
             allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, dtype=config.export_dtype,
             card={
                 "method": method.name, "paper": method.paper, "teacher": config.teacher, "data": config.data.source,
-                "iterations": trainer.iteration, "versions": versions(),
+                "iterations": trainer.iteration, "versions": versions(), **_example(source),
             },
         )  # fmt: skip
         print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
     trainer.accelerator.wait_for_everyone()
     if config.evaluate:
         _evaluate(config, teacher.pipeline, trainer.accelerator)
+
+
+def _example(source: "Source") -> dict[str, str]:
+    """The prompt of the model card's example: one that the student was trained on."""
+    return {"prompt": source.get([0]).conditions[0]} if source.conditions == "prompt" else {}
 
 
 def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -> None:

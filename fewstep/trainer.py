@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -44,6 +45,10 @@ class Trainer:
         self.config, self.method, self.teacher = config, method, teacher
         self.accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision), log_with=config.tracker)
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            # `accelerate launch` gives every process one thread, which leaves the other cores idle.
+            share = max(1, (os.cpu_count() or 1) // self.accelerator.num_processes)
+            torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
         set_seed(config.seed)  # the same on every process, for weights that are drawn
         teacher.to(self.device, torch.float32)

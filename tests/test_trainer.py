@@ -28,7 +28,7 @@ def make(teacher_path, folder, **changes):
     )
     values = {
         "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 64},
-        "max_iterations": 6, "batch_size": 4, "checkpoint_every": 3, "log_every": 2, "mixed_precision": "no",
+        "max_iterations": 6, "cpu_threads": 1, "batch_size": 4, "checkpoint_every": 3, "log_every": 2, "mixed_precision": "no",
     } | changes  # fmt: skip
     config = RunConfig[ConsistencyConfig].model_validate(values | {"method": method})
     teacher = load_teacher(config.teacher)
@@ -218,7 +218,7 @@ def command(teacher_path, folder, processes=1, *overrides):
     return [
         *launch, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", f"teacher={teacher_path}",
         f"output_dir={folder}", "data.limit=32", "batch_size=4", "max_iterations=6", "checkpoint_every=3",
-        "validate_every=0", "evaluate=null", "log_every=1", *overrides,
+        "validate_every=0", "evaluate=null", "log_every=1", "cpu_threads=1", "method.steps=1", *overrides,
     ]  # fmt: skip
 
 

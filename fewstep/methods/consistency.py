@@ -21,7 +21,7 @@ class ConsistencyConfig(Strict):
     steps: int = Field(10, ge=1)
     """Largest number of network evaluations at inference; must divide solver_steps, so that every step count lies on the grid."""
     guidance_range: tuple[float, float] | None = (3.0, 15.0)
-    """Guidance scales (1 = none) drawn uniformly for the teacher's step and embedded in the student; null = no guidance at all."""
+    """Guidance scales (1 = none), drawn uniformly for the teacher's step and embedded in the student; null = no guidance."""
     export_guidance_scale: float | None = None
     """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)

@@ -69,6 +69,11 @@ def balanced(n: int) -> Tensor:
     return torch.arange(n) % len(CLASSES)
 
 
+def balanced_subset(labels: Tensor, n: int) -> Tensor:
+    """Positions of the first n / 10 images of each class."""
+    return torch.cat([(labels == label).nonzero()[: n // len(CLASSES), 0] for label in range(len(CLASSES))])
+
+
 def grid(images: Tensor, columns: int, zoom: int = 2) -> Image.Image:
     rows = [torch.cat(list(row[:, 0]), 1) for row in images.split(columns)]
     picture = Image.fromarray(torch.cat(rows).numpy())
@@ -127,12 +132,12 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
     wanted = balanced(settings.samples)
     images = sample(pipeline, wanted, float(best), settings.steps, config.seed + 1)
     fid, accuracy = judge(classifier, reference, images, wanted)
-    # FID falls with the number of images: the ratio to the reconstructions needs as many of them.
-    few_reconstructions = judge(classifier, reference, reconstructions[: len(wanted)], labels[: len(wanted)])
+    # FID falls with the number of images and with their balance: the baselines share both with the samples.
+    matched = balanced_subset(labels, len(wanted))
     figures |= {
         "fid_teacher": fid,
-        "fid_reconstructions_as_many": few_reconstructions[0],
-        "fid_real_test_as_many": judge(classifier, reference, test[: len(wanted)], labels[: len(wanted)])[0],
+        "fid_reconstructions_as_many": judge(classifier, reference, reconstructions[matched], labels[matched])[0],
+        "fid_real_test_as_many": judge(classifier, reference, test[matched], labels[matched])[0],
         "teacher_class_accuracy": accuracy,
         "teacher_samples": settings.samples,
         "teacher_steps": settings.steps,

@@ -27,6 +27,8 @@ Trained on the 60,000 training images of [Fashion-MNIST](https://github.com/zala
     python train/teacher.py --config configs/teacher_fashion.yaml
     python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
 
+{note}
+
 | path | made by | content |
 |---|---|---|
 | `classifier/` | `fewstep/pretrain/classifier.py` | FID features: its pooled output |
@@ -67,11 +69,12 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def write_card(folder: Path) -> None:
+    """An optional `note` in asset.json says where the weights differ from what the command gives."""
     asset = json.loads((folder / "asset.json").read_text())
     figures = [f"| {name} | {value} |" for name, value in flat(asset["figures"])]
     sums = [f"| {f} | {(folder / f).stat().st_size} | `{s}` |" for f, s in checksums(folder).items()]
     table = "\n".join(["| figure | value |", "|---|---|", *figures])
-    (folder / "README.md").write_text(CARD.format(figures=table, checksums="\n".join(sums)))
+    (folder / "README.md").write_text(CARD.format(note=asset.get("note", ""), figures=table, checksums="\n".join(sums)))
 
 
 def publish(run_folder: Path, asset_folder: Path) -> None:
