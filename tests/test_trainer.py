@@ -209,6 +209,21 @@ def test_interrupted_write_is_not_a_checkpoint(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["1"]
 
 
+def test_scores_and_pictures_do_not_move_the_training(whole_run, teacher_path, tmp_path):
+    folder, *_ = whole_run
+    score = {"every": 3, "steps": 1, "num_images": 8}
+    trainer = make(teacher_path, tmp_path, score=score, validate_every=3)
+    trainer.fit()
+    assert_equal(weights(tmp_path, 6), weights(folder, 6))
+    scored = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "fid" in line]
+    assert [line["iteration"] for line in scored] == [3, 6] and all(line["fid"] > 0 for line in scored)
+    assert trainer.best["fid"] == min(line["fid"] for line in scored)
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["3.png", "6.png"]
+    if trainer.best["iteration"] == 3:
+        exported = {k: v.clone() for k, v in trainer.exported_weights().state_dict().items()}
+        assert_equal(exported, load_file(tmp_path / "checkpoints" / "3" / "ema.safetensors"))
+
+
 # The user's own commands ------------------------------------------------------------------------------------------------
 
 
