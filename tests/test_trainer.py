@@ -255,22 +255,41 @@ def test_two_processes_agree_and_resume_exactly(teacher_path, tmp_path):
     assert_equal(runs["whole"], runs["first"])
 
 
-def test_sigterm_writes_a_checkpoint_and_stops(teacher_path, tmp_path):
-    arguments = command(teacher_path, tmp_path, 1, "max_iterations=100000", "checkpoint_every=100000")
+def start_training(teacher_path, folder, *overrides):
+    """The trainer in a process of its own, already some iterations on its way."""
+    arguments = command(teacher_path, folder, 1, "max_iterations=100000", *overrides)
     process = subprocess.Popen(
         [sys.executable, *arguments[arguments.index("train/consistency.py") :]], cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    log = tmp_path / "log.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    log, deadline = folder / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert log.exists(), "training did not start"
+    return process
+
+
+def test_sigterm_writes_a_checkpoint_and_stops(teacher_path, tmp_path):
+    process = start_training(teacher_path, tmp_path, "checkpoint_every=100000")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-2000:]
     assert "go on with resume=latest" in out
     assert ckpt.find(tmp_path / "checkpoints", "latest").exists()
+
+
+def test_kill_amid_checkpoints_leaves_the_last_one_whole(teacher_path, tmp_path):
+    """A checkpoint every iteration, and a kill -9 while one is being written."""
+    process = start_training(teacher_path, tmp_path, "checkpoint_every=1")
+    folder, deadline = tmp_path / "checkpoints", time.monotonic() + 60
+    while not list(folder.glob(f"*{ckpt.PARTIAL}")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=60)
+    last = ckpt.find(folder, "latest")
+    trainer = make(teacher_path, tmp_path, data={"source": "fashion", "limit": 32}, max_iterations=100000)
+    trainer.resume("latest")
+    assert trainer.iteration == int(last.name) > 0
 
 
 def test_missing_teacher_is_one_sentence(tmp_path):
