@@ -192,9 +192,8 @@ class Trainer:
             for key, value in losses.items():
                 logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
         norm = self.accelerator.clip_grad_norm_(net.parameters(), optim.max_grad_norm)
-        finite = self.accelerator.mixed_precision == "fp16" or bool(
-            torch.isfinite(norm)
-        )  # fp16's scaler skips by itself
+        # The scaler of fp16 skips such updates by itself.
+        finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))
         if finite:
             self.updates[step.role] += 1
             for group in optimizer.param_groups:

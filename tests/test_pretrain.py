@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fewstep import fashion
+from fewstep.evaluate.frechet import Moments, frechet_distance, moments
 from fewstep.pretrain.config import (
     AutoencoderConfig,
     DenoiserConfig,
@@ -18,12 +19,11 @@ from fewstep.pretrain.loop import fit
 from fewstep.pretrain.measure import blurred
 from fewstep.pretrain.publish import publish
 from fewstep.pretrain.run import STAGES, run
-from fewstep.pretrain.statistics import Statistics, frechet_distance, statistics
 
 
 def test_frechet_distance_of_gaussians() -> None:
-    a = Statistics(torch.zeros(2).double(), torch.diag(torch.tensor([1.0, 4.0]).double()))
-    b = Statistics(torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double()))
+    a = Moments(torch.zeros(2).double(), torch.diag(torch.tensor([1.0, 4.0]).double()), 2)
+    b = Moments(torch.tensor([3.0, 0.0]).double(), torch.diag(torch.tensor([4.0, 9.0]).double()), 2)
     # Diagonal covariances: squared distance of the means plus that of the standard deviations.
     assert frechet_distance(a, b) == pytest.approx(9 + 1 + 1)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -31,7 +31,7 @@ def test_frechet_distance_of_gaussians() -> None:
 
 def test_statistics_match_numpy() -> None:
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    assert np.allclose(statistics(x).covariance, np.cov(x.numpy(), rowvar=False))
+    assert np.allclose(moments(x).covariance, np.cov(x.numpy(), rowvar=False))
 
 
 def test_pixels_round_trip() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetForImageClassification
 
+from fewstep.evaluate.frechet import Moments, frechet_distance, load_moments, moments
 from fewstep.fashion import CLASSES, caption
 from fewstep.pretrain.autoencoder import decode, encode, load_autoencoder
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
@@ -19,7 +20,6 @@ from fewstep.pretrain.clip import clip_scores, load_clip
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data
 from fewstep.pretrain.loop import aside
-from fewstep.pretrain.statistics import Statistics, frechet_distance, load_statistics, statistics
 
 BLURS = (0.5, 1.0, 2.0)
 NOISES = (10.0, 20.0, 40.0)
@@ -57,12 +57,12 @@ def noised(images: Tensor, sigma: float, seed: int) -> Tensor:
 
 
 def judge(
-    classifier: ResNetForImageClassification, reference: Statistics, images: Tensor, labels: Tensor
+    classifier: ResNetForImageClassification, reference: Moments, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
     """FID against the reference and class accuracy."""
     features, logits = features_and_logits(classifier, images)
     accuracy = (logits.argmax(1) == labels).double().mean()
-    return round(frechet_distance(statistics(features), reference), 3), round(float(accuracy), 4)
+    return round(frechet_distance(moments(features), reference), 3), round(float(accuracy), 4)
 
 
 def balanced(n: int) -> Tensor:
@@ -85,7 +85,7 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
     classifier = load_classifier(folder)
     clip, tokenizer = load_clip(folder)
     vae = load_autoencoder(folder)
-    reference = load_statistics(folder / "reference.safetensors")
+    reference = load_moments(folder / "reference.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline")
     test, labels = data.test_images, data.test_labels
     captions = [caption(label) for label in range(len(CLASSES))]

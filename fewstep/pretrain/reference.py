@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from fewstep.evaluate.frechet import moments, save_moments
 from fewstep.fashion import CLASSES, caption
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data
 from fewstep.pretrain.loop import aside
-from fewstep.pretrain.statistics import save_statistics, statistics
 
 IMAGES_PER_CLASS = 200
 
@@ -21,13 +21,12 @@ IMAGES_PER_CLASS = 200
 def write_reference(config: TeacherTraining, data: Data, folder: Path) -> None:
     features, _ = features_and_logits(load_classifier(folder), data.train_images)
     metadata = {
-        "count": str(len(features)),
         "features": "classifier: ResNetForImageClassification pooled output",
         "resolution": "32",
         "dataset": f"{config.dataset}, training split",
     }
     with aside(folder / "reference.safetensors") as part:
-        save_statistics(statistics(features), part, metadata)
+        save_moments(moments(features), part, metadata)
 
 
 def write_images(config: TeacherTraining, data: Data, folder: Path) -> None:
