@@ -19,7 +19,7 @@ def train_autoencoder(config: TeacherTraining, data: Data, folder: Path) -> None
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(32, 32, 64),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
