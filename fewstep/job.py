@@ -4,26 +4,25 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.config import RunConfig, dump_config, load_config
-from fewstep.methods.base import Method
+from fewstep.config import RunConfig, dump_config
 
 if TYPE_CHECKING:
     from fewstep.data import Source
+    from fewstep.methods.base import Method
 
 
-def run(method: type[Method], argv: list[str] | None = None) -> None:
-    """Train `method` as the command line says, export the student, score it beside its teacher.
+def run(method: "type[Method]", config: RunConfig[Any]) -> None:
+    """Train `method` as the config says, export the student, score it beside its teacher.
 
     Errors that a user can mend end the program with one sentence.
     """
-    config = load_config(RunConfig[method.Config], argv)  # type: ignore[name-defined]
     try:
         _run(method, config)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
-def _run(method_class: type[Method], config: RunConfig[Any]) -> None:
+def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
     from fewstep.teachers import load_teacher

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from fewstep.config import DataConfig, EvaluateConfig, OptimConfig, RunConfig, Strict, dump_config, load_config
+
+ROOT = Path(__file__).parents[1]
 
 
 class MethodConfig(Strict):
@@ -172,3 +175,22 @@ def test_no_heavy_import() -> None:
         "import sys, fewstep.config; print(*{'torch', 'numpy', 'PIL', 'diffusers', 'transformers'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "train").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("words", [["--config", "a.yaml"], ["--help"]], ids=["typo", "help"])
+def test_a_trainer_answers_before_torch_is_loaded(script: Path, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("sede: 1\n")
+    code = f"""
+import runpy, sys
+sys.argv = {[str(script), *words]!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print(end.code)
+print("torch loaded" if "torch" in sys.modules else "no torch")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("no torch\n"), done.stderr
+    assert ("sede: unknown key; did you mean 'seed'?" if words[0] == "--config" else "\nseed: ") in done.stdout

@@ -2,7 +2,10 @@
 
 from fewstep.config import load_config
 from fewstep.pretrain.config import TeacherTraining
-from fewstep.pretrain.run import run
 
 if __name__ == "__main__":
-    run(load_config(TeacherTraining))
+    config = load_config(TeacherTraining)
+    # Only now, for it loads torch: a mistake in the config is told at once.
+    from fewstep.pretrain.run import run
+
+    run(config)
