@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep import fashion
 from fewstep.config import DataConfig
-from fewstep.images import class_labels, decode, read_metadata, scaled, square
+from fewstep.images import class_labels, decode, find_metadata, read_metadata, scaled, square
 
 Conditions = Literal["prompt", "label", "none"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -87,9 +87,9 @@ class Fashion(Source):
 class Folder(Source):
     """A folder of images in the layout of Hugging Face's imagefolder.
 
-    With metadata.jsonl, lines of {"file_name": ..., "text": ...} say which images there are and their captions. Without
-    it, every image below the folder counts, captioned by the name of the folder it lies in, or "" at the top. With
-    num_labels, these names in sorted order are the labels instead.
+    metadata.jsonl, lines of {"file_name": ..., "text": ...}, or metadata.csv, columns file_name and text, says which
+    images there are and their captions. Without them, every image below the folder counts, captioned by the name of the
+    folder it lies in, or "" at the top. With num_labels, these names in sorted order are the labels instead.
     """
 
     has_images = True
@@ -99,8 +99,8 @@ class Folder(Source):
             raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
         self.image_size = image_size
         self.values: list[Any]
-        metadata = path / "metadata.jsonl"
-        if num_labels is None and metadata.exists():
+        metadata = find_metadata(path) if num_labels is None else None
+        if metadata:
             self.files, self.values = read_metadata(metadata)
         else:
             self.files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
@@ -109,7 +109,7 @@ class Folder(Source):
                 [n.replace("_", " ") for n in names] if num_labels is None else class_labels(names, num_labels, path)
             )
         if not self.files:
-            raise ValueError(f"data.path: no image in {path} (looked for {', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"data.path: no image in {metadata or path} (looked for {', '.join(IMAGE_SUFFIXES)})")
         self.conditions = "prompt" if num_labels is None else "label"
 
     def __len__(self) -> int:

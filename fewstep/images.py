@@ -1,8 +1,11 @@
 """Image files to square tensors; captions and labels of image folders."""
 
+import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,20 +50,69 @@ def class_labels(names: list[str], num_labels: int, path: Path) -> list[int]:
     return [number[n] for n in names]
 
 
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def find_metadata(folder: Path) -> Path | None:
+    """The captions of an image folder, if there are any.
+
+    Raises ValueError for two such files, and for one that lies deeper: its captions would silently go unread.
+    """
+    here = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(here) > 1:
+        raise ValueError(f"data.path: {folder} has both {' and '.join(METADATA)}; keep one of them")
+    deeper = next((f for name in METADATA for f in sorted(folder.rglob(name))), None)
+    if not here and deeper:
+        raise ValueError(
+            f"data.path: captions are looked for in {folder}, and {deeper} lies deeper: set data.path to {deeper.parent}"
+        )
+    return here[0] if here else None
+
+
 def read_metadata(metadata: Path) -> tuple[list[Path], list[str]]:
-    """Images and captions of a metadata.jsonl; a line without text has the caption ""."""
-    files, captions = [], []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{metadata}, line {number}"
-        try:
-            row = json.loads(line)
-            file, text = metadata.parent / row["file_name"], str(row.get("text") or "")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{where}: not a JSON object with file_name and text: {line[:80]!r}") from None
+    """Images and captions of a metadata.jsonl or metadata.csv: file_name and text, which is "" where it is missing."""
+    files, captions, names = [], [], set[str]()
+    for line, row in _csv(metadata) if metadata.suffix == ".csv" else _jsonl(metadata):
+        where = f"{metadata}, line {line}"
+        if not isinstance(row.get("file_name"), str) or not row["file_name"]:
+            raise ValueError(f"{where}: no file_name; found {', '.join(row)}")
+        file = metadata.parent / row["file_name"]
         if not file.is_file():
             raise ValueError(f"{where}: image {file} does not exist")
         files.append(file)
-        captions.append(text)
+        captions.append(str(row.get("text") or ""))
+        names |= row.keys()
+    if others := sorted(names - {"file_name"}) if "text" not in names else []:
+        raise ValueError(f"{metadata}: captions are read from text, and there is {', '.join(others)}: rename one")
     return files, captions
+
+
+def _jsonl(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_text(metadata).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{metadata}, line {number}: not a JSON object with file_name and text: {line[:80]!r}")
+        yield number, row
+
+
+def _csv(metadata: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(_text(metadata), newline=""), strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                raise csv.Error(f"not {len(rows.fieldnames or [])} columns (a text with a comma needs quotes)")
+            yield rows.line_num, row
+    except csv.Error as e:
+        raise ValueError(f"{metadata}, line {rows.line_num}: {e}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"data.path: {path} cannot be read as text in UTF-8: {e}") from None

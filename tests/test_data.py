@@ -139,12 +139,54 @@ def test_folder_with_metadata(tmp_path: Path) -> None:
     metadata.write_text("\n".join(map(json.dumps, lines)) + "\n")
     data = source("folder", path=tmp_path)
     assert len(data) == 2 and data.get([0, 1]).conditions == ["a cat", ""]
-    metadata.write_text('{"file_name": "gone.png"}')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: image .*gone.png does not exist"):
+
+
+def test_folder_with_csv_metadata(tmp_path: Path) -> None:
+    for name in ("a/1.png", "2.png", "unlisted.png"):
+        save(tmp_path / name)
+    # As spreadsheets write it: a byte order mark, carriage returns, quotes, a line break within a field.
+    (tmp_path / "metadata.csv").write_bytes(
+        '\ufefffile_name,text,other\r\na/1.png,"ein ""schöner"" Hund,\nin Rot",x\r\n2.png,,y\r\n'.encode()
+    )
+    data = source("folder", path=tmp_path)
+    assert data.get([0, 1]).conditions == ['ein "schöner" Hund,\nin Rot', ""] and len(data) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("metadata.jsonl", '{"file_name": "gone.png"}', "line 1: image .*gone.png does not exist"),
+        ("metadata.jsonl", '\n{"text": "a cat"}', "line 2: no file_name; found text"),
+        ("metadata.jsonl", '{"file_name": 1}', "line 1: no file_name"),
+        ("metadata.jsonl", '["1.png"]', r"""line 1: not a JSON object with file_name and text: '\["1.png"\]'"""),
+        ("metadata.jsonl", '{"file_name": "1.png"', "line 1: not a JSON object"),
+        ("metadata.jsonl", '{"file_name": "1.png", "caption": "a cat"}', "read from text, and there is caption"),
+        ("metadata.jsonl", "", "data.path: no image in .*metadata.jsonl"),
+        ("metadata.csv", "file_name,text\ngone.png,x\n", "line 2: image .*gone.png does not exist"),
+        ("metadata.csv", "image,text\n1.png,x\n", "line 2: no file_name; found image, text"),
+        ("metadata.csv", "file_name,text\n1.png,a cat, red\n", "line 2: not 2 columns"),
+        ("metadata.csv", "file_name,text\n1.png\n", "line 2: not 2 columns"),
+        ("metadata.csv", 'file_name,text\n1.png,"a cat\n', "metadata.csv, line .: unexpected end of data"),
+        ("metadata.csv", "file_name,caption\n1.png,a cat\n", "read from text, and there is caption"),
+        ("metadata.csv", "file_name,text\n1.png,\xff\n", "data.path: .*metadata.csv cannot be read as text in UTF-8"),
+    ],
+)
+def test_bad_metadata(name: str, text: str, expected: str, tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=expected):
         source("folder", path=tmp_path)
-    metadata.write_text('{"text": "a cat"}')
-    with pytest.raises(ValueError, match="line 1: not a JSON object with file_name and text"):
+
+
+def test_captions_do_not_go_unread(tmp_path: Path) -> None:
+    save(tmp_path / "train/1.png")
+    (tmp_path / "train/metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    with pytest.raises(ValueError, match=r"train/metadata\.csv lies deeper: set data.path to .*train"):
         source("folder", path=tmp_path)
+    assert source("folder", path=tmp_path / "train").get([0]).conditions == ["a cat"]
+    (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog"}')
+    with pytest.raises(ValueError, match=r"has both metadata\.jsonl and metadata\.csv"):
+        source("folder", path=tmp_path / "train")
 
 
 def test_missing_paths(tmp_path: Path) -> None:
