@@ -162,6 +162,8 @@ class RunConfig(Strict, Generic[M]):
     """Checkpoints that are kept, newest first."""
     resume: str | None = None
     """Checkpoint folder to go on from, or latest = the newest one in output_dir; null = start afresh."""
+    init_from: Path | None = None
+    """Checkpoint folder of an earlier run whose weights the learnt networks start from; null = they start as the method says."""
     max_nonfinite: NonNegativeInt = 10
     """The run ends when more iterations than this had a loss or gradient that is not finite."""
     tracker: str | None = None

@@ -21,6 +21,7 @@ from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Raw, Source, Stream
 from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
 from fewstep.teachers.base import Denoiser, Posterior, Teacher
+from fewstep.validation import Pictures, small_scores
 
 
 class NonFiniteError(RuntimeError):
@@ -52,12 +53,16 @@ class Trainer:
         self.folder = Path(config.output_dir)
         set_seed(config.seed)  # the same on every process, for weights that are drawn
         teacher.to(self.device, torch.float32)
-        self._prepare_roles(method.roles())
+        roles = method.roles()
+        if config.init_from is not None:
+            _start_from(roles, config.init_from)
+        self._prepare_roles(roles)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.stream = Stream(source, config.batch_size, config.seed, rank, world)
         torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
         self.iteration, self.nonfinite = 0, 0
         self.best: dict[str, float] = {}
+        self.pictures: Pictures | None = None
         self.stopping = False
         self.cache = self._encode_all(source) if method.needs_images and config.data.cache_latents else None
 
@@ -109,7 +114,7 @@ class Trainer:
         return self.teacher.encode(raw.images.to(self.device))
 
     @torch.no_grad()
-    def _batch(self) -> Batch:
+    def _batch(self, part: int) -> Batch:
         posterior = None
         if self.cache is not None:
             indices = self.stream.next_indices()
@@ -123,7 +128,8 @@ class Trainer:
         latents = None if posterior is None else posterior.sample(torch.randn_like(posterior.mean))
         size = len(conditions)
         cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)
-        return Batch(size, cond, uncond, self.device, self.iteration, latents)
+        shared = torch.Generator().manual_seed(((self.config.seed << 40) + (self.iteration << 12) + part) % 2**63)
+        return Batch(size, cond, uncond, self.device, self.iteration, latents, shared)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -141,9 +147,13 @@ class Trainer:
         window = _Window()
         try:
             while self.iteration < c.max_iterations:
+                batches = [self._batch(part) for part in range(c.accumulate)]
                 for step in steps:
                     if self.iteration % step.every == 0:
-                        window.add(self._update(step))
+                        window.add(self._update(step, batches))
+                for batch in batches:
+                    window.add({key: value.detach() for key, value in batch.health.items()})
+                window.iterations += 1
                 self.iteration += 1
                 bar.update()
                 if self.iteration % c.log_every == 0 or self.iteration == c.max_iterations:
@@ -172,9 +182,9 @@ class Trainer:
         if self.iteration % c.checkpoint_every == 0:
             self.save()
 
-    def _update(self, step: Step) -> dict[str, Tensor]:
-        """One optimizer update of one role, over `accumulate` micro-batches."""
-        n, optim = self.config.accumulate, self.roles[step.role].optim
+    def _update(self, step: Step, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer update of one role, over the iteration's micro-batches."""
+        n, optim = len(batches), self.roles[step.role].optim
         assert optim is not None  # a step descends a learnt role
         net, optimizer = self.wrapped[step.role], self.optimizers[step.role]
         if len(self.optimizers) > 1:
@@ -182,8 +192,7 @@ class Trainer:
                 self.raw[name].requires_grad_(name == step.role)
         nets = self.raw | {step.role: net}
         logs: dict[str, Tensor] = {}
-        for i in range(n):
-            batch = self._batch()
+        for i, batch in enumerate(batches):
             if i < n - 1:
                 with self.accelerator.no_sync(net):
                     losses = self._backward(step, nets, batch)
@@ -236,11 +245,15 @@ class Trainer:
     def _log(self, window: "_Window", bar: Any) -> None:
         c = self.config
         values = {k: float(v) for k, v in window.means().items()}
-        count = window.turns * c.batch_size * c.accumulate * self.accelerator.num_processes
+        count = window.iterations * c.batch_size * c.accumulate * self.accelerator.num_processes
         record = {"iteration": self.iteration, **values, "images_per_second": round(count / window.seconds(), 2)}
         if self.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._record(record)
+        for warning in self.method.warnings(values):
+            self._record({"iteration": self.iteration, "warning": warning})
+            if self.accelerator.is_main_process:
+                tqdm.write(f"warning at iteration {self.iteration}: {warning}")
         shown = {k: f"{v:.4g}" for k, v in values.items() if "grad_norm" not in k}
         bar.set_postfix(shown | {"img/s": f"{record['images_per_second']:.0f}"} | self._shown_best())
 
@@ -261,18 +274,9 @@ class Trainer:
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
-        from fewstep.evaluate import evaluate
-
-        s = self.config.score
-        with torch.random.fork_rng():  # scoring must not move the training's noise
-            rows = evaluate(
-                self._pipeline(), name="student", reference=s.reference, steps=(s.steps,), num_images=s.num_images,
-                seed=self.config.seed, accelerator=self.accelerator,
-            )  # fmt: skip
-        fid = rows[0]["fid"]
-        self._record(
-            {"iteration": self.iteration, "fid": fid, "clip_score": rows[0].get("clip_score"), "images": s.num_images}
-        )
+        scores = small_scores(self._pipeline(), self.config, self.accelerator)
+        self._record({"iteration": self.iteration} | scores)
+        fid = scores["fid"]
         if fid < self.best.get("fid", math.inf):
             self.best = {"fid": fid, "iteration": self.iteration}
             if self.accelerator.is_main_process:
@@ -281,19 +285,13 @@ class Trainer:
                 aside.rename(self.folder / "best.safetensors")
 
     def _picture(self) -> None:
-        """The same noises every time: the student at its step counts, for eight conditions of the source."""
         if not self.accelerator.is_main_process:
             return
-        from fewstep.evaluate import grid, sample
-
-        indices = list(range(min(8, len(self.stream.source))))
-        conditions = self.stream.source.get(indices).conditions
-        steps = [n for n in (1, 2, 4, 8) if n in self.method.allowed_steps()]
-        with torch.random.fork_rng():
-            pipeline = self._pipeline()
-            rows = [sample(pipeline, conditions, indices, steps=n, seed=self.config.seed) for n in steps]
+        if self.pictures is None:
+            steps = self.method.allowed_steps()
+            self.pictures = Pictures(self.config, self.teacher, self.stream.source, steps)
         (self.folder / "samples").mkdir(exist_ok=True)
-        grid(rows, [f"{n} steps" for n in steps]).save(self.folder / "samples" / f"{self.iteration}.png")
+        self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -349,6 +347,29 @@ class Trainer:
         return ema
 
 
+def _start_from(roles: dict[str, Role], folder: Path) -> None:
+    """Fill learnt roles from a checkpoint, and their followers with them; what a network has beyond it stays as it is.
+
+    Raises FileNotFoundError where the checkpoint has none of the roles, ValueError where weights do not fit.
+    """
+    files = {name: folder / f"{name}.safetensors" for name, role in roles.items() if role.optim}
+    files = {name: file for name, file in files.items() if file.exists()}
+    if not files:
+        wanted = ", ".join(f"{name}.safetensors" for name, role in roles.items() if role.optim)
+        raise FileNotFoundError(f"init_from: {folder} holds none of {wanted}")
+    for name, file in files.items():
+        weights, own = load_file(file), roles[name].net.state_dict()
+        wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
+        if wrong:
+            raise ValueError(
+                f"init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}"
+            )
+        roles[name].net.load_state_dict(weights, strict=False)
+        for role in roles.values():
+            if role.follows == name:
+                role.net.load_state_dict(roles[name].net.state_dict())
+
+
 class _Cache(NamedTuple):
     """Every sample of a source, on the CPU, as its latents [N, C, h, w] and its condition."""
 
@@ -362,10 +383,9 @@ class _Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.turns, self.start = 0, time.perf_counter()
+        self.iterations, self.start = 0, time.perf_counter()
 
     def add(self, logs: dict[str, Tensor]) -> None:
-        self.turns += 1
         for key, value in logs.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1

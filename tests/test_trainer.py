@@ -187,6 +187,20 @@ def test_full_disk_keeps_the_last_checkpoint(teacher_path, tmp_path, monkeypatch
     make(teacher_path, tmp_path).resume("latest")
 
 
+def test_start_from_an_earlier_run(whole_run, teacher_path, tmp_path):
+    folder, *_ = whole_run
+    trainer = make(teacher_path, tmp_path, init_from=str(folder / "checkpoints" / "6"))
+    earlier = load_file(folder / "checkpoints" / "6" / "student.safetensors")
+    for role in ("student", "target", "ema"):
+        assert_equal(trainer.raw[role].state_dict(), earlier)
+    assert trainer.iteration == 0
+    with pytest.raises(FileNotFoundError, match=r"init_from: .*nowhere holds none of student\.safetensors"):
+        make(teacher_path, tmp_path, init_from=str(tmp_path / "nowhere"))
+    unguided = {"guidance_range": None}
+    with pytest.raises(ValueError, match=r"init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"):
+        make(teacher_path, tmp_path, init_from=str(folder / "checkpoints" / "6"), method=unguided)
+
+
 def test_resume_without_a_checkpoint_says_so(teacher_path, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         make(teacher_path, tmp_path).resume("latest")

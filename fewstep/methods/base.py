@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +21,15 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class Batch:
-    """What a loss is given: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w]."""
+    """What a loss is given: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w].
+
+    All steps of an iteration are given the same batch.
+
+    Attributes:
+        generator: on the CPU, in the same state on every process: for draws that all of them must share.
+        carried: what one step leaves for the later steps of its iteration.
+        health: scalars for the log that are not descended.
+    """
 
     size: int
     cond: Cond
@@ -29,6 +37,9 @@ class Batch:
     device: torch.device
     iteration: int = 0
     latents: Tensor | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    health: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def x0(self) -> Tensor:
@@ -64,7 +75,8 @@ class Method(ABC):
     Config: ClassVar[type[Strict]]
     name: ClassVar[str]
     paper: ClassVar[str]
-    needs_images: ClassVar[bool] = True
+    needs_images: bool = True
+    """Whether losses read `Batch.x0`; a method may decide it from its config."""
     export_guidance_scale: float | None = None
     """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
 
@@ -86,3 +98,7 @@ class Method(ABC):
     @abstractmethod
     def allowed_steps(self) -> tuple[int, ...]:
         """The counts of `num_inference_steps` that the student was trained for; any other must fail in stock diffusers."""
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""
+        return []
