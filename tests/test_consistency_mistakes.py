@@ -1,0 +1,338 @@
+"""One test for each mistake that implementations of latent consistency distillation are known for.
+
+In float64, on real tiny pipelines, against diffusers' own schedulers and pipelines or closed forms. Most of these mistakes
+change the loss by less than a percent and training by more than that.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewstep.config import OptimConfig, RunConfig
+from fewstep.data import load_source
+from fewstep.methods.base import Batch
+from fewstep.methods.consistency import Consistency, boundary_scalings, solver_grid
+from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.process import Prediction, VariancePreserving, add_noise
+from fewstep.teachers import load_teacher
+from fewstep.teachers.sd import guidance_embedding, with_guidance_embedding
+from fewstep.trainer import Trainer
+
+INDEX = torch.tensor([0, 49, 17, 1])  # both ends of the grid of 50
+T, S = torch.tensor([19, 999, 359, 39]), torch.tensor([0, 979, 339, 19])
+SCALE = torch.tensor([3.0, 8.0, 4.5, 6.0], dtype=torch.float64)
+EXACT: dict[str, float] = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@dataclass
+class Seen:
+    """What a UNet was given, and what it gave."""
+
+    x: Tensor
+    t: Tensor
+    embedding: Tensor | None
+    output: Tensor
+
+
+class Turn:
+    """One loss of fixed tensors, with what each network saw on the way."""
+
+    def __init__(self, folder: str, distance: str = "l2", timestep_scaling: float = 10.0) -> None:
+        self.teacher = teacher = load_teacher(folder).to(torch.device("cpu"), torch.float64)
+        self.alphas = teacher.pipeline.scheduler.alphas_cumprod.double()
+        teacher.schedule = teacher.denoiser.schedule = VariancePreserving(self.alphas)
+        config = ConsistencyConfig(
+            optim=OptimConfig(lr=1e-4), guidance_range=(3.0, 8.0), distance=distance,  # type: ignore[arg-type]
+            timestep_scaling=timestep_scaling,
+        )  # fmt: skip
+        self.method = Consistency(config, teacher)
+        self.nets = {name: role.net.double() for name, role in self.method.roles().items()}
+        g = torch.Generator().manual_seed(5)
+        self.x0, self.noise = torch.randn(2, 4, *teacher.latent_shape, generator=g, dtype=torch.float64)
+        with torch.no_grad():  # three different networks, the embedding of the guidance scale among what differs
+            for name in ("student", "target"):
+                for p in self.nets[name].parameters():
+                    p.add_(0.02 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+        cond = teacher.condition(["a coat", "a bag", "", "a shirt"])
+        self.batch = Batch(4, cond, teacher.null_condition(4), torch.device("cpu"), latents=self.x0)
+        self.seen: dict[str, list[Seen]] = {name: [] for name in self.nets}
+        for name, net in self.nets.items():
+            net.net.register_forward_hook(self._watch(name), with_kwargs=True)
+        self.loss = self.again()
+
+    def again(self) -> Tensor:
+        return self.method.loss(self.nets, self.batch, INDEX, self.noise, SCALE)["consistency"]
+
+    def _watch(self, name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.seen[name].append(Seen(args[0], args[1], kwargs["timestep_cond"], output.sample.detach()))
+
+        return hook
+
+    def x0_hat(self, seen: Seen) -> Tensor:
+        """The formulas of the diffusion papers, once more."""
+        a = self.alphas[seen.t].view(-1, 1, 1, 1)
+        if self.teacher.denoiser.prediction_type == "epsilon":
+            return (seen.x - (1 - a).sqrt() * seen.output) / a.sqrt()
+        return a.sqrt() * seen.x - (1 - a).sqrt() * seen.output
+
+    def guided(self) -> Tensor:
+        """The teacher's output under guidance, as the Stable Diffusion pipeline combines it."""
+        (seen,) = self.seen["teacher"]
+        cond, uncond = seen.output.chunk(2)
+        return uncond + SCALE.view(-1, 1, 1, 1) * (cond - uncond)
+
+    def ddim(self, output: Tensor) -> Tensor:
+        """Each sample's step by diffusers' scheduler on the same grid of 50."""
+        scheduler = DDIMScheduler.from_config(self.teacher.pipeline.scheduler.config)
+        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = self.alphas, self.alphas[0]
+        scheduler.set_timesteps(50)
+        x_t = add_noise(VariancePreserving(self.alphas), self.x0, self.noise, T)
+        return torch.stack([scheduler.step(o, int(t), x).prev_sample for o, t, x in zip(output, T, x_t, strict=True)])
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def turn(request: pytest.FixtureRequest, tiny_sd_path: Any) -> Turn:
+    return Turn(str(tiny_sd_path(request.param)))
+
+
+def one(turn: Turn, name: str) -> Seen:
+    (seen,) = turn.seen[name]
+    return seen
+
+
+def stock_embedding(w: Tensor) -> Tensor:
+    return LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)  # type: ignore[arg-type]
+
+
+# Guidance -----------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_off_by_one(turn: Turn) -> None:
+    """LCM's w multiplies cond - uncond beside cond, diffusers' guidance scale g = w + 1 beside uncond."""
+    torch.testing.assert_close(one(turn, "target").x[1:], turn.ddim(turn.guided())[1:], **EXACT)
+
+
+def test_embedding_the_guidance_scale_instead_of_w(turn: Turn) -> None:
+    """The stock pipelines embed guidance_scale - 1."""
+    embedding = one(turn, "student").embedding
+    assert embedding is not None
+    torch.testing.assert_close(embedding.float(), stock_embedding(SCALE.float() - 1), rtol=0, atol=1e-6)
+
+
+def test_cosine_before_sine() -> None:
+    """w = 0 has sines 0, which come first, and cosines 1."""
+    assert guidance_embedding(torch.ones(1))[0].tolist() == [0.0] * 128 + [1.0] * 128
+
+
+def test_frequencies_by_h_instead_of_h_minus_one() -> None:
+    """The last frequency is 1000 / 10000 exactly."""
+    sine = guidance_embedding(torch.tensor([3.0]))[0, 127]
+    torch.testing.assert_close(sine, torch.tensor(0.2).sin(), rtol=1e-5, atol=0)
+
+
+def test_target_without_the_embedding(turn: Turn) -> None:
+    student, target = one(turn, "student").embedding, one(turn, "target").embedding
+    assert student is not None and target is not None and torch.equal(student, target)
+
+
+# The teacher's step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver_steps", [50, 40, 10])
+def test_grid_off_by_one(solver_steps: int, tiny_sd: Any) -> None:
+    """The grid is that of diffusers' trailing DDIM, and every timestep of the student's stock scheduler lies on it."""
+    t, s = solver_grid(solver_steps, 1000)
+    teacher = load_teacher(str(tiny_sd))
+    ddim = DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
+    ddim.set_timesteps(solver_steps)
+    assert t.tolist() == ddim.timesteps.tolist()[::-1]
+    assert s.tolist() == [0, *t[:-1].tolist()] if s[0] == 0 and t[0] > 0 else False
+    steps = 10
+    config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), solver_steps=solver_steps, steps=steps)
+    stock = Consistency(config, teacher).scheduler()
+    for n in range(1, steps + 1):
+        stock.set_timesteps(n)
+        assert set(stock.timesteps.tolist()) <= set(t.tolist())
+
+
+def test_step_of_one_timestep_instead_of_k(turn: Turn) -> None:
+    """From t = 999 on a grid of 50, DDIM goes to 979."""
+    assert one(turn, "student").t.tolist() == T.tolist()
+    expected = turn.ddim(turn.guided())
+    torch.testing.assert_close(one(turn, "target").x[1], expected[1], **EXACT)
+
+
+def test_clean_data_below_the_grid(turn: Turn) -> None:
+    """The last step leads to t = 0, whose alpha is less than 1."""
+    expected = turn.ddim(turn.guided())
+    torch.testing.assert_close(one(turn, "target").x[0], expected[0], **EXACT)
+
+
+def test_output_of_a_v_teacher_taken_for_epsilon(tiny_sd: Any) -> None:
+    turn = Turn(str(tiny_sd))
+    assert turn.teacher.denoiser.prediction_type == "v_prediction"
+    torch.testing.assert_close(one(turn, "target").x, turn.ddim(turn.guided()), **EXACT)
+
+
+# The target ---------------------------------------------------------------------------------------------------------------
+
+
+def test_target_evaluated_at_t(turn: Turn) -> None:
+    assert one(turn, "target").t.tolist() == S.tolist()
+
+
+def test_online_network_as_target(tiny_sd: Any) -> None:
+    """Only the average's weights decide on the target; without one, the student's do."""
+    turn = Turn(str(tiny_sd))
+    assert (len(turn.seen["student"]), len(turn.seen["target"])) == (1, 1)
+    before = turn.loss.item()
+    with torch.no_grad():
+        for p in turn.nets["target"].parameters():
+            p.add_(0.1)
+    assert abs(turn.again().item() / before - 1) > 1e-3
+
+
+def test_gradient_through_the_target(tiny_sd: Any) -> None:
+    turn = Turn(str(tiny_sd))
+    turn.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in turn.nets["student"].parameters())
+    assert all(p.grad is None for name in ("teacher", "target") for p in turn.nets[name].parameters())
+
+
+# The endpoint -------------------------------------------------------------------------------------------------------------
+
+
+def test_scalings_are_the_stock_schedulers(tiny_sd: Any) -> None:
+    """c_out without sigma_data, c_skip with the timestep scaling, which the loss itself hardly shows, at every t."""
+    teacher = load_teacher(str(tiny_sd))
+    for scaling in (10.0, 0.01):
+        config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), timestep_scaling=scaling)
+        stock: Any = Consistency(config, teacher).scheduler()
+        assert stock.config.timestep_scaling == scaling
+        t = torch.arange(1000)
+        expected = stock.get_scalings_for_boundary_condition_discrete(t.double())
+        for ours, theirs in zip(boundary_scalings(t, scaling), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_c_out_with_sigma_data() -> None:
+    """c_out multiplies a prediction of x0, so it tends to 1, not to sigma_data."""
+    assert boundary_scalings(torch.tensor([999]), 10.0)[1].item() == pytest.approx(1, abs=1e-8)
+
+
+def test_scalings_left_out(turn: Turn) -> None:
+    """The distance is between c_skip x + c_out x0 of both networks: 1e-5 of the loss, but not of a test in float64."""
+    ends = []
+    for name in ("student", "target"):
+        seen = one(turn, name)
+        q = (10.0 * seen.t.double()).view(-1, 1, 1, 1)
+        ends.append(0.25 / (q**2 + 0.25) * seen.x + q / (q**2 + 0.25).sqrt() * turn.x0_hat(seen))
+    assert turn.loss.item() == pytest.approx((ends[0] - ends[1]).square().mean().item(), rel=1e-11)
+
+
+def test_timestep_scaling_left_out(tiny_sd: Any) -> None:
+    """With a scaling so small that the student is nearly the identity, the loss is nearly that of one solver step."""
+    turn = Turn(str(tiny_sd), timestep_scaling=1e-6)
+    assert turn.loss.item() == pytest.approx(
+        (one(turn, "student").x - one(turn, "target").x).square().mean().item(), rel=1e-2
+    )
+
+
+def test_huber_over_samples_instead_of_elements(tiny_sd: Any) -> None:
+    """With c = 1e-3 the element-wise form is L1 but for less than c."""
+    turn = Turn(str(tiny_sd), distance="pseudo_huber")
+    difference = torch.stack(
+        [
+            c_skip.view(-1, 1, 1, 1) * seen.x + c_out.view(-1, 1, 1, 1) * turn.x0_hat(seen)
+            for seen in (one(turn, "student"), one(turn, "target"))
+            for c_skip, c_out in [boundary_scalings(seen.t, 10.0)]
+        ]
+    ).diff(dim=0)
+    expected = ((difference**2 + 1e-6).sqrt() - 1e-3).mean().item()
+    assert turn.loss.item() == pytest.approx(expected, rel=1e-11)
+    assert 0 < difference.abs().mean().item() - expected < 1e-3
+
+
+# The whole ----------------------------------------------------------------------------------------------------------------
+
+
+class PointMass(nn.Module):
+    """The exact networks for data that are one image m, where x_t = alpha m + sigma eps determines eps.
+
+    As a teacher it predicts x0 = m. As a student it predicts what c_skip and c_out turn into the state at t = 0.
+    """
+
+    def __init__(self, schedule: VariancePreserving, mean: Tensor, student: bool) -> None:
+        super().__init__()
+        self.schedule, self.mean, self.student = schedule, mean, student
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Any, guidance_scale: Tensor | None = None) -> Prediction:
+        alpha, sigma = (v.view(-1, 1, 1, 1) for v in self.schedule(t))
+        eps = (x_t - alpha * self.mean) / sigma
+        x0 = self.mean.expand_as(x_t)
+        if self.student:
+            end = add_noise(self.schedule, x0, eps, torch.zeros_like(t))
+            c_skip, c_out = (v.view(-1, 1, 1, 1) for v in boundary_scalings(t, 10.0))
+            x0 = torch.where(c_out > 0, (end - c_skip * x_t) / c_out.clamp_min(1e-9), 0)
+        return Prediction(x0, eps)
+
+
+def test_a_perfect_student_has_no_loss(tiny_sd: Any) -> None:
+    """The teacher's ODE is straight for a point mass, so its steps are exact and the consistency function is known."""
+    turn = Turn(str(tiny_sd))
+    config = turn.method.config.model_copy(update={"guidance_range": None, "target_decay": None})
+    turn.method.config = config
+    schedule, mean = VariancePreserving(turn.alphas), turn.x0[:1]
+    batch = Batch(50, {}, {}, torch.device("cpu"), latents=mean.expand(50, -1, -1, -1))
+    nets = {"teacher": PointMass(schedule, mean, False), "student": PointMass(schedule, mean, True)}
+    noise = torch.randn(batch.x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert turn.method.loss(nets, batch, torch.arange(50), noise)["consistency"].item() < 1e-20
+
+
+def test_an_iteration_costs_six_forwards(tiny_sd: Any) -> None:
+    """Student 1 and 2 for its backward, target 1, teacher 2: nothing is evaluated twice."""
+    turn = Turn(str(tiny_sd))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        turn.nets["teacher"](turn.x0, T, turn.batch.cond)
+    with FlopCounterMode(display=False) as whole:
+        turn.again().backward()
+    assert whole.get_total_flops() / forward.get_total_flops() == pytest.approx(6, abs=0.1)
+
+
+# Around the loss ----------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_that_clips_nothing(tiny_sd: Any, tmp_path: Path) -> None:
+    """AdamW hides the scale of gradients from the weights; its first moment shows what the optimizer was given."""
+    values = {
+        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 4}, "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4, "max_grad_norm": 1e-3}}, "max_iterations": 1, "cpu_threads": 1,
+        "mixed_precision": "no",
+    }  # fmt: skip
+    config = RunConfig[ConsistencyConfig].model_validate(values)
+    teacher = load_teacher(str(tiny_sd))
+    method = Consistency(config.method, teacher)
+    trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
+    trainer.fit()
+    moments = load_file(tmp_path / "checkpoints" / "1" / "student_optimizer.safetensors")
+    first = torch.cat([v.flatten() for k, v in moments.items() if k.endswith("exp_avg")])
+    assert first.norm().item() / (1 - 0.9) == pytest.approx(1e-3, rel=1e-3)
+    logged = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert logged["student_grad_norm"] > 2e-3
+
+
+def test_weights_that_do_not_fit_go_unnoticed(tiny_sd: Any) -> None:
+    """Loading the teacher's weights leaves nothing out but the new embedding, and says so if it would."""
+    unet = load_teacher(str(tiny_sd)).denoiser.net
+    unet.conv_in.register_parameter("bias", None)
+    with pytest.raises(ValueError, match=r"missing .*conv_in\.bias"):
+        with_guidance_embedding(unet)
