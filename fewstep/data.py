@@ -121,15 +121,19 @@ class Folder(Source):
 
 
 class Parquet(Source):
-    """One parquet file, or all in a folder, held in memory with its images compressed.
+    """One parquet file, or all in a folder; of their images, still compressed, at most HELD_BYTES are in memory.
 
     Columns: image (encoded bytes, or Hugging Face's struct of bytes and path), text, label, each optional. With
     num_labels the conditions are the labels; else the texts; else the labels; else none.
     """
 
+    HELD_BYTES: ClassVar[int] = 2**31
+
     def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
+
+        from fewstep.parquet import LazyColumn
 
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not files or not files[0].exists():
@@ -137,38 +141,39 @@ class Parquet(Source):
         known = ("image", "text", "label")
         try:
             names = pq.read_schema(files[0]).names
-            self.table = pa.concat_tables(pq.read_table(f, columns=[n for n in known if n in names]) for f in files)
+            self.size = sum(pq.read_metadata(f).num_rows for f in files)
+            if not self.size or not set(known) & set(names):
+                found = f"{self.size} rows, columns {', '.join(names)}"
+                raise ValueError(f"data.path: {path} has {found}; wanted are rows and any of {', '.join(known)}")
+            if num_labels is not None and "label" not in names:
+                raise ValueError(f"data.num_labels: {path} has no column label; columns: {', '.join(names)}")
+            texts = "text" in names and num_labels is None
+            column = "text" if texts else "label" if "label" in names else None
+            self.images = LazyColumn(files, "image", self.HELD_BYTES) if "image" in names else None
+            self.values = (
+                pa.concat_tables(pq.read_table(f, columns=[column]) for f in files)[column] if column else None
+            )
         except (OSError, pa.ArrowException) as e:
             raise ValueError(f"data.path: {path} cannot be read as parquet: {e}") from None
-        columns = self.table.column_names
-        if not columns or not len(self.table):
-            found = f"{len(self.table)} rows, columns {', '.join(names)}"
-            raise ValueError(f"data.path: {path} has {found}; wanted are rows and any of {', '.join(known)}")
-        if num_labels is not None and "label" not in columns:
-            raise ValueError(f"data.num_labels: {path} has no column label; columns: {', '.join(names)}")
-        self.path, self.image_size, self.has_images = path, image_size, "image" in columns
-        self.column = "text" if "text" in columns and num_labels is None else "label" if "label" in columns else None
+        self.path, self.image_size, self.has_images = path, image_size, self.images is not None
         kinds: dict[str | None, Conditions] = {"text": "prompt", "label": "label", None: "none"}
-        self.conditions = kinds[self.column]
-        if self.conditions == "label":
-            _check_labels(self.table["label"].to_pylist(), num_labels, path)
+        self.conditions = kinds[column]
+        if self.values is not None and self.conditions == "label":
+            _check_labels(self.values.to_pylist(), num_labels, path)
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self.size
 
     def get(self, indices: Sequence[int]) -> Raw:
-        images: Tensor | None = None
-        values: list[Any] = [None for _ in indices]
-        if self.has_images:
-            images = scaled(np.stack([self._image(i) for i in indices]))
-        if self.column is not None:
-            values = [self.table[self.column][i].as_py() for i in indices]
-        if self.column == "text":
+        images = None if self.images is None else scaled(np.stack([self._image(i) for i in indices]))
+        values = [None if self.values is None else self.values[i].as_py() for i in indices]
+        if self.conditions == "prompt":
             values = ["" if v is None else v for v in values]
         return Raw(images, values, list(indices))
 
     def _image(self, index: int) -> NDArray[np.uint8]:
-        where, cell = f"{self.path}, row {index}", self.table["image"][index].as_py()
+        assert self.images is not None  # get asks only then
+        where, cell = f"{self.path}, row {index}", self.images[index]
         if isinstance(cell, dict):
             if cell.get("bytes") is None and cell.get("path"):
                 folder = self.path if self.path.is_dir() else self.path.parent

@@ -13,6 +13,7 @@ from PIL import Image
 from fewstep import fashion
 from fewstep.config import DataConfig
 from fewstep.data import Listed, Source, Stream, load_source
+from fewstep.parquet import LazyColumn
 
 
 def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (20, 10)) -> None:
@@ -262,3 +263,39 @@ def test_parquet_without_images(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"x")
     with pytest.raises(ValueError, match="cannot be read as parquet"):
         source("parquet", path=tmp_path)
+
+
+def test_a_large_parquet_is_read_by_row_group(tmp_path: Path) -> None:
+    """Whatever is held of it, every row is the same; with room for nothing, one row group is in memory at a time."""
+    colours = [(8 * i, 0, 255 - 8 * i) for i in range(25)]
+    for name, rows in (("a", range(11)), ("b", range(11, 25))):
+        table = pa.table({"image": [encoded(colours[i]) for i in rows], "text": [str(i) for i in rows]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    order = np.random.default_rng(0).permutation(25).tolist()
+    data = source("parquet", path=tmp_path)
+    files = sorted(tmp_path.iterdir())
+    tight, roomy = LazyColumn(files, "image", 0), LazyColumn(files, "image", 10**6)
+    for i in order:
+        assert tight[i] == roomy[i] == encoded(colours[i])
+        assert len(tight.held) == 1
+    assert len(data) == len(tight) == 25 and len(roomy.held) == len(roomy.groups) == 3 + 4
+    raw = data.get(order)
+    assert raw.images is not None and raw.conditions == [str(i) for i in order]
+    expected = torch.tensor([colours[i] for i in order]) / 127.5 - 1
+    torch.testing.assert_close(raw.images[:, :, 0, 0], expected)
+
+
+def test_parquet_files_that_differ(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [encoded((1, 2, 3))], "text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"img": [encoded((1, 2, 3))], "text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has no column image, .* its: img, text"):
+        source("parquet", path=tmp_path)
+
+
+def test_parquet_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [encoded((1, 2, 3))] * 9}), path)
+    data = source("parquet", path=path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
+        data.get([0])
