@@ -85,6 +85,24 @@ def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, 
     raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
 
 
+def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Tensor) -> Tensor:
+    """The network output that `read` reads as p: its inverse, without a division at any t.
+
+    Raises ValueError for an unknown kind.
+    """
+    alpha, sigma = (like(v, p.x0) for v in schedule(t))
+    match kind:
+        case "epsilon":
+            return p.eps
+        case "sample":
+            return p.x0
+        case "v_prediction":
+            return alpha * p.eps - sigma * p.x0
+        case "flow":
+            return p.eps - p.x0
+    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
+
+
 def ode_step(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
     """One step of the probability-flow ODE to s: DDIM (Song et al. 2021, eq. 12, eta = 0) and, for rectified flow, Euler."""
     return add_noise(schedule, p.x0, p.eps, s)
@@ -97,6 +115,21 @@ def guide(cond: Prediction, uncond: Prediction, scale: Tensor | float) -> Predic
     """
     w = like(scale, cond.x0) if isinstance(scale, Tensor) else scale
     return Prediction(*(u + w * (c - u) for c, u in zip(cond, uncond, strict=True)))
+
+
+def threshold(schedule: Schedule, p: Prediction, x_t: Tensor, t: Tensor, quantile: float | None) -> Prediction:
+    """x0 bounded to [-1, 1], and the eps that belongs to it at x_t; for pixels, where guidance leads out of that range.
+
+    quantile: None clamps; a number first divides a sample by that quantile of its |x0|, if it is above 1 (dynamic
+    thresholding, Saharia et al. 2022, appendix C). The last timestep's sigma must not be 0.
+    """
+    bound = torch.ones(len(x_t), dtype=p.x0.dtype, device=x_t.device)
+    if quantile is not None:
+        bound = torch.quantile(p.x0.abs().flatten(1), quantile, dim=1).clamp_min(1)
+    bound = like(bound, p.x0)
+    x0 = p.x0.clamp(-bound, bound) / bound
+    alpha, sigma = (like(v, x0) for v in schedule(t))
+    return Prediction(x0, (_full(x_t) - alpha * x0) / sigma)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -302,6 +302,8 @@ class Trainer:
         partial = path.with_name(path.name + ckpt.PARTIAL)
         partial.mkdir(parents=True, exist_ok=True)
         save_file(ckpt.rng_state(self.device), partial / f"rng_{rank}.safetensors")
+        if state := self.method.state():
+            save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / f"method_{rank}.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with ckpt.written_aside(path) as aside:
@@ -336,7 +338,10 @@ class Trainer:
         self.iteration, self.updates = state["iteration"], state["updates"]
         self.nonfinite, self.best = state["nonfinite"], state["best"]
         self.stream.load_state_dict(state["data"])
-        ckpt.set_rng_state(load_file(path / f"rng_{self.accelerator.process_index}.safetensors"), self.device)
+        rank = self.accelerator.process_index
+        ckpt.set_rng_state(load_file(path / f"rng_{rank}.safetensors"), self.device)
+        if (own := path / f"method_{rank}.safetensors").exists():
+            self.method.load_state({k: v.to(self.device) for k, v in load_file(own).items()})
 
     def exported_weights(self) -> Denoiser:
         """The student to export: the best by small-sample FID where scores were taken, else the moving average."""

@@ -102,3 +102,10 @@ class Method(ABC):
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""
         return []
+
+    def state(self) -> dict[str, Tensor]:
+        """What exact resume needs beside roles and random states, of this process alone; usually nothing."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # most methods have none
+        """Go on from what `state` gave."""

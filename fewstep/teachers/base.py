@@ -21,9 +21,17 @@ Cond = dict[str, Tensor]
 
 
 class Call(Protocol):
-    """A family's calling convention: (net, x_t, t, cond, guidance_scale) -> raw network output, shaped as x_t."""
+    """A family's calling convention: (net, x_t, t, cond, guidance_scale, progress) -> raw network output, shaped as x_t."""
 
-    def __call__(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor: ...
+    def __call__(
+        self,
+        net: nn.Module,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        guidance_scale: Tensor | None,
+        progress: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Posterior(NamedTuple):
@@ -39,15 +47,18 @@ class Posterior(NamedTuple):
 class Denoiser(nn.Module):
     """A network of the teacher's kind: (x_t [B, ...], t [B], cond) -> Prediction in float32.
 
-    `guidance_scale` [B] (1 = none) goes to networks that embed it; the others must be given None.
+    `guidance_scale` [B] (1 = none) goes to networks that embed it, `progress` [B] of the target time in its segment, in
+    [0, 1], to those that embed that; the others must be given None.
     """
 
     def __init__(self, net: nn.Module, call: Call, schedule: Schedule, prediction_type: PredictionType) -> None:
         super().__init__()
         self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None) -> Prediction:
-        output = self.call(self.net, x_t, t, cond, guidance_scale)
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None, progress: Tensor | None = None
+    ) -> Prediction:
+        output = self.call(self.net, x_t, t, cond, guidance_scale, progress)
         return read(self.schedule, self.prediction_type, output, x_t, t)
 
     def clone(self) -> "Denoiser":
@@ -93,10 +104,11 @@ class Teacher(ABC):
         """What classifier-free guidance calls unconditional, for `size` samples."""
 
     @abstractmethod
-    def student(self, guidance_embedding: bool = False) -> Denoiser:
-        """A trainable network that starts as the teacher's; with a zero-initialised embedding of the guidance scale if asked.
+    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
+        """A trainable network that starts as the teacher's.
 
-        Raises ValueError where the family has no such embedding.
+        If asked, with zero-initialised embeddings of the guidance scale, and of the progress of the target time, which
+        `student_pipeline` folds into the weights at 1. Raises ValueError where the network has no place for them.
         """
 
     @abstractmethod
@@ -104,10 +116,26 @@ class Teacher(ABC):
         """The module (mid block) on whose output [B, C, h, w] a discriminator listens."""
 
     @abstractmethod
-    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
-        """The stock scheduler that predicts x0 and re-noises it, on the even grid of `steps` timesteps.
+    def renoise_scheduler(
+        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+    ) -> "SchedulerMixin":
+        """The stock scheduler that predicts x0 and re-noises it, on an even grid of `steps` timesteps.
+
+        spacing: distance of the timesteps, also of the last one from clean data; None spreads them over all of the
+            teacher's, which steps has to divide.
 
         Asked for n <= steps, it runs n of those timesteps; asked for more, it raises.
+        """
+
+    @abstractmethod
+    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
+        """The stock scheduler that takes `steps` deterministic steps of the ODE (DDIM, Euler), each to the next timestep."""
+
+    @abstractmethod
+    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+        """The timesteps at which `scheduler` evaluates the network in `steps` steps, and where its last step ends: [steps + 1].
+
+        -1 stands for clean data, as everywhere.
         """
 
     @abstractmethod

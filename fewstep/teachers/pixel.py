@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
-from fewstep.teachers.schedulers import read_schedule, renoise_scheduler
+from fewstep.teachers.progress import attach_progress, fold_progress
+from fewstep.teachers.schedulers import dpm_scheduler, jump_grid, read_schedule, renoise_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
 
-def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor:
+def call(
+    net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None, progress: Tensor | None = None
+) -> Tensor:
     """The UNet's output at x_t [B, C, H, W], t [B]. Raises ValueError for a guidance_scale, which it cannot embed."""
     if guidance_scale is not None:
         raise ValueError("an unconditional UNet2DModel takes no guidance_scale")
-    return net(x_t.to(net.dtype), t).sample
+    return net(x_t.to(net.dtype), t, class_labels=progress).sample
 
 
 class Pixel(Teacher):
@@ -68,16 +71,33 @@ class Pixel(Teacher):
     def null_condition(self, size: int) -> Cond:
         return {}
 
-    def student(self, guidance_embedding: bool = False) -> Denoiser:
+    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
         if guidance_embedding:
             raise ValueError("an unconditional UNet2DModel has no guidance to embed: switch the guidance embedding off")
-        return self.denoiser.clone().float().train()
+        student = self.denoiser.clone()
+        if progress_embedding:
+            attach_progress(student.net)
+        return student.float().train()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
 
-    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling)
+    def renoise_scheduler(
+        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+    ) -> "SchedulerMixin":
+        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
+
+    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
+        """LCMScheduler for one step, which refuses more; for others DPMSolverMultistepScheduler of order 1, which cannot.
+
+        TCDScheduler, which can, is stochastic in the pipelines of this family: they do not pass it an eta.
+        """
+        if steps == 1:
+            return renoise_scheduler(self.pipeline.scheduler, 1)
+        return dpm_scheduler(self.pipeline.scheduler)
+
+    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+        return jump_grid(scheduler, steps)
 
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
@@ -88,6 +108,7 @@ class Pixel(Teacher):
         if guidance_scale is not None:
             raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
         unet = copy.deepcopy(student.net).requires_grad_(False).eval()
+        fold_progress(unet)
         pipeline = DDPMPipeline(unet=unet, scheduler=copy.deepcopy(scheduler))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

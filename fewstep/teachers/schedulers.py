@@ -32,26 +32,85 @@ def read_schedule(scheduler: Any) -> VariancePreserving:
     return VariancePreserving(table)
 
 
-def renoise_scheduler(scheduler: Any, steps: int, timestep_scaling: float) -> "SchedulerMixin":
-    """LCMScheduler on the teacher's schedule with the even grid of `steps` timesteps.
+def renoise_scheduler(
+    scheduler: Any, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+) -> "SchedulerMixin":
+    """LCMScheduler on the teacher's schedule with the grid of timesteps steps k - 1, ..., 2 k - 1, k - 1, k = spacing.
 
-    Raises ValueError where steps does not divide the teacher's timesteps: the grid would miss the noisiest one, from
-    which sampling starts.
+    Without a spacing, k is the teacher's timesteps divided by steps. A grid that ends early, such as 399 alone, is that
+    of a schedule that is cut off there: the stock scheduler knows no other way to start in the middle.
+
+    Raises ValueError where steps does not divide the teacher's timesteps and no spacing is given: the grid would miss the
+    noisiest one; and where the grid leaves the teacher's timesteps.
     """
     from diffusers import LCMScheduler
 
     total = scheduler.config.num_train_timesteps
-    if steps < 1 or total % steps:
+    if spacing is None and (steps < 1 or total % steps):
         divisors = ", ".join(str(n) for n in range(1, min(total, 200) + 1) if total % n == 0)
         raise ValueError(f"steps is {steps}, which does not divide num_train_timesteps = {total}; allowed: {divisors}")
-    stock = LCMScheduler(
-        **{key: scheduler.config[key] for key in COPIED},
-        rescale_betas_zero_snr=scheduler.config.get("rescale_betas_zero_snr", False),
+    spacing = total // steps if spacing is None else spacing
+    if not 1 <= steps * spacing <= total:
+        raise ValueError(
+            f"steps: the grid starts at timestep {steps * spacing - 1}; the teacher's are 0 to {total - 1}"
+        )
+    settings: dict[str, Any] = {}
+    if total // steps != spacing:
+        total = steps * spacing
+        settings = {"num_train_timesteps": total, "trained_betas": scheduler.betas[:total].tolist()}
+        settings["rescale_betas_zero_snr"] = False  # the betas are already what it makes of them
+    return _on_schedule_of(
+        scheduler,
+        LCMScheduler,
         original_inference_steps=steps,
         timestep_scaling=timestep_scaling,
         clip_sample=False,
         thresholding=False,
+        **settings,
     )
-    if not torch.allclose(stock.alphas_cumprod, scheduler.alphas_cumprod.float().cpu(), atol=1e-6):
-        raise ValueError(f"LCMScheduler cannot reproduce the schedule of the teacher's {type(scheduler).__name__}")
+
+
+def tcd_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
+    """TCDScheduler on the teacher's schedule with the even grid of `steps` timesteps; asked for more, it raises.
+
+    With eta = 0, which StableDiffusionPipeline passes by default, each of its steps is DDIM's to the next timestep of
+    the grid, the last one to timestep 0.
+    """
+    from diffusers import TCDScheduler
+
+    # steps_offset has no effect on its grid; with another value the pipeline would rewrite the config with a warning.
+    return _on_schedule_of(scheduler, TCDScheduler, original_inference_steps=steps, steps_offset=1)
+
+
+def dpm_scheduler(scheduler: Any) -> "SchedulerMixin":
+    """DPMSolverMultistepScheduler of order 1: DDIM's steps from 999 along an even grid, the last one to clean data.
+
+    It runs any number of steps, so a pipeline with it cannot refuse those for which a student was not trained.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    return _on_schedule_of(
+        scheduler,
+        DPMSolverMultistepScheduler,
+        solver_order=1,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+
+
+def jump_grid(scheduler: Any, steps: int) -> Tensor:
+    """The timesteps [steps + 1] of a deterministic or re-noising scheduler's steps and the end of the last one."""
+    from diffusers import TCDScheduler
+
+    scheduler.set_timesteps(steps)
+    return torch.tensor([*scheduler.timesteps.tolist(), 0 if isinstance(scheduler, TCDScheduler) else -1])
+
+
+def _on_schedule_of(scheduler: Any, kind: Any, **settings: Any) -> "SchedulerMixin":
+    own = {key: scheduler.config[key] for key in COPIED}
+    own["rescale_betas_zero_snr"] = scheduler.config.get("rescale_betas_zero_snr", False)
+    stock: SchedulerMixin = kind(**own | settings)
+    table = scheduler.alphas_cumprod.float().cpu()[: len(stock.alphas_cumprod)]
+    if not torch.allclose(stock.alphas_cumprod, table, atol=1e-6):
+        raise ValueError(f"{kind.__name__} cannot reproduce the schedule of the teacher's {type(scheduler).__name__}")
     return stock

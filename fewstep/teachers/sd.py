@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
-from fewstep.teachers.schedulers import read_schedule, renoise_scheduler
+from fewstep.teachers.progress import attach_progress, fold_progress
+from fewstep.teachers.schedulers import jump_grid, read_schedule, renoise_scheduler, tcd_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -31,7 +32,9 @@ def guidance_embedding(guidance_scale: Tensor, dim: int = EMBEDDING_DIM) -> Tens
     return nn.functional.pad(embedding, (0, dim % 2))
 
 
-def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None) -> Tensor:
+def call(
+    net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None, progress: Tensor | None = None
+) -> Tensor:
     """The UNet's output at x_t [B, C, h, w], t [B]; guidance_scale [B] if and only if the network embeds it."""
     dim = net.config.time_cond_proj_dim
     if (dim is None) != (guidance_scale is None):
@@ -40,7 +43,9 @@ def call(net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | 
     dtype = net.dtype
     timestep_cond = None if guidance_scale is None else guidance_embedding(guidance_scale, dim).to(dtype)
     hidden = cond["encoder_hidden_states"].to(dtype)
-    return net(x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond).sample
+    return net(
+        x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond, class_labels=progress
+    ).sample
 
 
 def with_guidance_embedding(unet: Any) -> Any:
@@ -129,18 +134,26 @@ class StableDiffusion(Teacher):
     def null_condition(self, size: int) -> Cond:
         return self.condition([""] * size)
 
-    def student(self, guidance_embedding: bool = False) -> Denoiser:
-        if not guidance_embedding:
-            return self.denoiser.clone().float().train()
-        net = with_guidance_embedding(self.denoiser.net)
+    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
+        net = with_guidance_embedding(self.denoiser.net) if guidance_embedding else copy.deepcopy(self.denoiser.net)
+        if progress_embedding:
+            attach_progress(net)
         student = Denoiser(net, call, self.schedule, self.denoiser.prediction_type)
         return student.float().requires_grad_(True).train()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
 
-    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling)
+    def renoise_scheduler(
+        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+    ) -> "SchedulerMixin":
+        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
+
+    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
+        return tcd_scheduler(self.pipeline.scheduler, steps)
+
+    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+        return jump_grid(scheduler, steps)
 
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
@@ -152,15 +165,14 @@ class StableDiffusion(Teacher):
         """
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
-        net: Any = student.net
-        if net.config.time_cond_proj_dim is None:
+        unet: Any = copy.deepcopy(student.net)
+        fold_progress(unet)
+        if unet.config.time_cond_proj_dim is None:
             if guidance_scale is not None:
                 raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
-            unet = with_guidance_embedding(net)
-        else:
-            unet = copy.deepcopy(net)
-            if guidance_scale is not None:
-                fold_guidance(unet, guidance_scale)
+            unet = with_guidance_embedding(unet)
+        elif guidance_scale is not None:
+            fold_guidance(unet, guidance_scale)
         unet.requires_grad_(False).eval()
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
         pipeline = kind(

@@ -1,0 +1,55 @@
+"""How a UNet is told the target time within a segment, and how that is folded away for export."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HARMONICS = 16
+
+
+class ProgressEmbedding(nn.Module):
+    """Progress [B] in [0, 1] to a vector [B, dim] that is added to the time embedding; zero at the start of training."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(HARMONICS, dim)
+        self.outer = nn.Linear(dim, dim)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, progress: Tensor) -> Tensor:
+        order = torch.arange(HARMONICS, device=progress.device, dtype=torch.float32)
+        waves = torch.cos(math.pi * order * progress.float()[:, None]).to(self.inner.weight.dtype)
+        embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves)))
+        return embedded
+
+
+def attach_progress(unet: Any) -> None:
+    """Give a UNet2DModel or UNet2DConditionModel a ProgressEmbedding, in place.
+
+    It takes the slot of a class embedding, whose output those networks add to the time embedding. Raises ValueError
+    where that slot is taken, or where something else follows the time embedding.
+    """
+    if unet.class_embedding is not None or unet.config.get("class_embed_type") is not None:
+        raise ValueError("the UNet embeds class labels in the place where the target time would go")
+    if unet.time_embedding.post_act is not None:
+        raise ValueError(
+            "the UNet has an activation after its time embedding (time_embedding_act_fn), so a target time cannot be folded"
+        )
+    unet.class_embedding = ProgressEmbedding(unet.time_embedding.linear_2.out_features).to(unet.device, unet.dtype)
+
+
+@torch.no_grad()
+def fold_progress(unet: Any) -> None:
+    """Make the end of a segment (progress 1) part of the UNet's weights, in place; without a ProgressEmbedding, nothing.
+
+    The embedding is added after the time embedding's last linear layer, so at one progress it is a constant in its bias.
+    """
+    embedding = unet.class_embedding
+    if not isinstance(embedding, ProgressEmbedding):
+        return
+    bias = unet.time_embedding.linear_2.bias
+    bias += embedding(torch.ones(1, device=bias.device))[0].to(bias.dtype)
+    unet.class_embedding = None
