@@ -30,7 +30,7 @@ from fewstep.evaluate import (
 )
 from fewstep.evaluate.frechet import moments
 from fewstep.evaluate.generate import batches, condition_kind, counted, noise_generator
-from fewstep.evaluate.reference import folder_moments, resolve, subjects
+from fewstep.evaluate.reference import folder_moments, protocol_of, resolve, subjects
 from fewstep.evaluate.run import check_indices
 from fewstep.fashion import caption, load_embedded
 
@@ -270,7 +270,8 @@ def test_rows_count_guidance_and_steps(
     assert torch.equal(torch.get_rng_state(), state)
     assert [r["network_evaluations"] for r in rows] == [per_step, 2 * per_step]
     assert set(rows[0]) == {
-        "model", "steps", "guidance_scale", "fid", "clip_score", "images", "seconds_per_image", "network_evaluations"
+        "model", "steps", "guidance_scale", "fid", "clip_score", "images", "seconds_per_image", "network_evaluations",
+        "peak_memory_gib",
     }  # fmt: skip
     assert rows[0]["fid"] > 0 and 0 <= rows[0]["clip_score"] <= 100 and rows[0]["seconds_per_image"] > 0
 
@@ -342,7 +343,7 @@ def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: 
     with pytest.raises(ValueError, match="is not a file"):
         resolve(str(reference_file), "fashion", prompts=tmp_path / "none.txt")
     with pytest.raises(ValueError, match="brings no prompts"):
-        subjects(resolve(str(reference_file), "fashion"), "prompt", 4, None)
+        subjects(protocol_of(resolve(str(reference_file), "fashion"), num_images=4, seed=0), "prompt", None)
     with pytest.raises(ValueError, match="features 'nowhere'"):
         load_features("nowhere")
     with pytest.raises(ValueError, match="clip 'nowhere'"):
@@ -351,10 +352,11 @@ def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: 
 
 @needs_reference
 def test_fashion_is_balanced_over_its_classes() -> None:
-    what = subjects(resolve("fashion"), "prompt", 20, None)
+    fashion = protocol_of(resolve("fashion"), num_images=20, seed=0)
+    what = subjects(fashion, "prompt", None)
     assert what.conditions == what.prompts == [caption(i % 10) for i in range(20)]
-    assert subjects(resolve("fashion"), "label", 12, 1000).conditions == [i % 10 for i in range(12)]
-    assert subjects(resolve("fashion"), "none", 3, None).prompts is None
+    assert subjects(fashion, "label", 1000).conditions == [i % 10 for i in range(20)]
+    assert subjects(fashion, "none", None).prompts is None
     assert protocol(reference="fashion", num_images=20)["clip"] == "fashion"
 
 

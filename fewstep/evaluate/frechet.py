@@ -6,9 +6,7 @@ Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics import Metric
@@ -50,26 +48,29 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a .safetensors file with mean, covariance and, as metadata, count and ddof."""
+    """Writes safetensors with mean, covariance and, as metadata, count and ddof, whatever the file's name."""
     tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
     count = {} if m.count is None else {"count": str(m.count)}
     save_file(tensors, file, metadata={**(metadata or {}), "ddof": "1", **count})
 
 
 def load_moments(file: Path) -> Moments:
-    """Moments of a .safetensors file of `save_moments`, or of an .npz with mu and sigma as pytorch-fid writes them."""
-    if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            if not {"mu", "sigma"} <= set(arrays.files):
-                raise ValueError(f"{file}: needs the arrays mu and sigma, has {', '.join(arrays.files)}")
-            mean, covariance = (torch.from_numpy(arrays[k].astype(np.float64)) for k in ("mu", "sigma"))
-        return Moments(mean, covariance, None)
-    with safe_open(file, "pt") as f:
-        if not {"mean", "covariance"} <= set(f.keys()):
-            raise ValueError(f"{file}: needs the tensors mean and covariance, has {', '.join(f.keys())}")
-        metadata = f.metadata() or {}
-        count = int(metadata["count"]) if "count" in metadata else None
-        return Moments(f.get_tensor("mean").double(), f.get_tensor("covariance").double(), count)
+    """Moments of a file of statistics; ValueError for one that holds none."""
+    from fewstep.evaluate.statistics import load_statistics
+
+    m = load_statistics(file).moments
+    if m is None:
+        raise ValueError(f"{file} holds images and no statistics; `fewstep reference` makes them")
+    return m
+
+
+def check_width(name: str, features: int, reference: int) -> None:
+    """ValueError for features that cannot be those of the reference."""
+    if features != reference:
+        raise ValueError(
+            f"features {name!r} have {features} dimensions, the reference has {reference}: "
+            "give the extractor that it was made with"
+        )
 
 
 class FrechetDistance(Metric):
@@ -95,13 +96,12 @@ class FrechetDistance(Metric):
         self.add_state("outer", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor) -> None:
-        """Raises ValueError for features of another width than the reference's, or that are not finite."""
-        features = self.features(images).double()
-        if features.shape[1] != len(self.reference.mean):
-            raise ValueError(
-                f"features {self.features.name!r} have {features.shape[1]} dimensions, "
-                f"the reference has {len(self.reference.mean)}: give the extractor that it was made with"
-            )
+        """uint8 images [B, 3, H, W], or their features [B, D] where these are at hand.
+
+        Raises ValueError for features of another width than the reference's, or that are not finite.
+        """
+        features = (self.features(images) if images.dtype == torch.uint8 else images).double()
+        check_width(self.features.name, features.shape[1], len(self.reference.mean))
         if not features.isfinite().all():
             raise ValueError("image features are not finite")
         # Sums about the reference's mean: the same covariance, and far less cancellation than about zero.

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,6 +57,7 @@ def sample(
     steps: int,
     seed: int,
     guidance_scale: float | None = None,
+    uint8: Literal["round", "truncate"] = "round",
 ) -> Tensor:
     """One image per condition (prompt, label or None) as uint8 [B, 3, H, W] on the CPU.
 
@@ -84,14 +85,25 @@ def sample(
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if not pixels.isfinite().all():
         raise ValueError(f"{type(pipeline).__name__} drew images that are not finite in {steps} steps")
-    # Rounded as diffusers does when it makes a PIL image; truncation would darken by half a level.
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    return _uint8(pixels, uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def _uint8(pixels: Tensor, how: Literal["round", "truncate"]) -> Tensor:
+    # diffusers rounds when it makes a PIL image; some papers' scripts truncate, which darkens by half a level.
+    levels = (pixels * 255).round() if how == "round" else (pixels * 255).floor()
+    return levels.clamp(0, 255).to(torch.uint8)
 
 
 def batches(num_images: int, batch_size: int, rank: int = 0, world: int = 1) -> list[range]:
     """The index ranges of one process: batch b of the whole belongs to rank b % world, whatever the world."""
     starts = range(0, num_images, batch_size)
     return [range(s, min(s + batch_size, num_images)) for s in starts[rank::world]]
+
+
+def remaining_batches(done: Iterable[int], num_images: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """`batches` of the indices that are not done; the same batches as ever where whole ones of that size are done."""
+    left = sorted(set(range(num_images)) - set(done))
+    return [left[s : s + batch_size] for s in range(0, len(left), batch_size)[rank::world]]
 
 
 @dataclass

@@ -1,6 +1,9 @@
-"""What generated images are compared with: a reference's moments, its features, its prompts and its CLIP."""
+"""What generated images are compared with: statistics of real images, and what both show."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,23 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.assets import ASSETS, asset_path
-from fewstep.evaluate.clip_score import Clip, load_clip
-from fewstep.evaluate.features import ImageFeatures, load_features
+from fewstep.evaluate.features import ImageFeatures, features_identity
 from fewstep.evaluate.frechet import Moments, load_moments, moments
 from fewstep.evaluate.generate import ConditionKind
-from fewstep.fashion import CLASSES, caption
+from fewstep.evaluate.protocol import (
+    NEED_FEATURES,
+    NEED_REFERENCE,
+    ClipScoring,
+    Comparison,
+    Conditions,
+    Protocol,
+    View,
+    find_data,
+    read_prompts,
+)
+from fewstep.evaluate.statistics import SUFFIXES, Statistics, check_metadata, load_statistics
+from fewstep.evaluate.view import look
+from fewstep.fashion import CLASSES, caption, load_embedded
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -57,57 +72,210 @@ def resolve(
             "are not bundled, so give the path of its statistics (.npz with mu and sigma, .safetensors) or of a folder "
             "of images"
         )
-    if path.is_file() and path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"reference {reference!r}: a file of statistics ends in .npz or .safetensors")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ValueError(f"reference {reference!r}: a file of statistics ends in {' or '.join(SUFFIXES)}")
     if features is None:
         raise ValueError(f"reference {reference!r} needs features: the folder of the extractor it is compared in")
     return Sources(reference, features, None if clip == "none" else clip, file)
 
 
-def _read(file: Path) -> Tensor:
-    with Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def protocol_of(sources: Sources, *, num_images: int, seed: int) -> Protocol:
+    """The unnamed protocol of FID against one reference, and CLIP score."""
+    if sources.prompts is not None:
+        conditions = Conditions(source="prompts", file=str(sources.prompts))
+    else:
+        conditions = Conditions(source="fashion" if sources.reference in ASSETS else "labels")
+    return Protocol(
+        about="FID against one reference, and CLIP score",
+        images=num_images,
+        seed=seed,
+        conditions=conditions,
+        comparisons=(Comparison(features=sources.features, reference=sources.reference, metrics=("fid",)),),
+        clip=None if sources.clip is None else ClipScoring(model=sources.clip),
+    )
 
 
-def _folder_features(folder: Path, features: ImageFeatures, batch_size: int = 64) -> Iterable[Tensor]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-    for start in range(0, len(files), batch_size):
-        images = [_read(f) for f in files[start : start + batch_size]]
-        # Images of one size go through together; others one by one, since each is resized by itself.
-        if len({image.shape for image in images}) == 1:
-            yield features(torch.stack(images)).cpu()
-        else:
-            yield from (features(image[None]).cpu() for image in images)
+@dataclass(frozen=True)
+class Given:
+    """Paths that the command line gives in place of a protocol's own: they say where data lie, not what is measured.
+
+    references: by the comparison's name, "" for the unnamed.
+    """
+
+    references: Mapping[str, str]
+    prompts: Path | None = None
+
+
+NOTHING = Given({})
+
+
+# Real images ----------------------------------------------------------------------------------------------------------
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _read(file: Path | bytes, where: str) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return _pixels(image)
+    except (OSError, ValueError, SyntaxError, EOFError) as e:
+        raise ValueError(f"image {where} cannot be read: {e}") from None
+
+
+def _parquet(path: Path) -> Iterator[Tensor]:
+    import pyarrow.parquet as pq
+
+    row = 0
+    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        parquet = pq.ParquetFile(file)
+        if "image" not in parquet.schema_arrow.names:
+            raise ValueError(f"{file} has no column image; it has {', '.join(parquet.schema_arrow.names)}")
+        for batch in parquet.iter_batches(256, columns=["image"]):
+            for cell in batch.column(0).to_pylist():
+                yield _read(cell["bytes"] if isinstance(cell, dict) else cell, f"{file}, row {row}")
+                row += 1
+
+
+def real_images(source: str) -> Iterator[Tensor]:
+    """uint8 [3, H, W] of every image of a folder, of parquet files, of ADM's .npz, or of the 2,000 of `fashion`, in order.
+
+    Raises ValueError for a source without images, and for an image that cannot be read.
+    """
+    if source in ASSETS:
+        yield from torch.from_numpy(load_embedded()[0])
+        return
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{source!r} is neither bundled ({', '.join(ASSETS)}) nor a path of images")
+    if path.suffix == ".npz":
+        arrays = load_statistics(path).images
+        if arrays is None:
+            raise ValueError(f"{path} holds no images (arr_0)")
+        yield from (torch.from_numpy(image).permute(2, 0, 1) for image in arrays)
+        return
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else []
+    if files:
+        yield from (_read(file, str(file)) for file in files)
+    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
+        yield from _parquet(path)
+    else:
+        raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}, .parquet, .npz with arr_0)")
+
+
+def _stacks(images: Iterable[Tensor], size: int = 64) -> Iterator[Tensor]:
+    """Runs of images of one shape as [B, 3, H, W], so that no image is resized to another's size."""
+    stack: list[Tensor] = []
+    for image in images:
+        if stack and (len(stack) == size or image.shape != stack[0].shape):
+            yield torch.stack(stack)
+            stack = []
+        stack.append(image)
+    if stack:
+        yield torch.stack(stack)
+
+
+def collect(
+    images: Iterable[Tensor], features: ImageFeatures, view: View | None = None, *, keep: bool = True
+) -> Statistics:
+    """Statistics of images, each uint8 [3, H, W]; ValueError for fewer than two.
+
+    `keep` keeps their features too; without it, memory does not grow with the number of images. The metadata say what they were
+    made of: features, view, resolution, count, and the hash of the pixels.
+    """
+    from fewstep.evaluate.frechet import FrechetDistance
+
+    parts: list[Tensor] = []
+    sums: FrechetDistance | None = None
+    sizes: set[str] = set()
+    digest, count = hashlib.sha256(), 0
+    for stack in _stacks(images):
+        digest.update(stack.numpy().tobytes())
+        sizes.add("x".join(map(str, dict.fromkeys(stack.shape[-2:]))))
+        count += len(stack)
+        part = features(look(stack, view or View())).cpu()
+        if keep:
+            parts.append(part)
+            continue
+        if sums is None:
+            # Sums about some mean near theirs: about zero, digits would cancel.
+            d = part.shape[1]
+            pivot = Moments(part.double().mean(0), torch.zeros(d, d, dtype=torch.float64), None)
+            sums = FrechetDistance(features, pivot, sync_on_compute=False)
+        sums.update(part)
+    if count < 2:
+        raise ValueError(f"statistics need at least 2 images, got {count}")
+    whole = torch.cat(parts) if keep else None
+    m = moments(whole) if whole is not None else sums.moments()  # type: ignore[union-attr]
+    metadata = {
+        **features_identity(features.name),
+        "view": view_text(view or View()),
+        "resolution": sizes.pop() if len(sizes) == 1 else "mixed",
+        "images_sha256": digest.hexdigest(),
+    }
+    return Statistics(m, whole, None, metadata)
+
+
+def view_text(view: View) -> str:
+    return json.dumps(view.model_dump(mode="json", exclude_none=True) if view.crop or view.size else {}, sort_keys=True)
 
 
 def folder_moments(folder: Path, features: ImageFeatures) -> Moments:
     """Moments of all images under a folder; ValueError for fewer than two."""
-    parts = list(_folder_features(folder, features))
-    if not parts:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return moments(torch.cat(parts))
+    m = collect(real_images(str(folder)), features, keep=False).moments
+    assert m is not None  # collect made them
+    return m
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A loaded `Sources`."""
-
-    sources: Sources
-    moments: Moments
-    features: ImageFeatures
-    clip: Clip | None
+# References -----------------------------------------------------------------------------------------------------------
 
 
-def load_reference(sources: Sources, device: torch.device) -> Reference:
-    features = load_features(sources.features).to(device)
-    if sources.reference in ASSETS:
-        m = load_moments(asset_path(sources.reference) / "reference.safetensors")
-    elif (path := Path(sources.reference)).is_dir():
-        m = folder_moments(path, features)
+def reference_path(protocol: str, c: Comparison, given: Given) -> str | None:
+    """Where a comparison's reference lies; None for one that needs none; ValueError says what to get and where to put it."""
+    if not NEED_REFERENCE & set(c.metrics):
+        return None
+    path = given.references.get(c.name, c.reference)
+    assert path is not None  # the protocol's own validation
+    option = "--reference" + (f" {c.name}=PATH" if c.name else "")
+    return path if path in ASSETS else str(find_data(protocol, path, c.reference_from, option.removesuffix(" PATH")))
+
+
+def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution: int | None) -> Statistics:
+    """The statistics at `path`, with features where the comparison's scores need them.
+
+    Raises ValueError where they are those of other features, views or resolutions, or hold too little.
+    """
+    wants_features = bool(NEED_FEATURES & set(c.metrics))
+    if path in ASSETS:
+        m = load_moments(asset_path(path) / "reference.safetensors")
+        kept = collect(real_images(path), features, c.view).features if wants_features else None
+        return Statistics(m, kept)
+    file = Path(path)
+    if file.is_dir() or file.suffix == ".parquet":
+        loaded = collect(real_images(path), features, c.view, keep=wants_features)
     else:
-        m = load_moments(path)
-    clip = None if sources.clip is None else load_clip(sources.clip).to(device)
-    return Reference(sources, m, features, clip)
+        loaded = load_statistics(file)
+        if loaded.images is not None and (loaded.moments is None or (wants_features and loaded.features is None)):
+            made = collect(real_images(path), features, c.view, keep=wants_features)
+            loaded = Statistics(loaded.moments or made.moments, made.features, None, made.metadata)
+    wanted = {**features_identity(features.name), "view": view_text(c.view)}
+    # A real image that is resized may have had any size before.
+    if resolution is not None and c.view == View() and loaded.metadata.get("resolution") != "mixed":
+        wanted["resolution"] = str(resolution)
+    check_metadata(loaded.metadata, wanted, f"the reference {path}")
+    if loaded.moments is None:
+        raise ValueError(f"the reference {path} holds no statistics")
+    if wants_features and loaded.features is None:
+        needing = ", ".join(sorted(NEED_FEATURES & set(c.metrics)))
+        raise ValueError(
+            f"{needing} need the features of the real images, and {path} holds their moments only: "
+            "make it anew with `fewstep reference`"
+        )
+    return loaded
+
+
+# Subjects -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,30 +286,56 @@ class Subjects:
     prompts: Sequence[str] | None
 
 
-def subjects(sources: Sources, kind: ConditionKind, num_images: int, num_labels: int | None) -> Subjects:
-    """Conditions of images 0 ... num_images - 1; prompts and classes repeat in order, so they are balanced.
+def random_label(seed: int, index: int, num_labels: int) -> int:
+    """Uniform, and the same for every batch size and number of processes."""
+    digest = hashlib.blake2b(f"{seed}:{index}:label".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % num_labels
 
-    Raises ValueError for a pipeline that wants prompts where the reference brings none.
+
+def prompts_file(protocol: str, c: Conditions, given: Given) -> Path | None:
+    """The file of a protocol's prompts; ValueError where it is missing."""
+    if c.source != "prompts":
+        return None
+    if given.prompts is not None:
+        return given.prompts
+    if c.file is None:
+        raise ValueError(f"protocol {protocol} needs prompts: give --prompts FILE")
+    return find_data(protocol, c.file, c.file_from, "--prompts")
+
+
+def subjects(
+    protocol: Protocol, kind: ConditionKind, num_labels: int | None, name: str = "custom", given: Given = NOTHING
+) -> Subjects:
+    """Conditions of images 0 ... images - 1; prompts and classes repeat in order, so they are balanced.
+
+    Raises ValueError for a pipeline that wants prompts where the protocol brings none, and for a wrong number of them.
     """
-    fashion = sources.reference == "fashion"
+    c, n = protocol.conditions, protocol.images
+    file = prompts_file(name, c, given)
+    fashion = c.source == "fashion"
     prompts: list[str] | None = None
-    if sources.prompts is not None:
-        lines = [line.strip() for line in sources.prompts.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"prompts {str(sources.prompts)!r} holds no prompt")
-        prompts = [lines[i % len(lines)] for i in range(num_images)]
+    if file is not None:
+        lines = read_prompts(file)
+        if c.count is not None and len(lines) != c.count:
+            raise ValueError(f"protocol {name} wants {c.count} prompts, and {file} holds {len(lines)}")
+        prompts = [lines[i % len(lines)] for i in range(n)]
     elif fashion:
-        prompts = [caption(i % len(CLASSES)) for i in range(num_images)]
+        prompts = [caption(i % len(CLASSES)) for i in range(n)]
     match kind:
         case "prompt" if prompts is None:
-            raise ValueError(f"reference {sources.reference!r} brings no prompts: give a file with one prompt a line")
+            raise ValueError(
+                f"the pipeline wants prompts, and the reference brings no prompts (conditions: {c.source}): "
+                "give a file with one prompt a line"
+            )
         case "prompt":
             return Subjects(prompts or [], prompts)
         case "label":
-            classes = len(CLASSES) if fashion else num_labels
+            classes = len(CLASSES) if fashion else c.num_labels or num_labels
             if classes is None:
                 raise ValueError("the pipeline does not say how many classes it has")
+            if c.draw == "random":
+                return Subjects([random_label(protocol.seed, i, classes) for i in range(n)], None)
             # The captions of a prompts file need not be those of the labels; those of `fashion` are.
-            return Subjects([i % classes for i in range(num_images)], None if sources.prompts else prompts)
+            return Subjects([i % classes for i in range(n)], None if file else prompts)
         case "none":
-            return Subjects([None] * num_images, None)
+            return Subjects([None] * n, None)

@@ -1,6 +1,5 @@
 """What was compared and how it came out: the protocol, the report's file, its table and its picture."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from torch import Tensor
 import fewstep
 from fewstep.assets import ASSETS, asset_path
 from fewstep.evaluate.clip_score import clip_folder
-from fewstep.evaluate.features import features_folder
-from fewstep.evaluate.frechet import load_moments
-from fewstep.evaluate.reference import resolve
+from fewstep.evaluate.features import features_weights, sha256
+from fewstep.evaluate.protocol import ClipScoring, Comparison, Protocol
+from fewstep.evaluate.reference import NOTHING, Given, prompts_file, protocol_of, reference_path, resolve
+from fewstep.evaluate.statistics import SUFFIXES, Statistics, load_statistics
 
 LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics")
 
@@ -30,9 +30,77 @@ def recommended_guidance_scale(teacher: str) -> float | None:
     return scale
 
 
-def _weights(folder: Path) -> str | None:
-    file = folder / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+def _weights(file: Path | None) -> str | None:
+    return sha256(file) if file is not None and file.exists() else None
+
+
+def _clip_weights(scoring: ClipScoring | None) -> Path | None:
+    if scoring is None or scoring.model is None:
+        return None
+    if scoring.backend == "open_clip":
+        return Path(scoring.pretrained) if scoring.pretrained and Path(scoring.pretrained).is_file() else None
+    return clip_folder(scoring.model) / "model.safetensors"
+
+
+def _clip_words(scoring: ClipScoring | None) -> str | None:
+    if scoring is None:
+        return None
+    prefix = f", after the words {scoring.prefix!r}" if scoring.prefix else ""
+    return f"mean of {scoring.scale:g} * " + ("max(cosine, 0)" if scoring.clamp else "cosine") + prefix
+
+
+def _reference(name: str, c: Comparison, given: Given) -> dict[str, Any]:
+    path = reference_path(name, c, given)
+    if path is None:
+        return {}
+    file = asset_path(path) / "reference.safetensors" if path in ASSETS else Path(path)
+    if not file.is_file():
+        return {"reference": path, "reference_images": "all images of the folder"}
+    statistics = load_statistics(file) if file.suffix in SUFFIXES else Statistics(None)
+    known = path in ASSETS or "features" in statistics.metadata
+    return {
+        "reference": path,
+        "reference_images": None if statistics.moments is None else statistics.moments.count,
+        "reference_sha256": sha256(file),
+        # Statistics that others wrote do not say with which network.
+        "reference_features": "those of this evaluation" if known else "not recorded in the file",
+    }
+
+
+def describe_protocol(
+    protocol: Protocol, *, name: str = "custom", batch_size: int = 100, given: Given = NOTHING
+) -> dict[str, Any]:
+    """What must be equal before two scores may be compared: the protocol's name, hash and settings, and the hashes of its files.
+
+    Settings of all comparisons stand under `definition`; those of the first stand flat beside it.
+    """
+    first = protocol.comparisons[0] if protocol.comparisons else None
+    prompts = prompts_file(name, protocol.conditions, given)
+    text = {
+        "fashion": "fashion: first caption, class = index % 10",
+        "labels": f"labels, {protocol.conditions.draw}",
+        "none": "none",
+    }
+    features = None if first is None else first.features
+    return {
+        "name": name,
+        "hash": protocol.hash(),
+        **({"reference": None, "reference_images": None} | ({} if first is None else _reference(name, first, given))),
+        "features": features,
+        "features_sha256": None if features is None else _weights(features_weights(features)),
+        "covariance": "float64, divided by n - 1",
+        "clip": None if protocol.clip is None else protocol.clip.model,
+        "clip_sha256": _weights(_clip_weights(protocol.clip)),
+        "clip_score": _clip_words(protocol.clip),
+        "images": protocol.images,
+        "seed": protocol.seed,
+        "batch_size": batch_size,
+        "noise": "one CPU generator per image from (seed, index)",
+        "prompts": str(prompts) if prompts else text[protocol.conditions.source],
+        "prompts_sha256": _weights(prompts),
+        "uint8": protocol.uint8,
+        "versions": {"fewstep": fewstep.__version__, **{lib: metadata.version(lib) for lib in LIBRARIES}},
+    } | ({} if name == "custom" else {"definition": protocol.model_dump(mode="json")})
 
 
 def protocol(
@@ -45,29 +113,9 @@ def protocol(
     clip: str | None = None,
     prompts: Path | str | None = None,
 ) -> dict[str, Any]:
-    """What must be equal before two FIDs or CLIP scores may be compared; arguments as for `evaluate`."""
+    """`describe_protocol` of the unnamed protocol; arguments as for `evaluate`."""
     sources = resolve(reference, features, clip, prompts)
-    path = asset_path(reference) / "reference.safetensors" if reference in ASSETS else Path(reference)
-    file = sources.prompts
-    text = f"{reference}: first caption, class = index % 10" if reference in ASSETS else None
-    return {
-        "reference": reference,
-        "reference_images": load_moments(path).count if path.is_file() else "all images of the folder",
-        "features": sources.features,
-        "features_sha256": _weights(features_folder(sources.features)),
-        "covariance": "float64, divided by n - 1",
-        "clip": sources.clip,
-        "clip_sha256": None if sources.clip is None else _weights(clip_folder(sources.clip)),
-        "clip_score": "mean of 100 * max(cosine, 0)",
-        "images": num_images,
-        "seed": seed,
-        "batch_size": batch_size,
-        "noise": "one CPU generator per image from (seed, index)",
-        "prompts": text if file is None else str(file),
-        "prompts_sha256": None if file is None else hashlib.sha256(file.read_bytes()).hexdigest(),
-        "uint8": "round",
-        "versions": {"fewstep": fewstep.__version__, **{name: metadata.version(name) for name in LIBRARIES}},
-    }
+    return describe_protocol(protocol_of(sources, num_images=num_images, seed=seed), batch_size=batch_size)
 
 
 def write_report(path: Path | str, protocol: dict[str, Any], results: list[dict[str, Any]]) -> None:
@@ -83,18 +131,45 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+COLUMNS = {
+    "fid": ("FID", 2),
+    "kid": ("KID", 4),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "density": ("density", 3),
+    "coverage": ("coverage", 3),
+    "inception_score": ("IS", 2),
+    "cmmd": ("CMMD", 3),
+    "diversity": ("diversity", 3),
+    "clip_score": ("CLIP score", 2),
+    "peak_memory_gib": ("GiB", 2),
+    "seconds_per_image": ("s / image", 4),
+}
+"""Heading and digits of every figure that the table shows."""
+
+
+def _figures(results: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """(key, heading, digits) of the columns that the rows have; fid_patch is headed FID patch."""
+    keys = list(dict.fromkeys(key for row in results for key in row))
+    found = []
+    for base, (heading, digits) in COLUMNS.items():
+        for key in keys:
+            if key == base or (key.startswith(f"{base}_") and not key.startswith("inception_score_std")):
+                found.append((key, heading + key[len(base) :].replace("_", " "), digits))
+    return found
+
+
 def format_table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table, one row each."""
-    head = ("model", "steps", "guidance", "evaluations", "FID", "CLIP score", "s / image")
+    figures = _figures(results)
+    head = ("model", "steps", "guidance", "evaluations", *(heading for _, heading, _ in figures))
     rows = [
         (
             str(r["model"]),
             str(r["steps"]),
             "default" if r["guidance_scale"] is None else f"{r['guidance_scale']:g}",
             f"{r['network_evaluations']:g}",
-            _cell(r["fid"], 2),
-            _cell(r["clip_score"], 2),
-            _cell(r["seconds_per_image"], 4),
+            *(_cell(r.get(key), digits) for key, _, digits in figures),
         )
         for r in results
     ]

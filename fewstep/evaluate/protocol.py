@@ -1,0 +1,213 @@
+"""Protocols: what must be equal before two scores may be compared, as a named YAML file."""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from annotated_types import Ge
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from fewstep import yaml12
+from fewstep.config import Strict
+from fewstep.describe import explain
+
+FOLDER = Path(__file__).parent / "protocols"
+"""The named protocols; configs/protocols of the repository leads here, so that an installed package has them too."""
+
+DATA = "FEWSTEP_DATA"
+"""Environment variable: the folder with a subfolder of data for each protocol."""
+
+Metric = Literal["fid", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"]
+NEED_FEATURES = {"kid", "cmmd", "precision_recall", "density_coverage"}
+"""Scores for which the moments of the real features do not suffice."""
+NEED_REFERENCE = NEED_FEATURES | {"fid"}
+
+
+class View(Strict):
+    """What becomes of an image, generated or real, before a network sees it."""
+
+    crop: Literal["square"] | PositiveInt | None = None
+    """Its largest central square, or the central square of this many pixels; null = the whole."""
+    size: PositiveInt | None = None
+    """Side in pixels to which PIL then resizes it, rounding to uint8; null = as it is."""
+    filter: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
+    """PIL's filter of that resizing."""
+
+
+class Conditions(Strict):
+    source: Literal["fashion", "prompts", "labels", "none"]
+    """The first caption of each class of Fashion-MNIST in turn; a file of prompts; class labels; nothing."""
+    file: str | None = None
+    """Prompts in order: .txt with one a line, blank lines skipped, or .jsonl with a string or {"prompt": ...} a line."""
+    file_from: str = ""
+    """Where that file comes from; told where it is missing."""
+    count: PositiveInt | None = None
+    """Prompts that the file must hold; null = any number, repeated in order."""
+    num_labels: PositiveInt | None = None
+    """Number of classes; null = what the pipeline says."""
+    draw: Literal["cycle", "random"] = "cycle"
+    """Labels: 0, 1, 2, ... in turn, or independent and uniform, fixed by (seed, index)."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.source != "labels" and (self.num_labels is not None or self.draw != "cycle"):
+            raise ValueError(f"source {self.source!r} has no labels: leave out num_labels and draw")
+        if self.source != "prompts" and (self.file is not None or self.count is not None):
+            raise ValueError(f"source {self.source!r} reads no file: leave out file and count")
+        return self
+
+
+class Comparison(Strict):
+    """Scores of all images together, in one kind of features."""
+
+    name: str = ""
+    """Appended to the names of its scores, as in fid_patch; empty = nothing."""
+    features: str
+    """`fashion`, `inception`, `inception-clean`, `efficientnet-lite0`, a folder or cached hub id of a transformers model,
+    or module:function of Python's path."""
+    view: View = View()
+    """What the features are taken of."""
+    metrics: tuple[Metric, ...]
+    """Which scores."""
+    reference: str | None = None
+    """Statistics of the real images: `fashion`, a file, or a folder of images."""
+    reference_from: str = ""
+    """Where the reference comes from; told where it is missing."""
+    nearest_k: PositiveInt = 5
+    """Neighbours of precision, recall, density and coverage."""
+    splits: PositiveInt = 10
+    """Parts, in the order of the images, over which the Inception Score is averaged."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if not self.metrics:
+            raise ValueError("metrics is empty; name at least one")
+        if self.reference is None and (wanting := NEED_REFERENCE & set(self.metrics)):
+            raise ValueError(f"{', '.join(sorted(wanting))} need a reference, which is null")
+        return self
+
+
+class ClipScoring(Strict):
+    """How well each image fits its prompt: the mean of scale * cosine."""
+
+    backend: Literal["transformers", "open_clip"] = "transformers"
+    """Library that holds the model."""
+    model: str | None
+    """`fashion`, a folder or cached hub id, or open_clip's name; null = to be chosen with --clip."""
+    pretrained: str | None = None
+    """open_clip's tag of weights, or a file of them."""
+    prefix: str = ""
+    """Put before every prompt."""
+    scale: PositiveFloat = 100.0
+    """Factor of the cosine."""
+    clamp: bool = True
+    """Negative cosines count as 0."""
+    view: View = View()
+    """What the image embedding is taken of, before the model's own preprocessing."""
+
+
+class Protocol(Strict):
+    about: str
+    """What it measures, and whose published numbers it follows."""
+    images: Annotated[int, Ge(2)]
+    """Generated images."""
+    seed: NonNegativeInt = 0
+    """The noise of image i is fixed by (seed, i)."""
+    resolution: PositiveInt | None = None
+    """Side in pixels that generated images must have; null = any."""
+    uint8: Literal["round", "truncate"] = "round"
+    """How [0, 1] becomes 0 ... 255: round(255 x), or floor(255 x) as in ADM's and DMD2's scripts."""
+    conditions: Conditions
+    """What the images show."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Scores against real images."""
+    clip: ClipScoring | None = None
+    """CLIP score; null = none."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [f"{metric}_{c.name}" for c in self.comparisons for metric in c.metrics]
+        if twice := sorted({n.rstrip("_") for n in names if names.count(n) > 1}):
+            raise ValueError(f"comparisons: {', '.join(twice)} would stand twice; give one of them another name")
+        if not self.comparisons and self.clip is None:
+            raise ValueError("comparisons is empty and clip is null: nothing would be scored")
+        return self
+
+    def hash(self) -> str:
+        """12 hexadecimal digits over every setting but `about`: equal for equal protocols, whatever their file's layout."""
+        settings = self.model_dump(mode="json", exclude={"about": True, "comparisons": {"__all__": {"reference_from"}}})
+        settings["conditions"].pop("file_from")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def names() -> list[str]:
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str) -> tuple[str, Protocol]:
+    """Name and content of a named protocol or of a YAML file; ValueError, in words, for anything wrong."""
+    file = FOLDER / f"{name}.yaml"
+    if not file.is_file():
+        file = Path(name)
+        if not file.is_file():
+            close = difflib.get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"protocol {name!r} is neither a file nor one of {', '.join(names())}{hint}")
+    try:
+        raw = yaml12.parse(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as e:
+        raise ValueError(f"{file}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: a mapping of keys to values is wanted")
+    try:
+        return file.stem, Protocol.model_validate(raw)
+    except ValidationError as e:
+        lines = dict.fromkeys(explain(Protocol, raw, x) for x in e.errors())
+        raise ValueError("\n".join([f"{file}:", *lines])) from None
+
+
+def find_data(protocol: str, file: str, comes_from: str, option: str) -> Path:
+    """A protocol's file or folder: as it stands, or under $FEWSTEP_DATA/<protocol>/; ValueError says how to get it."""
+    root = os.environ.get(DATA)
+    places = [Path(file).expanduser()] + ([Path(root) / protocol / file] if root else [])
+    for place in places:
+        if place.exists():
+            return place
+    where = f"{root}/{protocol}/" if root else f"a folder {protocol}/ under the one that ${DATA} names"
+    source = f" ({comes_from})" if comes_from else ""
+    raise ValueError(f"protocol {protocol} needs {file}{source}: put it into {where}, or give {option} PATH")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts of a .jsonl (a string or {"prompt": string} a line, which may be empty) or of a text file, one a line.
+
+    Only a line feed ends a line: other separators of Unicode may stand in a prompt. Blank lines are skipped.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"prompts {str(file)!r} cannot be read as text: {e}") from None
+    stripped = [(number, line.strip(" \t\r")) for number, line in enumerate(lines, 1)]
+    if file.suffix == ".jsonl":
+        prompts = [_json_prompt(line, f"{file}, line {number}") for number, line in stripped if line]
+    else:
+        prompts = [line for _, line in stripped if line]
+    if not prompts:
+        raise ValueError(f"prompts {str(file)!r} holds no prompt")
+    return prompts
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        value: Any = json.loads(line)
+    except ValueError:
+        raise ValueError(f"{where}: not JSON: {line[:80]!r}") from None
+    if isinstance(value, dict):
+        value = value.get("prompt")
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: a string or {{"prompt": string}} is wanted, found {line[:80]!r}')
+    return value

@@ -1,0 +1,135 @@
+"""Files of reference statistics: our own, with what they were made of, and those of pytorch-fid, clean-fid, EDM and ADM."""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.evaluate.frechet import Moments, moments
+
+SUFFIXES = (".npz", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a file knows of the real images.
+
+    moments: of their features; None where the file holds images only.
+    features: [N, D], where it keeps them.
+    images: uint8 [N, H, W, 3], in ADM's reference batches.
+    metadata: what they were made of; empty for the files of others.
+    """
+
+    moments: Moments | None
+    features: Tensor | None = None
+    images: NDArray[np.uint8] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def save_statistics(statistics: Statistics, file: Path) -> None:
+    """Writes .npz (mu, sigma and, as others ignore, features and metadata) or .safetensors; aside first, no pickles."""
+    m = statistics.moments
+    if m is None:
+        raise ValueError("statistics without moments are not written")
+    metadata = {**statistics.metadata, "ddof": "1"} | ({} if m.count is None else {"count": str(m.count)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{os.getpid()}.{file.name}")
+    if file.suffix == ".safetensors":
+        tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
+        if statistics.features is not None:
+            tensors["features"] = statistics.features.cpu().contiguous()
+        save_file(tensors, aside, metadata=metadata)
+    elif file.suffix == ".npz":
+        arrays: dict[str, Any] = {"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()}
+        if statistics.features is not None:
+            arrays["features"] = statistics.features.cpu().numpy()
+        np.savez(aside, **arrays, metadata=np.array(json.dumps(metadata)))
+    else:
+        raise ValueError(f"{file}: a file of statistics ends in {' or '.join(SUFFIXES)}")
+    aside.replace(file)
+
+
+def load_statistics(file: Path) -> Statistics:
+    """Reads what `save_statistics` writes, and .npz with mu and sigma (pytorch-fid, clean-fid, EDM), feats or arr_0 (ADM).
+
+    Raises ValueError, in one sentence, for anything else.
+    """
+    try:
+        if file.suffix == ".npz":
+            return _npz(file)
+        if file.suffix == ".safetensors":
+            return _safetensors(file)
+    except (OSError, SafetensorError, zipfile.BadZipFile, EOFError) as e:
+        raise ValueError(f"{file} cannot be read as a file of statistics: {e}") from None
+    raise ValueError(f"{file}: a file of statistics ends in {' or '.join(SUFFIXES)}")
+
+
+def _safetensors(file: Path) -> Statistics:
+    with safe_open(file, "pt") as f:
+        names, metadata = set(f.keys()), f.metadata() or {}
+        if not {"mean", "covariance"} <= names:
+            raise ValueError(f"{file}: needs the tensors mean and covariance, has {', '.join(sorted(names))}")
+        features = f.get_tensor("features") if "features" in names else None
+        m = _moments(f.get_tensor("mean"), f.get_tensor("covariance"), metadata, file)
+    return Statistics(m, features, None, metadata)
+
+
+def _npz(file: Path) -> Statistics:
+    with np.load(file, allow_pickle=False) as arrays:
+        names = set(arrays.files)
+        if not ({"mu", "sigma"} <= names or "feats" in names or "arr_0" in names):
+            raise ValueError(f"{file}: needs the arrays mu and sigma, feats, or arr_0; has {', '.join(arrays.files)}")
+        try:
+            metadata = json.loads(str(arrays["metadata"])) if "metadata" in names else {}
+            features = next((torch.from_numpy(arrays[k]) for k in ("features", "feats") if k in names), None)
+            images = _images(arrays["arr_0"], file) if "arr_0" in names else None
+            m: Moments | None
+            if {"mu", "sigma"} <= names:
+                m = _moments(torch.from_numpy(arrays["mu"]), torch.from_numpy(arrays["sigma"]), metadata, file)
+            else:
+                m = None if features is None else moments(features)
+        except ValueError as e:
+            # numpy says so of an array that would need unpickling.
+            raise ValueError(f"{file}: {e}") from None
+    return Statistics(m, features, images, metadata)
+
+
+def _images(array: NDArray[Any], file: Path) -> NDArray[np.uint8]:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise ValueError(f"arr_0 must be images, uint8 [N, H, W, 3], and is {array.dtype} {list(array.shape)}")
+    return array
+
+
+def _moments(mean: Tensor, covariance: Tensor, metadata: Mapping[str, str], file: Path) -> Moments:
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"{file}: a mean [D] and a covariance [D, D] are wanted, not {list(mean.shape)} and {list(covariance.shape)}"
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError(f"{file}: its statistics are not finite")
+    count = int(metadata["count"]) if "count" in metadata else None
+    return Moments(mean.double(), covariance.double(), count)
+
+
+def check_metadata(metadata: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
+    """ValueError unless every key that both know has one value; statistics of others say nothing and pass."""
+    for key, value in wanted.items():
+        if metadata.get(key, value) != value:
+            raise ValueError(
+                f"{where} was made with {key} {_short(metadata[key])}, and this evaluation has {_short(value)}: "
+                "such scores would mean nothing; make it anew with `fewstep reference`"
+            )
+
+
+def _short(value: str) -> str:
+    return value[:12] if len(value) == 64 else value
