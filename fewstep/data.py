@@ -6,6 +6,7 @@ among the ranks, that resumes exactly.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -50,6 +51,10 @@ class Source(ABC):
     def get(self, indices: Sequence[int]) -> Raw:
         """The samples at `indices`. Raises ValueError, naming the file, for an image that cannot be read."""
 
+    @abstractmethod
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
+        """The conditions at `indices`, as `get` has them, without opening an image."""
+
 
 class Fashion(Source):
     """Fashion-MNIST: the 60,000 training images where Debian's package is installed, else the 2,000 embedded ones.
@@ -60,8 +65,7 @@ class Fashion(Source):
     has_images = True
 
     def __init__(self, image_size: int, num_labels: int | None = None) -> None:
-        whole = fashion.DEBIAN_FOLDER.exists()
-        self.images, self.labels = fashion.load_idx("train") if whole else fashion.load_embedded()
+        self.labels = fashion.load_train_labels()
         self.image_size, self.num_labels = image_size, num_labels
         self.conditions = "prompt" if num_labels is None else "label"
         if num_labels is not None and num_labels != len(fashion.CLASSES):
@@ -77,8 +81,17 @@ class Fashion(Source):
         pixels = self.images[indices]
         if pixels.shape[-1] != self.image_size:
             pixels = np.stack([square(Image.fromarray(x.transpose(1, 2, 0)), self.image_size) for x in pixels])
-        labels = self.labels[indices].tolist()
-        return Raw(scaled(pixels), [self._condition(i, c) for i, c in zip(indices, labels, strict=True)], indices)
+        return Raw(scaled(pixels), self.conditions_at(indices), indices)
+
+    @cached_property
+    def images(self) -> NDArray[np.uint8]:
+        """uint8 [N, 3, 32, 32]; a run that needs conditions only never loads them."""
+        whole = fashion.DEBIAN_FOLDER.exists()
+        return (fashion.load_idx("train") if whole else fashion.load_embedded())[0]
+
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
+        indices = list(indices)
+        return [self._condition(i, c) for i, c in zip(indices, self.labels[indices].tolist(), strict=True)]
 
     def _condition(self, index: int, label: int) -> str | int:
         return label if self.num_labels is not None else fashion.caption(label, index % len(fashion.TEMPLATES))
@@ -117,7 +130,10 @@ class Folder(Source):
 
     def get(self, indices: Sequence[int]) -> Raw:
         pixels = [decode(self.files[i], str(self.files[i]), self.image_size) for i in indices]
-        return Raw(scaled(np.stack(pixels)), [self.values[i] for i in indices], list(indices))
+        return Raw(scaled(np.stack(pixels)), self.conditions_at(indices), list(indices))
+
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
+        return [self.values[i] for i in indices]
 
 
 class Parquet(Source):
@@ -166,10 +182,11 @@ class Parquet(Source):
 
     def get(self, indices: Sequence[int]) -> Raw:
         images = None if self.images is None else scaled(np.stack([self._image(i) for i in indices]))
+        return Raw(images, self.conditions_at(indices), list(indices))
+
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         values = [None if self.values is None else self.values[i].as_py() for i in indices]
-        if self.conditions == "prompt":
-            values = ["" if v is None else v for v in values]
-        return Raw(images, values, list(indices))
+        return ["" if v is None else v for v in values] if self.conditions == "prompt" else values
 
     def _image(self, index: int) -> NDArray[np.uint8]:
         assert self.images is not None  # get asks only then
@@ -194,7 +211,10 @@ class Listed(Source):
         return len(self.values)
 
     def get(self, indices: Sequence[int]) -> Raw:
-        return Raw(None, [self.values[i] for i in indices], list(indices))
+        return Raw(None, self.conditions_at(indices), list(indices))
+
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
+        return [self.values[i] for i in indices]
 
 
 class Limited(Source):
@@ -212,6 +232,9 @@ class Limited(Source):
 
     def get(self, indices: Sequence[int]) -> Raw:
         return self.source.get([self.kept[i] for i in indices])._replace(indices=list(indices))
+
+    def conditions_at(self, indices: Sequence[int]) -> list[Any]:
+        return self.source.conditions_at([self.kept[i] for i in indices])
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -278,7 +301,7 @@ class Stream(Iterator[Raw]):
         return raw
 
     def next_indices(self) -> list[int]:
-        """The indices of the next micro-batch, for a caller that holds the samples already; moves the stream on."""
+        """The indices of the next micro-batch, for a caller that needs no images or holds them already; moves the stream on."""
         indices = self._indices()
         self.position += self.batch_size * self.world
         return indices

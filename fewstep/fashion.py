@@ -73,3 +73,15 @@ def load_embedded() -> tuple[Images, Labels]:
     table = pq.read_table(asset_path("fashion") / "images.parquet")
     decoded = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
     return pad(np.stack(decoded)), table["label"].to_numpy().astype(np.int64)
+
+
+def load_train_labels() -> Labels:
+    """The labels [N] of the training images, Debian's where they are installed, else the embedded; opens no image."""
+    import pyarrow.parquet as pq
+
+    file = DEBIAN_FOLDER / "train-labels-idx1-ubyte.gz"
+    if DEBIAN_FOLDER.exists():
+        return np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=8).astype(np.int64)
+    return (
+        pq.read_table(asset_path("fashion") / "images.parquet", columns=["label"])["label"].to_numpy().astype(np.int64)
+    )

@@ -60,7 +60,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
 
 def _example(source: "Source") -> dict[str, str]:
     """The prompt of the model card's example: one that the student was trained on."""
-    return {"prompt": source.get([0]).conditions[0]} if source.conditions == "prompt" else {}
+    return {"prompt": source.conditions_at([0])[0]} if source.conditions == "prompt" else {}
 
 
 def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -> None:

@@ -120,11 +120,11 @@ class Trainer:
             indices = self.stream.next_indices()
             posterior = Posterior(*(v[indices].to(self.device) for v in self.cache.posterior))
             conditions = [self.cache.conditions[i] for i in indices]
-        else:
+        elif self.method.needs_images:
             raw = next(self.stream)
-            conditions = raw.conditions
-            if self.method.needs_images:
-                posterior = self._encode(raw)
+            conditions, posterior = raw.conditions, self._encode(raw)
+        else:
+            conditions = self.stream.source.conditions_at(self.stream.next_indices())
         latents = None if posterior is None else posterior.sample(torch.randn_like(posterior.mean))
         size = len(conditions)
         cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)

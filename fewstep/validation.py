@@ -38,7 +38,7 @@ class Pictures:
         # A method for one count alone is shown at that one.
         self.steps = [n for n in PICTURED_STEPS if n in steps] or [max(steps)]
         self.indices = list(range(min(8, len(source))))
-        self.conditions = source.get(self.indices).conditions
+        self.conditions = source.conditions_at(self.indices)
         scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
         self.guidance_scale = recommended_guidance_scale(config.teacher) if scale is None else scale
         self.teacher_rows: list[Tensor] = []
