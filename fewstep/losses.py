@@ -1,10 +1,18 @@
-"""Distances between predictions. Pure functions of tensors."""
+"""Distances, distribution matching, adversarial losses. Pure functions of tensors."""
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Distance = Literal["l2", "pseudo_huber"]
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
+Adversarial = Literal["softplus", "hinge"]
+
+LARGEST_LOGIT = 10.0
+RATIO_RANGE = (0.1, 20.0)
+"""The discriminator's density ratio is cut to this range before it weighs anything."""
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
@@ -18,3 +26,67 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     Song & Dhariwal (2023) define it on whole samples; with c = 1e-3 the element-wise form is nearly L1.
     """
     return ((a - b).square().add(c**2).sqrt() - c).mean()
+
+
+# Distribution matching ------------------------------------------------------------------------------------------------
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """(fake - real) / mean |x - real|, the mean over each sample's elements (Yin et al. 2024, DMD, eq. 7 and 8).
+
+    Args:
+        x: the student's samples before noise is added, [B, ...].
+        real, fake: the teacher's and the critic's estimates of x0 from the same noised x, [B, ...].
+
+    A sample that meets its teacher exactly has gradient 0, and so has one whose gradient is not a finite number.
+    """
+    size = (x - real).abs().mean(dim=list(range(1, x.ndim)), keepdim=True)
+    return ((fake - real) / size).nan_to_num(0.0, 0.0, 0.0)
+
+
+def descend(x: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient in x is `gradient` / numel: half the mean square of x - stop(x - gradient)."""
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+def divergence_weights(kind: Divergence, logits: Tensor) -> Tensor:
+    """Weight of each sample's matching gradient, [B], mean 1 (Xu et al. 2025, f-distill, arXiv 2502.15681, table 1).
+
+    It is h(r) = f''(r) r^2 with r = p_data / p_student = exp(logit) of a discriminator [B, heads] whose logits rise
+    with realism: 1 for the reverse, r for the forward Kullback-Leibler divergence, r / (1 + r) for Jensen-Shannon.
+    """
+    ratio = logits.float().mean(1).clamp(-LARGEST_LOGIT, LARGEST_LOGIT).exp().clamp(*RATIO_RANGE)
+    match kind:
+        case "reverse_kl":
+            return torch.ones_like(ratio)
+        case "forward_kl":
+            weight = ratio
+        case "jensen_shannon":
+            weight = ratio / (1 + ratio)
+        case _:
+            raise ValueError(f"unknown divergence {kind!r}: reverse_kl, forward_kl or jensen_shannon")
+    return weight / weight.mean()
+
+
+# Adversarial; logits rise with realism --------------------------------------------------------------------------------
+
+
+def generator_loss(kind: Adversarial, fake: Tensor) -> Tensor:
+    """What a generator descends: mean softplus(-fake), the non-saturating loss of Goodfellow et al. 2014; or -fake."""
+    return F.softplus(-fake).mean() if kind == "softplus" else -fake.mean()
+
+
+def discriminator_loss(kind: Adversarial, real: Tensor, fake: Tensor) -> Tensor:
+    """What a discriminator descends: mean softplus(fake) + softplus(-real); or the hinge of Lim & Ye 2017."""
+    if kind == "softplus":
+        return F.softplus(fake).mean() + F.softplus(-real).mean()
+    return F.relu(1 + fake).mean() + F.relu(1 - real).mean()
+
+
+def gradient_penalty(logits: Tensor, x: Tensor) -> Tensor:
+    """R1 (Mescheder et al. 2018, eq. 9): half the mean over samples of the squared norm of d logit / d x.
+
+    logits [B, heads] must come from x [B, ...] by operations that can be differentiated twice.
+    """
+    (gradient,) = torch.autograd.grad(logits.mean(1).sum(), x, create_graph=True)
+    return 0.5 * gradient.square().flatten(1).sum(1).mean()

@@ -10,13 +10,18 @@ import yaml
 
 import fewstep
 from fewstep.config import RunConfig, Strict
-from fewstep.methods.consistency import ConsistencyConfig
+from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.dmd2_config import DMD2Config
 from fewstep.pretrain.config import TeacherTraining
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fewstep"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MODELS: dict[str, type[Strict]] = {"consistency": RunConfig[ConsistencyConfig], "teacher": TeacherTraining}
+MODELS: dict[str, type[Strict]] = {
+    "consistency": RunConfig[ConsistencyConfig],
+    "dmd2": RunConfig[DMD2Config],
+    "teacher": TeacherTraining,
+}
 
 
 def test_import_is_quick_and_loads_no_torch() -> None:

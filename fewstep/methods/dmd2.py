@@ -1,0 +1,251 @@
+"""Distribution matching distillation with an adversarial loss, DMD2 (Yin et al. 2024); without it and with pairs, DMD."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.losses import (
+    descend,
+    discriminator_loss,
+    divergence_weights,
+    generator_loss,
+    gradient_penalty,
+    l2,
+    matching_gradient,
+)
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.critic import Critic, Head, Noised, features
+from fewstep.methods.dmd2_config import DMD2Config, Range
+from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
+from fewstep.process import Prediction, add_noise, guide, output_of
+from fewstep.teachers.base import Cond, Denoiser, Teacher
+from fewstep.teachers.guidance import both_sides, concatenate, guided
+
+
+class DMD2(Method):
+    """The student's samples, at every noise level, come to be distributed as the teacher's.
+
+    Roles: the teacher; the student; the critic, a denoiser of the student's samples that also tells them from real ones.
+    """
+
+    Config = DMD2Config
+    name = "dmd2"
+    paper = (
+        "Yin et al. 2024, Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867; "
+        "Yin et al. 2024, One-step Diffusion with Distribution Matching Distillation, arXiv 2311.18828"
+    )
+
+    config: DMD2Config
+
+    def __init__(self, config: DMD2Config, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if config.guidance_scale != 1 and teacher.conditions == "none":
+            raise ValueError("method.guidance_scale: an unconditional teacher has no guidance; set it to 1")
+        self.needs_images = (config.gan_weight > 0 and config.gan_real == "images") or config.inputs == "noised_data"
+        scheduler: Any = self.scheduler()
+        scheduler.set_timesteps(config.count)
+        self.timesteps: Tensor = scheduler.timesteps.cpu()
+        self.layers = self._layers()
+
+    # Roles, steps, sampling -------------------------------------------------------------------------------------------
+
+    def roles(self) -> dict[str, Role]:
+        c = self.config
+        return {
+            "teacher": Role(self.teacher.denoiser),
+            "student": Role(self.teacher.student(), optim=c.optim),
+            "critic": Role(self._critic(), optim=c.critic_optim or c.optim),
+        }
+
+    def _critic(self) -> Critic:
+        if not self.config.gan_weight:
+            return Critic(self.teacher.denoiser.clone())
+        device = next(self.teacher.denoiser.parameters()).device
+        probe = torch.zeros(1, *self.teacher.latent_shape, device=device)
+        at = Noised(probe, torch.zeros(1, dtype=torch.long, device=device), self.teacher.null_condition(1))
+        with torch.no_grad():
+            heads = [Head(*f.shape[1:]).to(device) for f in self._features(self.teacher.denoiser, at)]
+        return Critic(self.teacher.denoiser.clone(), heads, self.layers)
+
+    def _layers(self) -> tuple[str, ...]:
+        """Names of the denoiser's modules on which the discriminator listens."""
+        denoiser = self.teacher.denoiser
+        modules = dict(denoiser.named_modules())
+        if self.config.gan_layers is None:
+            middle = self.teacher.feature_module(denoiser)
+            return tuple(name for name, module in modules.items() if module is middle)
+        for name in self.config.gan_layers:
+            if f"net.{name}" not in modules:
+                top = ", ".join(name for name, _ in denoiser.net.named_children())
+                raise ValueError(f"method.gan_layers: the network has no module {name!r}; its uppermost are {top}")
+        return tuple(f"net.{name}" for name in self.config.gan_layers)
+
+    def steps(self) -> tuple[Step, ...]:
+        student = Step("student", self.student_loss, every=self.config.student_update_every)
+        return student, Step("critic", self.critic_loss)
+
+    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+        spacing = self.config.spacing or self.teacher.num_train_timesteps // self.config.count
+        return self.teacher.renoise_scheduler(self.config.count, spacing=spacing)
+
+    def allowed_steps(self) -> tuple[int, ...]:
+        """The counts whose timesteps are the first of the trained ones: their last sample was matched, too."""
+        scheduler, trained, allowed = self.scheduler(), self.timesteps.tolist(), []
+        for count in range(1, len(trained) + 1):
+            scheduler.set_timesteps(count)
+            if scheduler.timesteps.tolist() == trained[:count]:
+                allowed.append(count)
+        return tuple(allowed)
+
+    # The student's turn -----------------------------------------------------------------------------------------------
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """Distribution matching, adversarial and regression terms on one sample, which the critic's turn is left."""
+        c = self.config
+        x = self.sample(nets["student"], batch)
+        batch.carried["sample"] = x.detach()
+        losses = {}
+        if c.dm_weight:
+            losses["dm"] = c.dm_weight * self.matching(nets, batch, x)
+        if c.gan_weight:
+            losses["gan"] = c.gan_weight * self.realism(nets, batch, x)
+        return losses
+
+    def sample(self, student: nn.Module, batch: Batch, stop: int | None = None, noise: Tensor | None = None) -> Tensor:
+        """The student's x0 [B, C, h, w] after `stop` simulated steps and one that gradients see (DMD2, section 4.5).
+
+        Args:
+            stop: 0 ... steps - 1; drawn, the same on every process, if None.
+            noise: of the last input, [B, C, h, w]: all of it for stop = 0; drawn if None.
+        """
+        shape = (batch.size, *self.teacher.latent_shape)
+        noise = torch.randn(shape, device=batch.device) if noise is None else noise
+        t = self.timesteps.to(batch.device)
+        if self.config.inputs == "noised_data":
+            index = torch.randint(len(t), (batch.size,), device=batch.device)
+            index = index if stop is None else torch.full_like(index, stop)
+            data = add_noise(self.teacher.schedule, batch.x0, noise, t[index])
+            x_t = torch.where((index == 0).view(-1, *[1] * (noise.ndim - 1)), noise, data)
+            return self._x0(student, Noised(x_t, t[index], batch.cond))
+        if stop is None:
+            stop = int(torch.randint(len(t), (), generator=batch.generator))
+        x_t = noise if stop == 0 else torch.randn_like(noise)
+        with torch.no_grad():
+            for i in range(stop):
+                x0 = self._x0(student, Noised(x_t, t[i].expand(batch.size), batch.cond))
+                fresh = noise if i == stop - 1 else torch.randn_like(noise)
+                x_t = add_noise(self.teacher.schedule, x0, fresh, t[i + 1].expand(batch.size))
+        # Older releases of torch would give the last step the weights that autocast has cast without gradient.
+        torch.clear_autocast_cache()
+        return self._x0(student, Noised(x_t, t[stop].expand(batch.size), batch.cond))
+
+    def matching(
+        self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Term whose gradient in x moves its distribution to the teacher's; t [B], noise like x: drawn if None."""
+        c, teacher = self.config, nets["teacher"]
+        with torch.no_grad():
+            at = self._noised(x, c.dm_range, batch.cond, t, noise)
+            apart = c.guidance_noise_range
+            real = guided(teacher, *self._cast(at), batch.uncond, 1.0 if apart else c.guidance_scale).x0
+            fake = nets["critic"](self._cast(at))[0].x0
+            gradient = matching_gradient(x, real, fake)
+            if apart:
+                # guided - critic = (conditional - critic) + (guided - conditional), the last at noise of its own.
+                other = self._cast(self._noised(x, apart, batch.cond))
+                plain, uncond = both_sides(teacher, *other, batch.uncond)
+                gradient = gradient + matching_gradient(x, guide(plain, uncond, c.guidance_scale).x0, plain.x0)
+            if c.divergence != "reverse_kl":
+                weights = divergence_weights(c.divergence, nets["critic"](**self._judged(nets, at))[1])
+                gradient = gradient * weights.view(-1, *[1] * (x.ndim - 1))
+            batch.health |= sample_figures(x, real, fake)
+        return descend(x, gradient.to(x.dtype))
+
+    def realism(
+        self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """The student's side of the adversarial loss, on noised x (DMD2, eq. 6)."""
+        at = self._noised(x, self.config.gan_range, batch.cond, t, noise)
+        return generator_loss(self.config.gan_loss, nets["critic"](**self._judged(nets, at))[1])
+
+    # The critic's turn ------------------------------------------------------------------------------------------------
+
+    def critic_loss(self, nets: Networks, batch: Batch, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
+        """Denoising of the student's samples over all noise levels, and telling them from real ones, in one call.
+
+        t [B], noise [B, C, h, w]: of the denoising; drawn if None.
+        """
+        c = self.config
+        x = batch.carried.get("sample")
+        if x is None:
+            with torch.no_grad():
+                x = self.sample(nets["student"], batch)
+        noise = torch.randn_like(x) if noise is None else noise
+        at = self._noised(x, (0.0, 1.0), batch.cond, t, noise)
+        if not c.gan_weight:
+            prediction, _ = nets["critic"](self._cast(at))
+            return {"denoising": self._denoising(prediction, x, noise, at.t)}
+        fake = self._noised(x, c.gan_range, batch.cond)
+        real = self._noised(*self._real(batch))
+        # The penalty differentiates twice, which fused attention cannot.
+        with sdpa_kernel(SDPBackend.MATH) if c.r1_weight else nullcontext():
+            real.x_t.requires_grad_(c.r1_weight > 0)
+            prediction, logits = nets["critic"](self._cast(at), **self._judged(nets, _both(real, fake)))
+            on_real, on_fake = logits.chunk(2)
+            losses = {
+                "denoising": self._denoising(prediction, x, noise, at.t),
+                "discriminator": c.gan_critic_weight * discriminator_loss(c.gan_loss, on_real, on_fake),
+            }
+            if c.r1_weight:
+                penalty = gradient_penalty(on_real, real.x_t)
+                losses["r1"] = c.gan_critic_weight * c.r1_weight * penalty
+        batch.health |= accuracies(on_real, on_fake)
+        return losses
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        return alarms(figures)
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _noised(
+        self, x0: Tensor, span: Range, cond: Cond, t: Tensor | None = None, noise: Tensor | None = None
+    ) -> Noised:
+        """x0 at noise levels drawn uniformly from a range of the training timesteps, each sample's its own."""
+        if t is None:
+            total = self.teacher.num_train_timesteps
+            low, high = (round(fraction * total) for fraction in span)
+            t = torch.randint(min(low, total - 1), min(high + 1, total), (len(x0),), device=x0.device)
+        noise = torch.randn_like(x0) if noise is None else noise
+        return Noised(add_noise(self.teacher.schedule, x0, noise, t), t, cond)
+
+    def _cast(self, at: Noised) -> Noised:
+        return at._replace(x_t=at.x_t.to(getattr(torch, self.config.x0_dtype)))
+
+    def _x0(self, net: nn.Module, at: Noised) -> Tensor:
+        return net(*self._cast(at)).x0.float()  # type: ignore[no-any-return]
+
+    def _denoising(self, p: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Mean square error of the network's own output, whatever it predicts (DMD2, eq. 5; weight as in training)."""
+        schedule, kind = self.teacher.schedule, self.teacher.denoiser.prediction_type
+        wanted = output_of(schedule, kind, Prediction(x0, noise), t)
+        return l2(output_of(schedule, kind, p, t), wanted).float()
+
+    def _real(self, batch: Batch) -> tuple[Tensor, Range, Cond]:
+        return batch.x0, self.config.gan_range, batch.cond
+
+    def _judged(self, nets: Networks, at: Noised) -> dict[str, Any]:
+        """What the critic's heads are to judge: noised samples, or the frozen teacher's features of them."""
+        if self.config.gan_feature_source == "critic":
+            return {"judge": at}
+        return {"given": self._features(self.teacher.denoiser, at)}
+
+    def _features(self, denoiser: Denoiser, at: Noised) -> list[Tensor]:
+        return features(denoiser, [denoiser.get_submodule(name) for name in self.layers], at)
+
+
+def _both(a: Noised, b: Noised) -> Noised:
+    return Noised(torch.cat([a.x_t, b.x_t]), torch.cat([a.t, b.t]), concatenate(a.cond, b.cond))

@@ -1,0 +1,63 @@
+"""How a distribution matching run is doing: figures for the log, and alarms in words."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def sample_figures(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Figures of the student's samples x [B, ...] beside the teacher's and the critic's x0 from the same, noised.
+
+    Each is one number:
+        dm_norm: root mean square of the matching gradient before it is normalised;
+        student_to_teacher, student_to_critic: mean absolute distance of x; the second is the fake score's error;
+        *_mean, *_std; *_detail, the root mean square of differences between neighbours; *_diversity, the mean standard
+        deviation over the batch.
+    """
+    figures = {
+        "dm_norm": (fake - real).square().mean().sqrt(),
+        "student_to_teacher": (x - real).abs().mean(),
+        "student_to_critic": (x - fake).abs().mean(),
+    }
+    for name, v in (("student", x), ("teacher", real)):
+        figures[f"{name}_mean"], figures[f"{name}_std"] = v.mean(), v.std()
+        figures[f"{name}_detail"] = v.diff(dim=-1).square().mean().sqrt()
+        figures[f"{name}_diversity"] = v.std(0, correction=0).mean()
+    return {name: figure.detach().float() for name, figure in figures.items()}
+
+
+@torch.no_grad()
+def accuracies(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Share of logits on the right side: real ones above 0, fake ones below."""
+    return {"real_accuracy": (real > 0).float().mean(), "fake_accuracy": (fake < 0).float().mean()}
+
+
+def alarms(figures: Mapping[str, float]) -> list[str]:
+    """Sentences about figures that no healthy run has, each with the key to turn."""
+    said = []
+    if {"student_std", "teacher_std"} <= figures.keys():
+        ratio = figures["student_std"] / max(figures["teacher_std"], 1e-12)
+        if not 0.5 < ratio < 2:
+            said.append(
+                f"the samples' deviation is {ratio:.2g} times what the teacher sees in them: the student has left the "
+                "data; lower method.optim.lr or raise method.student_update_every"
+            )
+        ratio = figures["student_diversity"] / max(figures["teacher_diversity"], 1e-12)
+        if ratio < 0.5:
+            said.append(
+                f"the samples of a batch differ {ratio:.2g} times as much as the teacher sees them differ: the student "
+                "collapses; lower method.gan_weight or method.optim.lr"
+            )
+        ratio = figures["student_to_critic"] / max(figures["student_to_teacher"], 1e-12)
+        if ratio > 1.5:
+            said.append(
+                f"the critic is {ratio:.2g} times as far from the student's samples as the teacher is: it does not keep "
+                "up; raise method.student_update_every or method.critic_optim.lr"
+            )
+    if min(figures.get("real_accuracy", 0.0), figures.get("fake_accuracy", 0.0)) > 0.98:
+        said.append(
+            "the discriminator tells all samples from real ones and has little left to teach: lower "
+            "method.gan_critic_weight, or set method.r1_weight"
+        )
+    return said
