@@ -10,6 +10,7 @@ import yaml
 
 import fewstep
 from fewstep.config import RunConfig, Strict
+from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.methods.dmd2_config import DMD2Config
 from fewstep.pretrain.config import TeacherTraining
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fewstep"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODELS: dict[str, type[Strict]] = {
+    "boot": RunConfig[BootConfig],
     "consistency": RunConfig[ConsistencyConfig],
     "dmd2": RunConfig[DMD2Config],
     "teacher": TeacherTraining,
