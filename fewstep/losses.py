@@ -28,6 +28,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a - b).square().add(c**2).sqrt() - c).mean()
 
 
+def huber(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over elements of d^2 / 2, of |d| - 1 / 2 where |d| > 1 (Huber 1964)."""
+    return F.huber_loss(a, b)
+
+
 # Distribution matching ------------------------------------------------------------------------------------------------
 
 

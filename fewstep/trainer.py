@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from fewstep import checkpoint as ckpt
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Raw, Source, Stream
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
 from fewstep.teachers.base import Denoiser, Posterior, Teacher
 from fewstep.validation import Pictures, small_scores
 
@@ -139,6 +139,7 @@ class Trainer:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if c.tracker:
             self.accelerator.init_trackers("fewstep", config={"method": self.method.name})
+        self.method.prepare(self._preparation())
         steps = self.method.steps()
         previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
         bar = tqdm(
@@ -172,6 +173,13 @@ class Trainer:
         if self.iteration % c.checkpoint_every:
             self.save()
         return True
+
+    def _preparation(self) -> Preparation:
+        source, a = self.stream.source, self.accelerator
+        return Preparation(
+            self.folder, source.conditions_at, len(source), self.config.seed, self.device, a.process_index,
+            a.num_processes, a.wait_for_everyone,
+        )  # fmt: skip
 
     def _events(self, bar: Any) -> None:
         c = self.config

@@ -1,8 +1,9 @@
 """A method: which networks it keeps, and the losses from which they learn."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -69,6 +70,27 @@ class Step:
     every: int = 1
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a method has at hand before the first iteration, the same on every process but for `process`.
+
+    Attributes:
+        folder: the run's, which all processes see.
+        conditions: gives the source's prompts, labels or Nones at some of the indices 0 ... choices - 1.
+        process, processes: number of this process, and how many there are.
+        wait: returns when every process has called it.
+    """
+
+    folder: Path
+    conditions: Callable[[list[int]], Sequence[Any]]
+    choices: int
+    seed: int
+    device: torch.device
+    process: int
+    processes: int
+    wait: Callable[[], None]
+
+
 class Method(ABC):
     """Roles, steps, and the stock scheduler with which the student is sampled; free of devices, processes and diffusers."""
 
@@ -98,6 +120,9 @@ class Method(ABC):
     @abstractmethod
     def allowed_steps(self) -> tuple[int, ...]:
         """The counts of `num_inference_steps` that the student was trained for; any other must fail in stock diffusers."""
+
+    def prepare(self, at: Preparation) -> None:  # noqa: B027  # most methods have nothing to prepare
+        """Called once before the first iteration, also of a resumed run, on every process."""
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""

@@ -1,6 +1,6 @@
 """Distribution matching distillation with an adversarial loss, DMD2 (Yin et al. 2024); without it and with pairs, DMD."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,13 +14,16 @@ from fewstep.losses import (
     divergence_weights,
     generator_loss,
     gradient_penalty,
+    huber,
     l2,
     matching_gradient,
 )
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
 from fewstep.methods.critic import Critic, Head, Noised, features
 from fewstep.methods.dmd2_config import DMD2Config, Range
 from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
+from fewstep.methods.perceptual import load_lpips
+from fewstep.pairs import Pairs, PairSettings, draw_pairs, read_pairs
 from fewstep.process import Prediction, add_noise, guide, output_of
 from fewstep.teachers.base import Cond, Denoiser, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate, guided
@@ -50,6 +53,8 @@ class DMD2(Method):
         scheduler.set_timesteps(config.count)
         self.timesteps: Tensor = scheduler.timesteps.cpu()
         self.layers = self._layers()
+        self.pairs: Pairs | None = None
+        self.distance = self._distance()
 
     # Roles, steps, sampling -------------------------------------------------------------------------------------------
 
@@ -84,6 +89,15 @@ class DMD2(Method):
                 raise ValueError(f"method.gan_layers: the network has no module {name!r}; its uppermost are {top}")
         return tuple(f"net.{name}" for name in self.config.gan_layers)
 
+    def _distance(self) -> Callable[[Tensor, Tensor], Tensor]:
+        match self.config.regression_distance if self.config.regression_weight else "l2":
+            case "lpips":
+                lpips, decode = load_lpips(), self.teacher.decode
+                return lambda a, b: lpips(decode(a), decode(b))
+            case "huber":
+                return huber
+        return l2
+
     def steps(self) -> tuple[Step, ...]:
         student = Step("student", self.student_loss, every=self.config.student_update_every)
         return student, Step("critic", self.critic_loss)
@@ -101,6 +115,19 @@ class DMD2(Method):
                 allowed.append(count)
         return tuple(allowed)
 
+    def prepare(self, at: Preparation) -> None:
+        """The teacher draws the pairs that are not in the run's folder yet."""
+        c = self.config.pairs
+        if c is None:
+            return
+        scale = self.config.guidance_scale if c.guidance_scale is None else c.guidance_scale
+        settings = PairSettings(c.count, c.batch_size, c.solver_steps, scale, at.seed)
+        folder = at.folder / "pairs"
+        where = (at.device, at.process, at.processes)
+        draw_pairs(self.teacher, at.conditions, at.choices, folder, settings, *where)
+        at.wait()
+        self.pairs = read_pairs(folder, settings)
+
     # The student's turn -----------------------------------------------------------------------------------------------
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
@@ -113,6 +140,8 @@ class DMD2(Method):
             losses["dm"] = c.dm_weight * self.matching(nets, batch, x)
         if c.gan_weight:
             losses["gan"] = c.gan_weight * self.realism(nets, batch, x)
+        if c.regression_weight:
+            losses["regression"] = c.regression_weight * self.regression(nets, batch)
         return losses
 
     def sample(self, student: nn.Module, batch: Batch, stop: int | None = None, noise: Tensor | None = None) -> Tensor:
@@ -171,6 +200,12 @@ class DMD2(Method):
         """The student's side of the adversarial loss, on noised x (DMD2, eq. 6)."""
         at = self._noised(x, self.config.gan_range, batch.cond, t, noise)
         return generator_loss(self.config.gan_loss, nets["critic"](**self._judged(nets, at))[1])
+
+    def regression(self, nets: Networks, batch: Batch) -> Tensor:
+        """Distance to the teacher's samples from the same noises, on pairs of their own (DMD, eq. 9)."""
+        noise, x0, cond = self._pick(batch)
+        t = self.timesteps[0].to(batch.device).expand(batch.size)
+        return self.distance(self._x0(nets["student"], Noised(noise, t, cond)), x0)
 
     # The critic's turn ------------------------------------------------------------------------------------------------
 
@@ -235,7 +270,15 @@ class DMD2(Method):
         return l2(output_of(schedule, kind, p, t), wanted).float()
 
     def _real(self, batch: Batch) -> tuple[Tensor, Range, Cond]:
-        return batch.x0, self.config.gan_range, batch.cond
+        if self.config.gan_real == "images":
+            return batch.x0, self.config.gan_range, batch.cond
+        _, x0, cond = self._pick(batch)
+        return x0, self.config.gan_range, cond
+
+    def _pick(self, batch: Batch) -> tuple[Tensor, Tensor, Cond]:
+        if self.pairs is None:
+            raise ValueError("the teacher's pairs are not there yet: call prepare first")
+        return self.pairs.pick(batch.size, self.teacher, batch.device)
 
     def _judged(self, nets: Networks, at: Noised) -> dict[str, Any]:
         """What the critic's heads are to judge: noised samples, or the frozen teacher's features of them."""
