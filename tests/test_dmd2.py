@@ -24,7 +24,7 @@ from fewstep.losses import (
     matching_gradient,
 )
 from fewstep.methods.base import Batch
-from fewstep.methods.critic import Head
+from fewstep.methods.critic import Head, noised
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.dmd2_config import DMD2Config
 from fewstep.methods.dmd2_health import alarms
@@ -377,7 +377,7 @@ def test_logits_stop_at_the_features(teacher):
     critic = nets["critic"]
     after = []
     handle = critic.denoiser.net.up_blocks[0].register_forward_hook(lambda *_: after.append(1))
-    at = method._noised(batch.x0, (0.0, 1.0), batch.cond)
+    at = noised(teacher, batch.x0, (0.0, 1.0), batch.cond)
     heard = []
     inner = critic.denoiser.net.mid_block.register_forward_hook(lambda m, i, o: heard.append(o))
     prediction, logits = critic(judge=at)

@@ -1,14 +1,15 @@
-"""The critic of distribution matching: a denoiser of the student's samples with a head that tells real from fake."""
+"""Parts of distribution matching: noised samples, backward simulation, and the critic with its heads on features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.process import Prediction
-from fewstep.teachers.base import Cond, Denoiser
+from fewstep.methods.dmd2_config import Range
+from fewstep.process import Prediction, Schedule, add_noise
+from fewstep.teachers.base import Cond, Denoiser, Teacher
 
 CHANNELS_PER_GROUP = 16
 """Fewest channels that a head normalises together: on a 1x1 map, groups of one or two would keep nothing but signs."""
@@ -26,23 +27,72 @@ class _Heard(Exception):
     """All features are there; the rest of the network need not run."""
 
 
-def features(denoiser: nn.Module, layers: Sequence[nn.Module], at: Noised) -> list[Tensor]:
-    """The outputs [B, C, h, w] of `layers`, modules of `denoiser`, in float32; what comes after the last does not run."""
+def noised(
+    teacher: Teacher, x0: Tensor, span: Range, cond: Cond, t: Tensor | None = None, noise: Tensor | None = None
+) -> Noised:
+    """x0 [B, ...] with noise at timesteps t [B], drawn uniformly from a range (fractions of the teacher's) if None."""
+    if t is None:
+        total = teacher.num_train_timesteps
+        low, high = (round(fraction * total) for fraction in span)
+        t = torch.randint(min(low, total - 1), min(high + 1, total), (len(x0),), device=x0.device)
+    noise = torch.randn_like(x0) if noise is None else noise
+    return Noised(add_noise(teacher.schedule, x0, noise, t), t, cond)
+
+
+def simulated_input(
+    predict: Callable[[Tensor, int], Tensor], schedule: Schedule, timesteps: Tensor, stop: int, noise: Tensor
+) -> Tensor:
+    """What a student sees at timesteps[stop] when it samples: backward simulation, without gradient (DMD2).
+
+    Args:
+        predict: the student's x0 [B, ...] from x_t [B, ...] at a position in timesteps [N].
+        noise: that of the result, [B, ...]; all of it where stop is 0.
+    """
+    if stop == 0:
+        return noise
+    x_t = torch.randn_like(noise)
+    with torch.no_grad():
+        for i in range(stop):
+            fresh = noise if i == stop - 1 else torch.randn_like(noise)
+            x_t = add_noise(schedule, predict(x_t, i), fresh, timesteps[i + 1].expand(len(noise)))
+    # Older releases of torch would give the next, differentiated call the weights that autocast has cast in here.
+    torch.clear_autocast_cache()
+    return x_t
+
+
+def features(denoiser: nn.Module, names: Sequence[str], at: Noised) -> list[Tensor]:
+    """Outputs [B, C, h, w] of the denoiser's modules of these names, in float32; what follows the last does not run."""
     heard: dict[int, Tensor] = {}
 
     def listen(index: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             heard[index] = output[0] if isinstance(output, tuple) else output
-            if len(heard) == len(layers):
+            if len(heard) == len(names):
                 raise _Heard
 
         return hook
 
     with ExitStack() as stack, suppress(_Heard):
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(listen(index)).remove)
+        for index, name in enumerate(names):
+            stack.callback(denoiser.get_submodule(name).register_forward_hook(listen(index)).remove)
         denoiser(*at)
-    return [heard[index].float() for index in range(len(layers))]
+    return [heard[index].float() for index in range(len(names))]
+
+
+def named_layers(teacher: Teacher, chosen: Sequence[str] | None) -> tuple[str, ...]:
+    """Names, within a Denoiser, of the modules on which a discriminator listens: those chosen, or the family's own.
+
+    Raises ValueError for a module that the network does not have.
+    """
+    modules = dict(teacher.denoiser.named_modules())
+    if chosen is None:
+        middle = teacher.feature_module(teacher.denoiser)
+        return tuple(name for name, module in modules.items() if module is middle)
+    for name in chosen:
+        if f"net.{name}" not in modules:
+            top = ", ".join(name for name, _ in teacher.denoiser.net.named_children())
+            raise ValueError(f"method.gan_layers: the network has no module {name!r}; its uppermost are {top}")
+    return tuple(f"net.{name}" for name in chosen)
 
 
 class Head(nn.Sequential):
@@ -72,7 +122,7 @@ class Critic(nn.Module):
     Args:
         denoiser: the network to learn.
         heads: one for each feature map; none where there is no adversarial loss.
-        layers: names of the denoiser's modules whose outputs the heads see; empty where features are given.
+        layers: names of the denoiser's modules whose outputs the heads see, unless features are given.
     """
 
     def __init__(self, denoiser: Denoiser, heads: Sequence[Head] = (), layers: Sequence[str] = ()) -> None:
@@ -85,9 +135,20 @@ class Critic(nn.Module):
         """Both halves of a turn in one call, as distributed training wants it: prediction, and logits [B, heads]."""
         prediction = None if denoise is None else self.denoiser(*denoise)
         if judge is not None:
-            given = features(self.denoiser, [self.denoiser.get_submodule(name) for name in self.layers], judge)
+            given = features(self.denoiser, self.layers, judge)
         if given is None:
             return prediction, None
         # Autocast would round the logits; the heads cost next to nothing.
         with torch.autocast(given[0].device.type, enabled=False):
             return prediction, torch.cat([head(f) for head, f in zip(self.heads, given, strict=True)], dim=1)
+
+
+def new_critic(teacher: Teacher, layers: Sequence[str]) -> Critic:
+    """A critic that starts as the teacher, with a fresh head for each layer, of the size that a probe finds there."""
+    if not layers:
+        return Critic(teacher.denoiser.clone())
+    device = next(teacher.denoiser.parameters()).device
+    x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))
+    return Critic(teacher.denoiser.clone(), [Head(*f.shape[1:]).to(device) for f in found], layers)

@@ -19,13 +19,13 @@ from fewstep.losses import (
     matching_gradient,
 )
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
-from fewstep.methods.critic import Critic, Head, Noised, features
+from fewstep.methods.critic import Noised, features, named_layers, new_critic, noised, simulated_input
 from fewstep.methods.dmd2_config import DMD2Config, Range
 from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
 from fewstep.methods.perceptual import load_lpips
 from fewstep.pairs import Pairs, PairSettings, draw_pairs, read_pairs
 from fewstep.process import Prediction, add_noise, guide, output_of
-from fewstep.teachers.base import Cond, Denoiser, Teacher
+from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate, guided
 
 
@@ -52,7 +52,7 @@ class DMD2(Method):
         scheduler: Any = self.scheduler()
         scheduler.set_timesteps(config.count)
         self.timesteps: Tensor = scheduler.timesteps.cpu()
-        self.layers = self._layers()
+        self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         self.pairs: Pairs | None = None
         self.distance = self._distance()
 
@@ -63,31 +63,8 @@ class DMD2(Method):
         return {
             "teacher": Role(self.teacher.denoiser),
             "student": Role(self.teacher.student(), optim=c.optim),
-            "critic": Role(self._critic(), optim=c.critic_optim or c.optim),
+            "critic": Role(new_critic(self.teacher, self.layers), optim=c.critic_optim or c.optim),
         }
-
-    def _critic(self) -> Critic:
-        if not self.config.gan_weight:
-            return Critic(self.teacher.denoiser.clone())
-        device = next(self.teacher.denoiser.parameters()).device
-        probe = torch.zeros(1, *self.teacher.latent_shape, device=device)
-        at = Noised(probe, torch.zeros(1, dtype=torch.long, device=device), self.teacher.null_condition(1))
-        with torch.no_grad():
-            heads = [Head(*f.shape[1:]).to(device) for f in self._features(self.teacher.denoiser, at)]
-        return Critic(self.teacher.denoiser.clone(), heads, self.layers)
-
-    def _layers(self) -> tuple[str, ...]:
-        """Names of the denoiser's modules on which the discriminator listens."""
-        denoiser = self.teacher.denoiser
-        modules = dict(denoiser.named_modules())
-        if self.config.gan_layers is None:
-            middle = self.teacher.feature_module(denoiser)
-            return tuple(name for name, module in modules.items() if module is middle)
-        for name in self.config.gan_layers:
-            if f"net.{name}" not in modules:
-                top = ", ".join(name for name, _ in denoiser.net.named_children())
-                raise ValueError(f"method.gan_layers: the network has no module {name!r}; its uppermost are {top}")
-        return tuple(f"net.{name}" for name in self.config.gan_layers)
 
     def _distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         match self.config.regression_distance if self.config.regression_weight else "l2":
@@ -145,7 +122,7 @@ class DMD2(Method):
         return losses
 
     def sample(self, student: nn.Module, batch: Batch, stop: int | None = None, noise: Tensor | None = None) -> Tensor:
-        """The student's x0 [B, C, h, w] after `stop` simulated steps and one that gradients see (DMD2, section 4.5).
+        """The student's x0 [B, C, h, w] after `stop` simulated steps and one that gradients see.
 
         Args:
             stop: 0 ... steps - 1; drawn, the same on every process, if None.
@@ -162,15 +139,11 @@ class DMD2(Method):
             return self._x0(student, Noised(x_t, t[index], batch.cond))
         if stop is None:
             stop = int(torch.randint(len(t), (), generator=batch.generator))
-        x_t = noise if stop == 0 else torch.randn_like(noise)
-        with torch.no_grad():
-            for i in range(stop):
-                x0 = self._x0(student, Noised(x_t, t[i].expand(batch.size), batch.cond))
-                fresh = noise if i == stop - 1 else torch.randn_like(noise)
-                x_t = add_noise(self.teacher.schedule, x0, fresh, t[i + 1].expand(batch.size))
-        # Older releases of torch would give the last step the weights that autocast has cast without gradient.
-        torch.clear_autocast_cache()
-        return self._x0(student, Noised(x_t, t[stop].expand(batch.size), batch.cond))
+
+        def predict(x_t: Tensor, i: int) -> Tensor:
+            return self._x0(student, Noised(x_t, t[i].expand(batch.size), batch.cond))
+
+        return predict(simulated_input(predict, self.teacher.schedule, t, stop, noise), stop)
 
     def matching(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
@@ -178,14 +151,14 @@ class DMD2(Method):
         """Term whose gradient in x moves its distribution to the teacher's; t [B], noise like x: drawn if None."""
         c, teacher = self.config, nets["teacher"]
         with torch.no_grad():
-            at = self._noised(x, c.dm_range, batch.cond, t, noise)
+            at = noised(self.teacher, x, c.dm_range, batch.cond, t, noise)
             apart = c.guidance_noise_range
             real = guided(teacher, *self._cast(at), batch.uncond, 1.0 if apart else c.guidance_scale).x0
             fake = nets["critic"](self._cast(at))[0].x0
             gradient = matching_gradient(x, real, fake)
             if apart:
                 # guided - critic = (conditional - critic) + (guided - conditional), the last at noise of its own.
-                other = self._cast(self._noised(x, apart, batch.cond))
+                other = self._cast(noised(self.teacher, x, apart, batch.cond))
                 plain, uncond = both_sides(teacher, *other, batch.uncond)
                 gradient = gradient + matching_gradient(x, guide(plain, uncond, c.guidance_scale).x0, plain.x0)
             if c.divergence != "reverse_kl":
@@ -197,12 +170,12 @@ class DMD2(Method):
     def realism(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """The student's side of the adversarial loss, on noised x (DMD2, eq. 6)."""
-        at = self._noised(x, self.config.gan_range, batch.cond, t, noise)
+        """The student's side of the adversarial loss, on noised x."""
+        at = noised(self.teacher, x, self.config.gan_range, batch.cond, t, noise)
         return generator_loss(self.config.gan_loss, nets["critic"](**self._judged(nets, at))[1])
 
     def regression(self, nets: Networks, batch: Batch) -> Tensor:
-        """Distance to the teacher's samples from the same noises, on pairs of their own (DMD, eq. 9)."""
+        """Distance to the teacher's samples from the same noises, on pairs of their own (DMD)."""
         noise, x0, cond = self._pick(batch)
         t = self.timesteps[0].to(batch.device).expand(batch.size)
         return self.distance(self._x0(nets["student"], Noised(noise, t, cond)), x0)
@@ -220,12 +193,12 @@ class DMD2(Method):
             with torch.no_grad():
                 x = self.sample(nets["student"], batch)
         noise = torch.randn_like(x) if noise is None else noise
-        at = self._noised(x, (0.0, 1.0), batch.cond, t, noise)
+        at = noised(self.teacher, x, (0.0, 1.0), batch.cond, t, noise)
         if not c.gan_weight:
             prediction, _ = nets["critic"](self._cast(at))
             return {"denoising": self._denoising(prediction, x, noise, at.t)}
-        fake = self._noised(x, c.gan_range, batch.cond)
-        real = self._noised(*self._real(batch))
+        fake = noised(self.teacher, x, c.gan_range, batch.cond)
+        real = noised(self.teacher, *self._real(batch))
         # The penalty differentiates twice, which fused attention cannot.
         with sdpa_kernel(SDPBackend.MATH) if c.r1_weight else nullcontext():
             real.x_t.requires_grad_(c.r1_weight > 0)
@@ -246,17 +219,6 @@ class DMD2(Method):
 
     # Parts ------------------------------------------------------------------------------------------------------------
 
-    def _noised(
-        self, x0: Tensor, span: Range, cond: Cond, t: Tensor | None = None, noise: Tensor | None = None
-    ) -> Noised:
-        """x0 at noise levels drawn uniformly from a range of the training timesteps, each sample's its own."""
-        if t is None:
-            total = self.teacher.num_train_timesteps
-            low, high = (round(fraction * total) for fraction in span)
-            t = torch.randint(min(low, total - 1), min(high + 1, total), (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0) if noise is None else noise
-        return Noised(add_noise(self.teacher.schedule, x0, noise, t), t, cond)
-
     def _cast(self, at: Noised) -> Noised:
         return at._replace(x_t=at.x_t.to(getattr(torch, self.config.x0_dtype)))
 
@@ -264,7 +226,7 @@ class DMD2(Method):
         return net(*self._cast(at)).x0.float()  # type: ignore[no-any-return]
 
     def _denoising(self, p: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Mean square error of the network's own output, whatever it predicts (DMD2, eq. 5; weight as in training)."""
+        """Mean square error of the network's own output, whatever it predicts (as in its own training)."""
         schedule, kind = self.teacher.schedule, self.teacher.denoiser.prediction_type
         wanted = output_of(schedule, kind, Prediction(x0, noise), t)
         return l2(output_of(schedule, kind, p, t), wanted).float()
@@ -284,10 +246,7 @@ class DMD2(Method):
         """What the critic's heads are to judge: noised samples, or the frozen teacher's features of them."""
         if self.config.gan_feature_source == "critic":
             return {"judge": at}
-        return {"given": self._features(self.teacher.denoiser, at)}
-
-    def _features(self, denoiser: Denoiser, at: Noised) -> list[Tensor]:
-        return features(denoiser, [denoiser.get_submodule(name) for name in self.layers], at)
+        return {"given": features(self.teacher.denoiser, self.layers, at)}
 
 
 def _both(a: Noised, b: Noised) -> Noised:

@@ -82,7 +82,12 @@ class DMD2Config(Strict):
         if self.guidance_noise_range is not None and self.guidance_scale == 1:
             raise ValueError("guidance_noise_range: there is no guidance to draw noise for; set guidance_scale above 1")
         if not self.gan_weight:
-            for key, value in (("divergence", "reverse_kl"), ("gan_real", "images"), ("r1_weight", 0.0)):
+            for key, value in (
+                ("divergence", "reverse_kl"),
+                ("gan_real", "images"),
+                ("gan_layers", None),
+                ("r1_weight", 0.0),
+            ):
                 if getattr(self, key) != value:
                     raise ValueError(f"{key}: {getattr(self, key)!r} needs the discriminator; set gan_weight above 0")
         if self.regression_weight and self.count != 1:
