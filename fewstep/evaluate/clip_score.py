@@ -112,11 +112,10 @@ def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
         import open_clip
     except ImportError:
         raise ValueError("clip.backend open_clip needs the extra: pip install 'fewstep[open_clip]'") from None
+    if pretrained is None:  # open_clip would warn and score with random ones
+        raise ValueError(f"clip {name!r} needs weights: clip.pretrained is null")
     try:
-        # Without weights open_clip would warn and score with random ones.
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            name, pretrained, require_pretrained=True, load_weights_only=True
-        )
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, weights_only=True)
     except Exception as e:  # its reasons: an unknown name or tag, no network, a broken file
         reason = str(e).strip().splitlines()[0]
         raise ValueError(f"clip {name!r} with weights {pretrained!r} cannot be loaded by open_clip: {reason}") from None

@@ -85,6 +85,8 @@ def _safetensors(file: Path) -> Statistics:
 
 
 def _npz(file: Path) -> Statistics:
+    if not zipfile.is_zipfile(file):  # which numpy would take for a pickle
+        raise ValueError(f"{file} cannot be read as a file of statistics: it is no archive of arrays")
     with np.load(file, allow_pickle=False) as arrays:
         names = set(arrays.files)
         if not ({"mu", "sigma"} <= names or "feats" in names or "arr_0" in names):

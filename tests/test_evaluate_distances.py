@@ -1,0 +1,217 @@
+"""KID, CMMD, precision and its relatives, Inception Score, diversity: closed forms, and independent implementations."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept
+from fewstep.evaluate.distances import (
+    cmmd,
+    density_coverage,
+    diversity,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from fewstep.evaluate.frechet import Moments, frechet_distance, moments
+
+
+def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).double() + shift
+
+
+# Kernel distances -----------------------------------------------------------------------------------------------------
+
+
+def test_kid_of_two_points_is_written_out() -> None:
+    x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double()
+    # Kernels: x1.x2 = 0 -> 1; y1.y2 = 2 -> (2 / 2 + 1)^3 = 8; every x.y = 1 -> (1 / 2 + 1)^3 = 3.375.
+    assert kernel_distance(x, y, subsets=3, subset_size=2) == pytest.approx(1 + 8 - 2 * 3.375, rel=1e-14)
+
+
+def test_kid_is_unbiased() -> None:
+    values = [kernel_distance(draw(40, 3, 2 * s), draw(40, 3, 2 * s + 1), subsets=1) for s in range(300)]
+    error = np.std(values) / math.sqrt(len(values))
+    assert abs(np.mean(values)) < 4 * error
+
+
+def test_kid_equals_torch_fidelity() -> None:
+    peer: Any = pytest.importorskip("torch_fidelity.metric_kid")
+    x, y = draw(300, 16, 0), draw(250, 16, 1, shift=0.2)
+    settings = {"kid_subsets": 20, "kid_subset_size": 100, "rng_seed": 2020, "verbose": False}
+    wanted = peer.kid_features_to_metric(x, y, **settings)[peer.KEY_METRIC_KID_MEAN]
+    assert kernel_distance(x, y, subsets=20, subset_size=100) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_cmmd_of_two_directions_is_written_out() -> None:
+    x, y = torch.tensor([[3.0, 0.0]]).double(), torch.tensor([[0.0, 0.5]]).double()
+    # Unit vectors at a right angle are sqrt(2) apart: k = exp(-2 / 200).
+    assert cmmd(x, y) == pytest.approx(1000 * (2 - 2 * math.exp(-0.01)), rel=1e-12)
+    assert cmmd(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmd_equals_the_papers_formula_on_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.evaluate.distances.BLOCK", 7)
+    x, y = draw(30, 8, 0), draw(20, 8, 1, shift=0.5)
+    u, v = (a / a.norm(dim=1, keepdim=True) for a in (x, y))
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        return float(torch.exp(-torch.cdist(a, b).square() / (2 * 10.0**2)).mean())
+
+    assert cmmd(x, y) == pytest.approx(1000 * (mean(u, u) + mean(v, v) - 2 * mean(u, v)), rel=1e-9)
+
+
+# Neighbours -----------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_on_a_line() -> None:
+    real = torch.tensor([[0.0], [1.0], [2.0], [10.0]]).double()  # distances to the nearest: 1, 1, 1, 8
+    generated = torch.tensor([[0.5], [1.5], [30.0]]).double()  # to the nearest: 1, 1, 28.5
+    # 0.5 lies in the balls of 0 and 1; 1.5 in those of 1 and 2; 30 in none; none of them reaches 10 - 8 = 2.
+    assert precision_recall(generated, real, nearest_k=1)[0] == pytest.approx(2 / 3)
+    # Generated balls [-0.5, 1.5], [0.5, 2.5], [1.5, 58.5] hold all four real points.
+    assert precision_recall(generated, real, nearest_k=1)[1] == 1
+    density, coverage = density_coverage(generated, real, nearest_k=1)
+    assert density == pytest.approx((2 + 2 + 0) / 3)
+    assert coverage == pytest.approx(3 / 4)
+
+
+def test_neighbours_equal_prdc_and_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewstep.evaluate.distances.BLOCK", 64)
+    x, y = draw(220, 4, 0, shift=0.8), draw(200, 4, 1)
+    ours = precision_recall(x, y, nearest_k=5) + density_coverage(x, y, nearest_k=5)
+    assert all(0.05 < value < 1.5 for value in ours)
+    prdc: Any = pytest.importorskip("prdc")
+    theirs = prdc.compute_prdc(y.numpy(), x.numpy(), nearest_k=5)
+    assert ours == pytest.approx(tuple(theirs[k] for k in ("precision", "recall", "density", "coverage")), rel=1e-12)
+    fidelity: Any = pytest.importorskip("torch_fidelity.metric_prc")
+    assert ours[:2] == pytest.approx(fidelity.calculate_precision_recall_full(x, y, 5), rel=1e-6)
+
+
+def test_collapse_shows_in_recall_and_coverage_not_in_precision() -> None:
+    real = draw(300, 4, 0)
+    collapsed = draw(300, 4, 1) * 0.05
+    precision, recall = precision_recall(collapsed, real, nearest_k=5)
+    assert precision > 0.95 and recall < 0.1
+    assert density_coverage(collapsed, real, nearest_k=5)[1] < 0.3
+
+
+def test_what_does_not_fit_is_told() -> None:
+    with pytest.raises(ValueError, match="of 3 and of 4 dimensions"):
+        kernel_distance(draw(5, 3, 0), draw(5, 4, 0))
+    with pytest.raises(ValueError, match="nearest_k 5 needs more images than 5"):
+        precision_recall(draw(5, 3, 0), draw(9, 3, 0), nearest_k=5)
+
+
+# Inception Score and diversity ------------------------------------------------------------------------------------------
+
+
+def test_inception_score_of_certain_balanced_classes_is_their_number() -> None:
+    metric = InceptionScore(12, 3, splits=2)
+    logits = 1000 * torch.nn.functional.one_hot(torch.arange(12) % 3).double()
+    metric.update(logits, range(12))
+    assert metric.compute() == pytest.approx((3.0, 0.0), abs=1e-12)
+    even = InceptionScore(12, 3, splits=2)
+    even.update(torch.zeros(12, 3), range(12))
+    assert even.compute() == pytest.approx((1.0, 0.0), abs=1e-12)
+
+
+def test_inception_score_equals_torch_fidelity_in_any_order_and_from_two_processes() -> None:
+    peer: Any = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * draw(103, 7, 0)
+    wanted = peer.isc_features_to_metric(logits, splits=10, shuffle=False)
+    shares = [InceptionScore(103, 7, splits=10) for _ in range(2)]
+    for b, part in enumerate(torch.randperm(103, generator=torch.Generator().manual_seed(1)).split(17)):
+        shares[b % 2].update(logits[part], part.tolist())
+    shares[0].merge_state(shares[1])
+    mean, deviation = shares[0].compute()
+    assert mean == pytest.approx(wanted[peer.KEY_METRIC_ISC_MEAN], rel=1e-12)
+    assert deviation == pytest.approx(wanted[peer.KEY_METRIC_ISC_STD], rel=1e-10)
+
+
+def test_inception_score_needs_an_image_in_every_part() -> None:
+    with pytest.raises(ValueError, match="3 images cannot be split into 10"):
+        InceptionScore(3, 5)
+    assert inception_score(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([[1.0, 1.0]])) == pytest.approx(
+        (2, 0)
+    )
+
+
+def test_diversity_is_the_mean_over_pairs_of_one_prompt() -> None:
+    features, groups = draw(9, 5, 0), [0, 1, 0, 2, 1, 0, 3, 1, 1]
+    metric = Diversity(groups, 5)
+    for part in ([4, 0, 8], [1, 2, 3], [7, 6, 5]):
+        metric.update(features[part], part)
+    means = []
+    for group in (0, 1):
+        members = [i for i in range(9) if groups[i] == group]
+        pairs = [(a, b) for a in members for b in members if a < b]
+        cosines = [torch.nn.functional.cosine_similarity(features[a], features[b], dim=0) for a, b in pairs]
+        means.append(float(1 - torch.stack(cosines).mean()))
+    assert metric.compute() == pytest.approx(np.mean(means), rel=1e-12)
+    same = torch.ones(3, 2).double()
+    assert diversity(torch.tensor([3.0]).double(), torch.nn.functional.normalize(same, dim=1).sum(0)[None]) == (
+        pytest.approx(0, abs=1e-12)
+    )
+    with pytest.raises(ValueError, match="drawn more than once"):
+        diversity(torch.ones(4), torch.ones(4, 2))
+
+
+def test_kept_features_stand_in_the_rows_of_their_images_and_are_counted() -> None:
+    features = draw(7, 3, 0).float()
+    shares = [Kept(7, 3) for _ in range(2)]
+    shares[0].update(features[[6, 0, 2]], [6, 0, 2])
+    shares[1].update(features[[1, 5, 4]], [1, 5, 4])
+    shares[0].merge_state(shares[1])
+    with pytest.raises(RuntimeError, match="1 are missing and 0 came more than once"):
+        shares[0].compute()
+    shares[0].update(features[[3]], [3])
+    assert torch.equal(shares[0].compute(), features)
+    shares[0].update(features[[3]], [3])
+    with pytest.raises(RuntimeError, match="0 are missing and 1 came more than once"):
+        shares[0].compute()
+
+
+# Frechet distance where covariances are singular or badly scaled ------------------------------------------------------------
+
+
+def test_rank_one_covariances_have_their_closed_form() -> None:
+    u, w = draw(1, 40, 0)[0], draw(1, 40, 1)[0]
+    zero = torch.zeros(40).double()
+    a, b = Moments(zero, u.outer(u), None), Moments(zero, w.outer(w), None)
+    # The root of rank one loses half of the digits: the tolerance is relative to the traces.
+    wanted = float(u @ u + w @ w - 2 * (u @ w).abs())
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_fewer_images_than_dimensions_give_a_finite_distance() -> None:
+    few, other = moments(draw(10, 64, 0)), moments(draw(12, 64, 1))
+    assert math.isfinite(frechet_distance(few, other)) and frechet_distance(few, other) > 0
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
+
+
+def test_ill_conditioned_covariances_equal_the_closed_form() -> None:
+    scales = torch.logspace(-12, 6, 19).double()
+    a, b = (
+        Moments(torch.zeros(19).double(), scales.diag(), None),
+        Moments(torch.zeros(19).double(), (4 * scales).diag(), None),
+    )
+    assert frechet_distance(a, b) == pytest.approx(float(scales.sum()), rel=1e-9)
+
+
+def test_distance_equals_torch_fidelity_and_pytorch_fids_formula() -> None:
+    peer: Any = pytest.importorskip("torch_fidelity.metric_fid")
+    linalg: Any = pytest.importorskip("scipy.linalg")
+    a, b = moments(draw(200, 24, 0)), moments(draw(150, 24, 1, shift=0.3) @ draw(24, 24, 2))
+    ours = frechet_distance(a, b)
+    statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
+    theirs = peer.fid_statistics_to_metric(*statistics, verbose=False)[peer.KEY_METRIC_FID]
+    assert ours == pytest.approx(float(theirs), rel=1e-8)
+    root = linalg.sqrtm(statistics[0]["sigma"] @ statistics[1]["sigma"]).real
+    gap = statistics[0]["mu"] - statistics[1]["mu"]
+    wanted = gap @ gap + np.trace(statistics[0]["sigma"]) + np.trace(statistics[1]["sigma"]) - 2 * np.trace(root)
+    assert ours == pytest.approx(float(wanted), rel=1e-8)
