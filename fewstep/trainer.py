@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from fewstep import checkpoint as ckpt
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Raw, Source, Stream
+from fewstep.initial import start_from
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
 from fewstep.teachers.base import Denoiser, Posterior, Teacher
 from fewstep.validation import Pictures, small_scores
@@ -44,7 +45,9 @@ class Trainer:
                 f"data.source: {config.data.source} gives {source.conditions}s, and the teacher wants {teacher.conditions}s"
             )
         self.config, self.method, self.teacher = config, method, teacher
-        self.accelerator = Accelerator(mixed_precision=_precision(config.mixed_precision), log_with=config.tracker)
+        self.accelerator = Accelerator(
+            mixed_precision=_precision(config.mixed_precision), log_with=config.tracker, project_dir=config.output_dir
+        )
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             # `accelerate launch` gives every process one thread, which leaves the other cores idle.
@@ -55,7 +58,7 @@ class Trainer:
         teacher.to(self.device, torch.float32)
         roles = method.roles()
         if config.init_from is not None:
-            _start_from(roles, config.init_from)
+            start_from(roles, config.init_from)
         self._prepare_roles(roles)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.stream = Stream(source, config.batch_size, config.seed, rank, world)
@@ -208,7 +211,8 @@ class Trainer:
                 losses = self._backward(step, nets, batch)
             for key, value in losses.items():
                 logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
-        norm = self.accelerator.clip_grad_norm_(net.parameters(), optim.max_grad_norm)
+        limit = math.inf if optim.max_grad_norm is None else optim.max_grad_norm  # infinite: the norm is only measured
+        norm = self.accelerator.clip_grad_norm_(net.parameters(), limit)
         # The scaler of fp16 skips such updates by itself.
         finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))
         if finite:
@@ -358,29 +362,6 @@ class Trainer:
         if self.best and (self.folder / "best.safetensors").exists():
             ckpt.load_module(ema, self.folder / "best.safetensors")
         return ema
-
-
-def _start_from(roles: dict[str, Role], folder: Path) -> None:
-    """Fill learnt roles from a checkpoint, and their followers with them; what a network has beyond it stays as it is.
-
-    Raises FileNotFoundError where the checkpoint has none of the roles, ValueError where weights do not fit.
-    """
-    files = {name: folder / f"{name}.safetensors" for name, role in roles.items() if role.optim}
-    files = {name: file for name, file in files.items() if file.exists()}
-    if not files:
-        wanted = ", ".join(f"{name}.safetensors" for name, role in roles.items() if role.optim)
-        raise FileNotFoundError(f"init_from: {folder} holds none of {wanted}")
-    for name, file in files.items():
-        weights, own = load_file(file), roles[name].net.state_dict()
-        wrong = [k for k, v in weights.items() if k not in own or own[k].shape != v.shape]
-        if wrong:
-            raise ValueError(
-                f"init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}"
-            )
-        roles[name].net.load_state_dict(weights, strict=False)
-        for role in roles.values():
-            if role.follows == name:
-                role.net.load_state_dict(roles[name].net.state_dict())
 
 
 class _Cache(NamedTuple):

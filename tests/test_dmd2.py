@@ -637,3 +637,36 @@ def test_alarms_name_keys():
     ):  # fmt: skip
         (sentence,) = alarms(healthy | changes)
         assert key in sentence
+
+
+def test_an_exported_consistency_student_is_a_start(tiny_sd, tmp_path):
+    """Its guidance is folded, so the zeros where it was embedded are no loss; a live embedding would be one."""
+    from fewstep.initial import start_from
+
+    teacher = load_teacher(str(tiny_sd))
+    earlier = teacher.student(guidance_embedding=True)
+    with torch.no_grad():
+        for p in earlier.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    for name, scale in (("folded", 2.0), ("live", None)):
+        teacher.student_pipeline(earlier, teacher.renoise_scheduler(4), scale).save_pretrained(tmp_path / name)
+    roles = DMD2(config(), teacher).roles()
+    start_from(roles, tmp_path / "folded")
+    x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([999, 249])
+    cond = teacher.condition(["a coat", "a bag"])
+    with torch.no_grad():
+        expected = earlier(x, t, cond, torch.full((2,), 2.0)).x0
+        torch.testing.assert_close(roles["student"].net(x, t, cond).x0, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(expected, roles["critic"].net.denoiser(x, t, cond).x0, atol=1e-2)
+    with pytest.raises(ValueError, match=r"init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"):
+        start_from(roles, tmp_path / "live")
+
+
+def test_a_second_stage_starts_from_the_first_with_a_fresh_head(tiny_sd, tmp_path):
+    make(tiny_sd, tmp_path / "first", {}, max_iterations=1).fit()
+    second = make(tiny_sd, tmp_path / "second", GAN, init_from=str(tmp_path / "first" / "checkpoints" / "1"))
+    for role in ("student", "critic"):
+        earlier = load_file(tmp_path / "first" / "checkpoints" / "1" / f"{role}.safetensors")
+        own = second.raw[role].state_dict()
+        assert all(torch.equal(own[key], value) for key, value in earlier.items())
+        assert any(key.startswith("heads") for key in own) == (role == "critic")

@@ -1,0 +1,58 @@
+"""Weights that a run starts from: a checkpoint of an earlier run, or the pipeline that one exported."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.methods.base import Role
+from fewstep.teachers.base import Denoiser
+
+NETWORKS = ("unet", "transformer")
+"""What pipelines call their denoising network."""
+
+
+def start_from(roles: dict[str, Role], folder: Path) -> None:
+    """Fill learnt roles, and their followers with them; what a network has beyond the weights there stays as it is.
+
+    folder: a checkpoint; or an exported pipeline, whose network is for the student alone.
+    Raises FileNotFoundError where the folder has weights for none of the roles, ValueError where they do not fit.
+    """
+    found = _of_pipeline(roles, folder) if (folder / "model_index.json").exists() else _of_checkpoint(roles, folder)
+    for name, (file, weights) in found.items():
+        _fill(name, roles[name].net, file, weights)
+        for role in roles.values():
+            if role.follows == name:
+                role.net.load_state_dict(roles[name].net.state_dict())
+
+
+def _of_checkpoint(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    files = {name: folder / f"{name}.safetensors" for name, role in roles.items() if role.optim}
+    found = {name: (file, load_file(file)) for name, file in files.items() if file.exists()}
+    if not found:
+        raise FileNotFoundError(f"init_from: {folder} holds none of {', '.join(file.name for file in files.values())}")
+    return found
+
+
+def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
+    student = roles["student"].net
+    assert isinstance(student, Denoiser)
+    kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
+    if kind is not None and kind != student.prediction_type:
+        raise ValueError(f"init_from: {folder} predicts {kind}, the teacher {student.prediction_type}")
+    files = sorted(file for part in NETWORKS for file in (folder / part).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"init_from: {folder} has no safetensors in {' or '.join(NETWORKS)}")
+    weights = {f"net.{key}": value for file in files for key, value in load_file(file).items()}
+    return {"student": (files[0].parent, weights)}
+
+
+def _fill(name: str, net: nn.Module, file: Path, weights: dict[str, Tensor]) -> None:
+    own = net.state_dict()
+    # An embedding that was folded into other weights is left behind as zeros, and does nothing.
+    weights = {key: value for key, value in weights.items() if key in own or value.any()}
+    wrong = [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]
+    if wrong:
+        raise ValueError(f"init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}")
+    net.load_state_dict(weights, strict=False)
