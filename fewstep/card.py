@@ -17,11 +17,18 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def render(
-    card: Mapping[str, Any], *, allowed_steps: Sequence[int], guidance: str, arguments: Sequence[Any], dtype: str
+    card: Mapping[str, Any],
+    *,
+    allowed_steps: Sequence[int],
+    guidance: str,
+    arguments: Sequence[Any],
+    dtype: str,
+    refuses: bool = True,
 ) -> str:
     """The text of README.md.
 
     card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a detail.
+    refuses: whether more steps than the largest count raise.
     arguments: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
     """
     method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))
@@ -37,7 +44,8 @@ def render(
     }
     details = {"Method": method, "Paper": card.get("paper"), "Teacher": teacher, "Data": card.get("data")}
     details |= {key.replace("_", " "): value for key, value in card.items() if key not in KNOWN}
-    counts = ", ".join(str(n) for n in allowed_steps)
+    counts, most = ", ".join(str(n) for n in allowed_steps), max(allowed_steps)
+    others = f"more than {most} raise an error" if refuses else "others run without an error and draw badly"
     return "\n".join(
         [
             "---",
@@ -52,8 +60,8 @@ def render(
             call_text(arguments, allowed_steps, dtype),
             "```",
             "",
-            f"`num_inference_steps`: {counts}. The student was trained for these counts; more than "
-            f"{max(allowed_steps)} raise an error. Each step is one evaluation of the network.",
+            f"`num_inference_steps`: {counts}. The student was trained for these counts; {others}. Each step is one "
+            "evaluation of the network.",
             "",
             guidance,
             "",

@@ -1,6 +1,7 @@
 """The anchored Signal-ODE on a mixture of Gaussians, whose denoiser is known: exact targets, their order, every schedule."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def at(value, size):
 
 def ddim(schedule, x, times):
     """The textbook step, written out: x_s = alpha_s x0 + sigma_s (x - alpha_t x0) / sigma_t."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = denoiser(schedule, x, at(t, len(x))).x0
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (schedule(v[None]) for v in (t, s))
         x = alpha_s * x0 + sigma_s * (x - alpha_t * x0) / sigma_t
@@ -73,7 +74,7 @@ def chain(schedule, z, times, step=denoiser):
     alpha, sigma = (like(v, z) for v in schedule(anchor))
     nonsense = torch.sin(5 * z)
     own = Prediction(nonsense, (z - alpha * nonsense) / sigma)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         t, s = at(t, len(z)), at(s, len(z))
         own = bootstrap(schedule, own, step(schedule, ode_step(schedule, own, t), t), anchor, t, s)
     return own

@@ -1,0 +1,525 @@
+"""BOOT: its loss against formulas written out, its start, its starts of segments, what it exports, what it never opens."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from fewstep import checkpoint as ckpt
+from fewstep.config import OptimConfig, RunConfig
+from fewstep.data import Fashion, load_source
+from fewstep.export import export
+from fewstep.methods.base import Batch
+from fewstep.methods.boot import Boot
+from fewstep.methods.boot_config import BootConfig
+from fewstep.methods.boot_starts import Pool, Starts
+from fewstep.process import like, ode_step, read
+from fewstep.teachers import Denoiser, load_teacher
+from fewstep.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["a bag", "a coat", "a shoe", "a shirt"]
+
+
+def config(**changes):
+    return BootConfig.model_validate({"optim": OptimConfig(lr=1e-3), "n_sub": 8} | changes)
+
+
+def build(path, **changes):
+    teacher = load_teacher(str(path))
+    return Boot(config(**changes), teacher), teacher
+
+
+def batch_for(teacher, size=4, iteration=0):
+    raw = PROMPTS[:size] if teacher.conditions == "prompt" else [None] * size
+    return Batch(size, teacher.condition(raw), teacher.null_condition(size), torch.device("cpu"), iteration)
+
+
+def nets_for(method, perturb=0.02):
+    """The roles, the student moved away from its teacher, its target embedding too."""
+    nets = {name: role.net for name, role in method.roles().items()}
+    g = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in nets["student"].parameters():
+            p.add_(perturb * torch.randn(p.shape, generator=g))
+    nets["ema"] = nets["student"]
+    return nets
+
+
+def noise_for(teacher, size=4):
+    return torch.randn(size, *teacher.latent_shape, generator=torch.Generator().manual_seed(9))
+
+
+# The student's target time ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tiny_sd", "tiny_sd_epsilon", "tiny_ddpm_grey"])
+def teacher(request):
+    return load_teacher(str(request.getfixturevalue(request.param)))
+
+
+def test_student_starts_as_the_teacher_for_every_target_time(teacher):
+    student, batch, x = teacher.student(progress_embedding=True), batch_for(teacher), noise_for(teacher)
+    t = torch.tensor([999, 700, 300, 10])
+    expected = teacher.denoiser(x, t, batch.cond)
+    for progress in (0.0, 0.3, 1.0):
+        found = student(x, t, batch.cond, progress=torch.full((4,), progress))
+        assert torch.equal(found.x0, expected.x0)
+
+
+def test_folded_equals_unfolded_at_the_end_of_a_segment(teacher):
+    method = Boot(config(), teacher)
+    student, batch, x = nets_for(method)["student"].eval().double(), batch_for(teacher), noise_for(teacher)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    unet = teacher.student_pipeline(student, method.scheduler()).unet
+    folded = Denoiser(unet, student.call, student.schedule, student.prediction_type)
+    scale = torch.ones(4) if teacher.conditions == "prompt" else None
+    t = torch.tensor([999, 700, 300, 10])
+    with torch.no_grad():
+        end, half = (student(x, t, batch.cond, progress=torch.full((4,), p)) for p in (1.0, 0.5))
+        found = folded(x, t, batch.cond, scale)
+    torch.testing.assert_close(found.eps, end.eps, atol=1e-7, rtol=0)
+    assert (half.eps - end.eps).abs().max() > 1e-3
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+def test_a_taken_place_is_refused(tiny_sd):
+    teacher = load_teacher(str(tiny_sd))
+    teacher.denoiser.net.class_embedding = torch.nn.Embedding(10, 128)
+    with pytest.raises(ValueError, match="class labels"):
+        teacher.student(progress_embedding=True)
+
+
+# The loss ---------------------------------------------------------------------------------------------------------------
+
+
+def written_out(method, teacher, nets, batch, z, segment, index, scale):
+    """The loss for one sample at a time: jump, teacher's DDIM step, and the x0 whose jump from z lands there."""
+    schedule, grid, n = teacher.schedule, method.grid, method.config.n_sub
+
+    def coefficients(t):
+        return [v.double().item() for v in schedule(torch.tensor([int(t)]))]
+
+    total = []
+    for i in range(batch.size):
+        x, tau = z[i : i + 1], grid[segment[i], 0]
+        t, s = grid[segment[i], index[i]], grid[segment[i], index[i] + 1]
+        (aa, sa), (at, st), (as_, ss) = (coefficients(u) for u in (tau, t, s))
+        cond = {k: v[i : i + 1] for k, v in batch.cond.items()}
+        uncond = {k: v[i : i + 1] for k, v in batch.uncond.items()}
+
+        def student(step, x=x, tau=tau, cond=cond):
+            return nets["student"](x, tau[None], cond, progress=torch.tensor([step / n])).x0
+
+        own = student(int(index[i]))
+        x_t = x if index[i] == 0 else at * own + st * (x - aa * own) / sa
+        f = nets["teacher"](x_t, t[None], cond).x0
+        if scale != 1:
+            f_null = nets["teacher"](x_t, t[None], uncond).x0
+            f = f_null + scale * (f - f_null)
+        x_s = as_ * f + ss * (x_t - at * f) / st
+        target = (x_s - ss / sa * x) / (as_ - aa * ss / sa)
+        total.append(((student(int(index[i]) + 1) - target) / sa).square().mean())
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("steps", "scale"), [(1, 2.0), (1, 1.0)])
+def test_loss_equals_the_formulas(tiny_sd_path, kind, steps, scale):
+    method, teacher = build(tiny_sd_path(kind), steps=steps, guidance_scale=scale)
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
+    with torch.no_grad():
+        loss = method.loss(nets, batch, z, segment, index)["boot"]
+        expected = written_out(method, teacher, nets, batch, z, segment, index, scale)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3 if kind == "epsilon" else 1e-4)
+
+
+def test_loss_of_segments_equals_the_formulas(tiny_sd):
+    """Segments begin where the averaged student's jumps arrive."""
+    method, teacher = build(tiny_sd, steps=4, guidance_scale=2.0)
+    nets, batch, noise = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0, 5, 7])
+    z = noise.clone()
+    with torch.no_grad():
+        for i in range(4):
+            for j in range(int(segment[i])):
+                cond = {k: v[i : i + 1] for k, v in batch.cond.items()}
+                p = nets["ema"](z[i : i + 1], method.grid[j, :1], cond, progress=torch.ones(1))
+                z[i : i + 1] = ode_step(teacher.schedule, p, method.grid[j, -1:])
+        loss = method.loss(nets, batch, noise, segment, index)["boot"]
+        expected = written_out(method, teacher, nets, batch, z, segment, index, 2.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_a_perfect_student_has_no_loss(tiny_sd):
+    """With as many sub-steps as chains of m_teacher, the target of the whole chain is the fine solution's pair."""
+    method, teacher = build(tiny_sd, n_sub=8, m_teacher=8)
+    nets, batch, z = nets_for(method, perturb=0), batch_for(teacher), noise_for(teacher)
+    x, grid = z.clone(), method.grid[0]
+    with torch.no_grad():
+        for t, s in pairwise(grid):
+            x = ode_step(teacher.schedule, teacher.denoiser(x, t.expand(4), batch.cond), s.expand(4))
+        found = method.guided.bootstrap(
+            nets["teacher"], teacher.denoiser(z, grid[:1].expand(4), batch.cond), grid[:1].expand(4),
+            grid[:, None].expand(-1, 4), batch.cond, None,
+        )  # fmt: skip
+    torch.testing.assert_close(ode_step(teacher.schedule, found, grid[-1:].expand(4)), x, atol=2e-4, rtol=1e-4)
+
+
+def test_paper_form_equals_its_formulas(tiny_sd):
+    method, teacher = build(tiny_sd, form="paper", paper={"t_max": 0.95, "t_min": 0.05, "boundary_weight": 3.0})
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    assert method.grid[0, 0] == round(0.95 * 999) and method.grid[0, -1] == round(0.05 * 999)
+    index = torch.tensor([0, 3, 5, 7])
+    bar = teacher.pipeline.scheduler.alphas_cumprod.double()
+    table = 0.5 * ((1 - bar) / bar).log()
+    tau, total, edges = torch.full((4,), 999), [], []
+    with torch.no_grad():
+        losses = method.paper_loss(nets, batch, z, index)
+        y = [nets["student"](z, tau, batch.cond, progress=(index + i) / 8).x0 for i in (0, 1)]
+        for i, k in enumerate(index.tolist()):
+            t, s = method.grid[0, k], method.grid[0, k + 1]
+            slope = (table[t + 1] - table[t - 1]) / 2 * 1000
+            delta = (t - s) / 1000
+            cond = {key: v[i : i + 1] for key, v in batch.cond.items()}
+            x_t = bar[t].sqrt().float() * y[0][i : i + 1] + (1 - bar[t]).sqrt().float() * z[i : i + 1]
+            f = nets["teacher"](x_t, t[None], cond).x0[0]
+            target = y[0][i] + delta * slope * (f - y[0][i])
+            total.append((y[1][i] - target).square().mean() / delta**2)
+        t_max = torch.full((4,), int(method.grid[0, 0]))
+        edge = nets["teacher"](z, t_max, batch.cond).x0
+        edges = (nets["student"](z, tau, batch.cond, progress=torch.zeros(4)).x0 - edge).square().mean()
+    assert losses["boot"].item() == pytest.approx(torch.stack(total).mean().item(), rel=1e-3)
+    assert losses["boundary"].item() == pytest.approx(3 * edges.item(), rel=1e-4)
+
+
+def test_weights_have_mean_one_and_grow_with_what_is_old(tiny_sd):
+    for weighting, power in (("none", 0), ("inv1", 1), ("inv2", 2)):
+        method, teacher = build(tiny_sd, weighting=weighting)
+        weights = method.weights[0]
+        assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+        alpha, sigma = teacher.schedule(method.grid[0])
+        r = (alpha / sigma).double()
+        fresh = (r[1:] - r[:-1]) / (r[1:] - r[0])
+        torch.testing.assert_close((weights / weights[0]).double(), fresh**-power, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"solver": "heun"},
+        {"m_teacher": 2},
+        {"distance": "pseudo_huber", "weighting": "inv1", "loss_space": "state"},
+        {"guidance_scale": [1.0, 3.0]},
+        {"steps": 3, "solver": "heun"},
+        {"steps": 2, "start": "teacher", "guidance_scale": 2.0},
+        {"steps": 2, "start": "pool", "guidance_scale": [1.0, 3.0], "pool_size": 6},
+        {"steps": 2, "start": "renoise"},
+        {"steps": 2, "warm_start": 10},
+    ],
+    ids=str,
+)
+def test_every_option_gives_a_finite_gradient(tiny_sd, changes):
+    method, teacher = build(tiny_sd, **changes)
+    nets, batch = nets_for(method), batch_for(teacher)
+    torch.manual_seed(0)
+    loss = sum(method.steps()[0].loss(nets, batch).values())
+    loss.backward()
+    gradients = [p.grad for p in nets["student"].parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert all(p.grad is None for p in nets["teacher"].parameters())
+    assert {"loss_front", "loss_middle", "loss_back"} & batch.health.keys()
+
+
+def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_grey):
+    losses = []
+    for negative in ("", "a shoe"):
+        method, teacher = build(tiny_sd, guidance_scale=3.0, negative_prompt=negative)
+        nets, index = nets_for(method), torch.tensor([0, 3, 5, 7])
+        losses.append(method.loss(nets, batch_for(teacher), noise_for(teacher), None, index)["boot"].item())
+    assert losses[0] != losses[1]
+    bounds = {}
+    for kind in ("none", "static", "dynamic"):
+        method, teacher = build(tiny_ddpm_grey, thresholding=kind)
+        x = 30 * noise_for(teacher)
+        bounds[kind] = method.guided.predict(teacher.denoiser, x, torch.full((4,), 10), {}, None).x0.abs().max().item()
+    assert bounds["none"] > 5 and bounds["static"] == 1 and bounds["dynamic"] == 1
+
+
+def test_forwards_are_at_the_floor(tiny_sd):
+    """One step with guidance: the student twice (once with gradient), the teacher once on both halves of guidance."""
+    for steps, student, averaged in ((1, 2, 0), (4, 2, 1.5)):
+        method, teacher = build(tiny_sd, steps=steps, guidance_scale=2.0)
+        nets = nets_for(method)
+        nets["ema"] = nets["student"].clone()
+        counts = Counter()
+        for name, net in nets.items():
+            net.net.register_forward_pre_hook(partial(counted, counts, name))
+        method.loss(nets, batch_for(teacher), segment=torch.arange(4) % steps)
+        assert counts == Counter(teacher=2 * 4, student=student * 4, ema=int(averaged * 4))
+
+
+def counted(counts, name, module, args):
+    counts[name] += len(args[0])
+
+
+# Starts of segments -----------------------------------------------------------------------------------------------------
+
+
+def test_teacher_starts_are_the_stock_schedulers_states(tiny_sd):
+    """Against diffusers' DDIM with custom timesteps, without guidance."""
+    method, teacher = build(tiny_sd, steps=4, start="teacher", n_sub=5)
+    nets, batch, noise = nets_for(method), batch_for(teacher), noise_for(teacher)
+    with torch.no_grad():
+        starts = method._starts(nets, batch, noise, torch.tensor([0, 1, 2, 3]), None)
+        x, scheduler = noise.clone(), method.scheduler()
+        times = torch.cat([method.grid[:3, :-1].flatten(), method.grid[3, :1]]).tolist()
+        scheduler.set_timesteps(timesteps=times)
+        for i, t in enumerate(times):
+            if i % 5 == 0:
+                torch.testing.assert_close(starts.z[i // 5], x[i // 5], atol=1e-4, rtol=1e-4)
+            output = teacher.pipeline.unet(x, torch.tensor(t), **batch.cond).sample
+            x = scheduler.step(output, t, x, eta=0.0).prev_sample
+    assert torch.equal(noise, noise_for(teacher))
+
+
+def test_renoised_starts_have_the_noise_of_their_timestep(tiny_sd):
+    method, teacher = build(tiny_sd, steps=4, start="renoise")
+    assert method.grid[:, 0].tolist() == [999, 749, 499, 249] and (method.grid[:, -1] == -1).all()
+    assert method.allowed_steps() == (1, 2, 3, 4)
+    nets, noise = nets_for(method), noise_for(teacher)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        starts = method._starts(nets, batch_for(teacher), noise, torch.full((4,), 1), None)
+        x0 = nets["ema"](noise, torch.full((4,), 999), batch_for(teacher).cond, progress=torch.ones(4)).x0
+        torch.manual_seed(3)
+        alpha, sigma = (like(v, x0) for v in teacher.schedule(torch.full((4,), 749)))
+    torch.testing.assert_close(starts.z, alpha * x0 + sigma * torch.randn_like(x0), atol=1e-5, rtol=1e-5)
+
+
+def test_pool_moves_a_few_states_and_goes_on_from_its_state():
+    def cross(starts):
+        return starts.z + 1
+
+    def fresh(value):
+        return Starts(
+            torch.full((4, 2), value), torch.zeros(4, dtype=torch.long), {"c": torch.full((4, 1), value)}, None
+        )
+
+    def drawn(pool, first, last):
+        found = []
+        for i in range(first, last):
+            torch.manual_seed(i)
+            starts = pool.draw(cross, fresh(100.0 * i))
+            # A state carries its own noise and condition, and has made one step for each segment.
+            assert torch.equal(starts.z, (starts.cond["c"] + starts.segment[:, None]).expand(-1, 2))
+            found.append(starts)
+        return found
+
+    pool = Pool(6, steps=3, n_sub=2)
+    drawn(pool, 0, 3)
+    assert len(pool.held) == 6
+    other = Pool(6, steps=3, n_sub=2)
+    other.load_state({k: v.clone() for k, v in pool.state().items()})
+    segments = set()
+    for a, b in zip(drawn(pool, 3, 60), drawn(other, 3, 60), strict=True):
+        assert torch.equal(a.z, b.z) and torch.equal(a.segment, b.segment)
+        segments |= set(a.segment.tolist())
+    assert segments == {0, 1, 2}
+    assert pool.held.z.min() > 4000, "old states never left"
+
+
+# Schedulers and export --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_ddpm"])
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_the_grid_is_what_the_scheduler_does(request, family, steps):
+    teacher = load_teacher(str(request.getfixturevalue(family)))
+    scheduler = teacher.jump_scheduler(steps)
+    grid = teacher.jump_grid(scheduler, steps)
+    assert len(grid) == steps + 1 and grid[0] >= 990
+    generator = torch.Generator().manual_seed(0)
+    for t, s in pairwise(grid):
+        x, output = (torch.randn(2, *teacher.latent_shape, generator=generator) for _ in range(2))
+        keywords = {"eta": 0.0} if family == "tiny_sd" else {}
+        found = scheduler.step(output, t, x, **keywords).prev_sample
+        p = read(teacher.schedule, teacher.denoiser.prediction_type, output, x, t.expand(2))
+        expected = p.x0 if s < 0 else ode_step(teacher.schedule, p, s.expand(2))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)
+    if family == "tiny_sd" or steps == 1:
+        with pytest.raises(ValueError):
+            scheduler.set_timesteps(steps + 1)
+
+
+@pytest.mark.parametrize(("family", "steps"), [("tiny_sd", 4), ("tiny_ddpm_grey", 1), ("tiny_ddpm_grey", 3)])
+def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
+    """The exported folder, by its card's own call, against the jumps of the trainer; guidance cannot come back."""
+    from diffusers import DiffusionPipeline
+
+    method, teacher = build(request.getfixturevalue(family), steps=steps)
+    student = nets_for(method)["student"].eval()
+    path = export(
+        teacher, student, method.scheduler(), tmp_path / "pipeline", allowed_steps=method.allowed_steps(),
+        card={"method": "boot", "prompt": "a bag"},
+    )  # fmt: skip
+    stock = DiffusionPipeline.from_pretrained(path)
+    stock.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        x = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+        cond = batch_for(teacher, 1).cond
+        for k in range(steps):
+            p = student(x, method.grid[k, :1], cond, progress=torch.ones(1))
+            x = p.x0 if method.grid[k, -1] < 0 else ode_step(teacher.schedule, p, method.grid[k, -1:])
+    keywords = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(3)}
+    if family == "tiny_sd":
+        assert type(stock).__name__ == "StableDiffusionPipeline"
+        for scale in (7.5, 1.0):
+            keywords["generator"].manual_seed(3)
+            found = stock("a bag", output_type="latent", guidance_scale=scale, **keywords).images
+            torch.testing.assert_close(found, x, atol=1e-4, rtol=1e-4)
+        for wrong in ({"num_inference_steps": steps + 1}, {}):
+            with pytest.raises(ValueError, match="smaller than"):
+                stock("a bag", **wrong)
+    else:
+        found = torch.from_numpy(stock(output_type="np", **keywords).images).permute(0, 3, 1, 2)
+        torch.testing.assert_close(found, (x / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
+        text = (path / "README.md").read_text()
+        assert ("raise an error" in text) == (steps == 1)
+
+
+# The whole ------------------------------------------------------------------------------------------------------------
+
+
+def make(teacher_path, folder, method=None, **changes):
+    values = {
+        "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 64},
+        "max_iterations": 4, "cpu_threads": 1, "batch_size": 4, "checkpoint_every": 2, "log_every": 2,
+        "mixed_precision": "no", "method": {"optim": {"lr": 1e-3}, "n_sub": 4} | (method or {}),
+    } | changes  # fmt: skip
+    config = RunConfig[BootConfig].model_validate(values)
+    teacher = load_teacher(config.teacher)
+    return Trainer(config, Boot(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+
+
+def weights(folder, iteration, names=("student", "ema", "student_optimizer")):
+    files = [folder / "checkpoints" / str(iteration) / f"{n}.safetensors" for n in names]
+    return {f"{f.stem}.{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("method", [{"guidance_scale": 2.0}, {"steps": 2, "start": "pool", "pool_size": 6}], ids=str)
+def test_resume_is_exact(tiny_sd, tmp_path, method):
+    assert make(tiny_sd, tmp_path / "whole", method).fit()
+    trainer = make(tiny_sd, tmp_path / "again", method)
+    trainer.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
+    trainer.fit()
+    whole, again = (weights(tmp_path / name, 4) for name in ("whole", "again"))
+    assert whole.keys() == again.keys() and all(torch.equal(v, again[k]) for k, v in whole.items())
+
+
+def test_no_image_is_opened(tiny_sd, tmp_path, monkeypatch):
+    def opened(*_):
+        raise AssertionError("an image was opened")
+
+    monkeypatch.setattr(Fashion, "get", opened)
+    monkeypatch.setattr("fewstep.fashion.load_idx", opened)
+    monkeypatch.setattr("fewstep.fashion.load_embedded", opened)
+    assert make(tiny_sd, tmp_path / "a", max_iterations=1).fit()
+    # A folder whose images are not images: only their captions count.
+    (tmp_path / "images" / "a coat").mkdir(parents=True)
+    (tmp_path / "images" / "a coat" / "1.png").write_text("no image")
+    data = {"source": "folder", "path": str(tmp_path / "images")}
+    assert make(tiny_sd, tmp_path / "b", max_iterations=1, data=data).fit()
+
+
+def test_prompts_or_nothing_are_enough(tiny_sd, tiny_ddpm_grey, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a bag\na coat\n")
+    data = {"source": "prompts", "path": str(tmp_path / "prompts.txt")}
+    assert make(tiny_sd, tmp_path / "a", max_iterations=1, data=data).fit()
+    assert make(
+        tiny_ddpm_grey, tmp_path / "b", {"thresholding": "static"}, max_iterations=1, data={"source": "none"}
+    ).fit()
+
+
+@pytest.mark.slow
+def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--multi_gpu",
+        "--main_process_port",
+        "0",
+    ]
+    runs = {}
+    for name, overrides in (("whole", ()), ("part", ("max_iterations=2",)), ("part", ("resume=latest",))):
+        done = subprocess.run(
+            [
+                *launch, "train/boot.py", "--config", "configs/boot_fashion_4step.yaml", f"teacher={tiny_sd}",
+                f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint_every=2", "log_every=1",
+                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=4",
+                "method.warm_start=3", "method.pool_size=8", "method.optim.decay=constant", *overrides,
+            ],
+            cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (tmp_path / name / "pipeline" / "model_index.json").exists()
+        runs[name] = weights(tmp_path / name, ckpt.find(tmp_path / name / "checkpoints", "latest").name)
+    folder = tmp_path / "whole" / "checkpoints" / "4"
+    assert ckpt.read_json(folder / "state.json")["num_processes"] == 2, "the launch silently used one process"
+    pools = [load_file(folder / f"method_{rank}.safetensors")["z"] for rank in (0, 1)]
+    assert not torch.equal(*pools)
+    assert all(torch.equal(v, runs["part"][k]) for k, v in runs["whole"].items())
+
+
+def test_warning_when_the_boundary_is_lost(tiny_sd):
+    method, _ = build(tiny_sd)
+    assert method.warnings({"boundary_error": 0.6}) == []
+    assert method.warnings({"boundary_error": 0.2}) == []
+    assert method.warnings({"boundary_error": 0.3}) == []
+    assert "method.boundary_frac" in method.warnings({"boundary_error": 0.7})[0]
+    assert method.warnings({}) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"m_teacher": 3}, "m_teacher: 3 does not divide n_sub"),
+        ({"steps": 9}, "steps"),
+        ({"guidance_scale": [3.0, 2.0]}, "guidance_scale: "),
+        ({"export_guidance_scale": 2.0}, "export_guidance_scale: 2"),
+        ({"negative_prompt": "x"}, "negative_prompt: "),
+        ({"start": "pool"}, "start: 'pool'"),
+        ({"warm_start": 5}, "warm_start: "),
+        ({"form": "paper", "steps": 2}, "form: 'paper'"),
+        ({"form": "paper", "weighting": "inv1"}, "form: 'paper'"),
+        ({"paper": {"t_min": 0.5, "t_max": 0.4}}, "t_min: 0.5"),
+    ],
+    ids=str,
+)
+def test_impossible_configs(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**changes)
+
+
+def test_configs_that_do_not_fit_the_teacher(tiny_sd, tiny_ddpm):
+    for path, changes, message in (
+        (tiny_ddpm, {"guidance_scale": 2.0}, r"method\.guidance_scale"),
+        (tiny_sd, {"thresholding": "static"}, r"method\.thresholding"),
+        (tiny_sd, {"n_sub": 1100}, r"method\.n_sub: 1100 sub-steps do not fit"),
+        (tiny_sd, {"form": "paper", "paper": {"t_max": 0.9999}}, r"method\.paper\.t_max"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(path, **changes)
