@@ -163,7 +163,7 @@ class RunConfig(Strict, Generic[M]):
     resume: str | None = None
     """Checkpoint folder to go on from, or latest = the newest one in output_dir; null = start afresh."""
     init_from: Path | None = None
-    """Checkpoint folder of an earlier run whose weights the learnt networks start from; null = they start as the method says."""
+    """Checkpoint whose weights the learnt networks start from, or an exported pipeline, for the student; null = none."""
     max_nonfinite: NonNegativeInt = 10
     """The run ends when more iterations than this had a loss or gradient that is not finite."""
     tracker: str | None = None
@@ -201,11 +201,13 @@ def load_config(cls: type[C], argv: list[str] | None = None) -> C:
             path = value if option == "--config" else path
             overrides += [f"resume={value}"] if option == "--resume" else []
         elif word.startswith("-"):
-            raise SystemExit(f"unknown option {word!r}: {_usage()}")
+            hint = f"a key is set without dashes, {word.lstrip('-')}; " if equals else ""
+            raise SystemExit(f"unknown option {word!r}: {hint}{_usage()}")
         else:
             overrides.append(word)
     if path is None:
-        raise SystemExit(_usage())
+        file = next((word for word in overrides if "=" not in word), None)
+        raise SystemExit(f"did you mean --config {file}? {_usage()}" if file else _usage())
     raw = _read(path)
     for item in overrides:
         _override(raw, item)

@@ -16,21 +16,31 @@ def run(method: "type[Method]", config: RunConfig[Any]) -> None:
 
     Errors that a user can mend end the program with one sentence.
     """
+    import torch
+
+    from fewstep.export import ExportError
+    from fewstep.trainer import NonFiniteError
+
     try:
         _run(method, config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (ValueError, OSError, NonFiniteError, ExportError) as error:
+        sys.exit(str(error))
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory: lower batch_size and raise accumulate by as much. {error}")
 
 
 def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
+    from fewstep.preflight import check_steps, check_surroundings
     from fewstep.teachers import load_teacher
     from fewstep.trainer import Trainer
 
+    check_surroundings(config)
     teacher = load_teacher(config.teacher)
     source = load_source(config.data, teacher.image_size)
     method = method_class(config.method, teacher)
+    check_steps(config, method)
     trainer = Trainer(config, method, teacher, source)
     folder = Path(config.output_dir)
     main = trainer.accelerator.is_main_process

@@ -114,6 +114,7 @@ def test_messages(file: Path, override: str, expected: str) -> None:
         (["a..b=1"], "override 'a..b=1' is not of the form key.path=value"),
         (["seed=[1"], "override 'seed=[1', line 1: "),
         (["--confg"], "unknown option '--confg': usage: "),
+        (["--seed=1"], "unknown option '--seed=1': a key is set without dashes, seed=1; usage: "),
         (["--resume"], "--resume needs a value: usage: "),
     ],
 )
@@ -136,8 +137,10 @@ def test_bad_files(file: Path, tmp_path: Path) -> None:
         assert message(file).startswith(f"{file}{expected}")
     file.write_text("")
     assert message(file).startswith(f"{file}: 6 problems\n  teacher: missing; allowed: text\n  method: missing; ")
-    with pytest.raises(SystemExit, match="usage: "):
+    with pytest.raises(SystemExit, match=r"^usage: "):
         load_config(Config, [])
+    with pytest.raises(SystemExit, match=r"^did you mean --config a\.yaml\? usage: "):
+        load_config(Config, ["seed=1", "a.yaml"])
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,68 @@
+"""What a run would else stumble over only after the training, or after the images are encoded: checked before."""
+
+import difflib
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from fewstep import checkpoint
+from fewstep.config import RunConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fewstep.methods.base import Method
+
+
+def check_surroundings(config: RunConfig[Any]) -> None:
+    """Raises ValueError or FileNotFoundError, naming the key, before any weight is loaded."""
+    _check_folder(config.output_dir)
+    if config.resume:
+        checkpoint.find(config.output_dir / "checkpoints", config.resume)
+    if config.tracker:
+        _check_tracker(config.tracker)
+    if config.score.every:
+        _check_reference("score.reference", config.score.reference)
+    if config.evaluate:
+        _check_reference("evaluate.reference", config.evaluate.reference)
+
+
+def check_steps(config: RunConfig[Any], method: "Method") -> None:
+    """Raises ValueError where a score is asked for at a step count that the student is not trained for."""
+    allowed = method.allowed_steps()
+    scored = (config.score.steps,) if config.score.every else ()
+    evaluated = config.evaluate.steps if config.evaluate else ()
+    for key, steps in (("score.steps", scored), ("evaluate.steps", evaluated)):
+        if wrong := [n for n in steps if n not in allowed]:
+            raise ValueError(
+                f"{key}: found {', '.join(map(str, wrong))}; this student is trained for {', '.join(map(str, allowed))}"
+            )
+
+
+def _check_folder(folder: "Path") -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(f"output_dir: cannot write into {folder}: {e.strerror}") from None
+
+
+def _check_tracker(name: str) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if name not in LOGGER_TYPE_TO_CLASS:
+        close = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+        raise ValueError(f"tracker: accelerate knows no {name!r}; {hint}")
+    # accelerate itself goes on without a word.
+    if name not in [str(tracker) for tracker in get_available_trackers()]:
+        raise ValueError(f"tracker: {name} is not installed: pip install {name.replace('_', '-')}")
+
+
+def _check_reference(key: str, reference: str) -> None:
+    from fewstep.evaluate.reference import resolve
+
+    try:
+        resolve(reference)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from None
