@@ -13,7 +13,7 @@ from fewstep.config import RunConfig, Strict
 from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.methods.dmd2_config import DMD2Config
-from fewstep.pretrain.config import TeacherTraining
+from fewstep.pretrain.config import DigitsTraining, TeacherTraining
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fewstep"
@@ -23,6 +23,7 @@ MODELS: dict[str, type[Strict]] = {
     "consistency": RunConfig[ConsistencyConfig],
     "dmd2": RunConfig[DMD2Config],
     "teacher": TeacherTraining,
+    "teacher_digits": DigitsTraining,
 }
 
 
@@ -46,7 +47,7 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_validates(path: Path) -> None:
-    MODELS[path.name.split("_")[0]].model_validate(yaml.safe_load(path.read_text()))
+    (MODELS.get(path.stem) or MODELS[path.stem.split("_")[0]]).model_validate(yaml.safe_load(path.read_text()))
 
 
 def test_interfaces_are_not_probed() -> None:

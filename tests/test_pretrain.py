@@ -111,3 +111,33 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fid_teacher" in (tmp_path / "asset" / "README.md").read_text()
     run(config)
     assert times == {output: (config.output_dir / output).stat().st_mtime_ns for output in STAGES}
+
+
+def test_digits_teacher(tmp_path: Path) -> None:
+    """A few iterations from the command line's config to a pipeline that the teachers' loader takes."""
+    from fewstep.config import load_config
+    from fewstep.pretrain import digits
+    from fewstep.pretrain.config import DigitsTraining, training_class
+    from fewstep.teachers import load_teacher
+
+    path = str(Path(__file__).parents[1] / "configs" / "teacher_digits.yaml")
+    assert training_class(["--config", path]) is DigitsTraining is training_class([f"--config={path}"])
+    assert training_class(["--config", path.replace("digits", "fashion")]) is TeacherTraining is training_class([])
+    config = load_config(
+        training_class(["--config", path]),
+        [
+            "--config",
+            path,
+            f"output_dir={tmp_path}",
+            "denoiser.iterations=2",
+            "denoiser.batch_size=4",
+            "channels=[16,16]",
+        ],
+    )
+    assert isinstance(config, DigitsTraining)
+    digits.run(config)
+    images = digits.load_digits(16)
+    assert images.shape == (1797, 1, 16, 16) and images.min() == -1 and images.max() <= 1
+    assert len(list((tmp_path / "images").iterdir())) == 1797
+    teacher = load_teacher(str(tmp_path / "pipeline"))
+    assert (teacher.image_size, teacher.latent_shape, teacher.conditions) == (16, (1, 16, 16), "none")

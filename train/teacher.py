@@ -1,11 +1,18 @@
-"""Trains an embedded teacher from scratch: classifier, CLIP, VAE and UNet."""
+"""Trains a teacher from scratch: the embedded one (classifier, CLIP, VAE and UNet), or a pixel model of digits."""
+
+import sys
 
 from fewstep.config import load_config
-from fewstep.pretrain.config import TeacherTraining
+from fewstep.pretrain.config import DigitsTraining, training_class
 
 if __name__ == "__main__":
-    config = load_config(TeacherTraining)
-    # Only now, for it loads torch: a mistake in the config is told at once.
-    from fewstep.pretrain.run import run
+    config = load_config(training_class(sys.argv[1:]))
+    # Only now, for they load torch: a mistake in the config is told at once.
+    if isinstance(config, DigitsTraining):
+        from fewstep.pretrain import digits
 
-    run(config)
+        digits.run(config)
+    else:
+        from fewstep.pretrain.run import run
+
+        run(config)

@@ -1,5 +1,7 @@
 """The config of a teacher training: one section per stage."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -71,3 +73,38 @@ class TeacherTraining(Strict):
     """UNet of the pipeline."""
     measure: MeasureConfig = MeasureConfig()
     """Figures of the data card."""
+
+
+class DigitsTraining(Strict):
+    dataset: Literal["digits"] = "digits"
+    """Images to train on: scikit-learn's digits."""
+    output_dir: Path = Path("runs/teacher_digits")
+    """Folder of the pipeline and of the images; the same command goes on from what lies there."""
+    seed: int = 0
+    """Seed of weights and noise."""
+    checkpoint_seconds: float = 60.0
+    """Time between two checkpoints."""
+    image_size: Literal[16, 32] = 16
+    """Side in pixels to which the 8x8 images are resized."""
+    channels: tuple[int, ...] = (32, 64)
+    """Width of each UNet level."""
+    prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+    """What the UNet predicts."""
+    ema_decay: float = 0.995
+    """Decay of the weight average that is saved."""
+    denoiser: StageConfig
+    """Training of the UNet."""
+
+
+def training_class(argv: Sequence[str]) -> type[TeacherTraining] | type[DigitsTraining]:
+    """The settings that the file of a command line (`--config FILE`) is to be read as, by its `dataset`.
+
+    Fashion's where it names another or cannot be read: their check then says what is wrong.
+    """
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    for option, value in pairwise(words):
+        if option == "--config" and Path(value).is_file():
+            lines = Path(value).read_text(encoding="utf-8", errors="replace").splitlines()
+            if any(line.split("#")[0].strip() == "dataset: digits" for line in lines):
+                return DigitsTraining
+    return TeacherTraining
