@@ -1,8 +1,13 @@
 """Iterations of the trainer against the bare forwards and backwards of the same networks, interleaved in one process.
 
-    python benchmarks/iteration_cost.py [--rounds 30]
+    python benchmarks/iteration_cost.py consistency|dmd2 [--config FILE] [--rounds 30] [key.path=value ...]
 
-The floor of latent consistency distillation is 6 F: student 1 + 2 (backward), target 1, teacher 2 (with and without prompt).
+In units of F, one forward of the network on a batch, with backwards 2 F and an encoder with the middle block e F:
+
+consistency: 6 F. Student 1 + 2, target 1, teacher 2 (with and without prompt).
+dmd2, a round being `student_update_every` iterations: on each, k forwards of the student for k simulated steps, and the
+    critic's 3 + 6 e (denoising; real and fake in one batch); on all but the first, 1 for the student's last step without
+    gradient; on the first, 3 with it, teacher 2, critic 1, and e + e for the gradient in the discriminator's input.
 """
 
 import argparse
@@ -16,39 +21,58 @@ import torch
 from fewstep.config import RunConfig, load_config
 from fewstep.data import load_source
 from fewstep.methods.consistency import Consistency, ConsistencyConfig
+from fewstep.methods.critic import Noised
+from fewstep.methods.dmd2 import DMD2, DMD2Config
 from fewstep.teachers import load_teacher
+from fewstep.teachers.guidance import concatenate
 from fewstep.trainer import Trainer
+
+METHODS = {"consistency": (Consistency, ConsistencyConfig), "dmd2": (DMD2, DMD2Config)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--config")
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    args, overrides = parser.parse_known_args()
+    method_class, config_class = METHODS[args.method]
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"output_dir={folder}", "data.limit=512", "max_iterations=100000"]
-        config = load_config(RunConfig[ConsistencyConfig], ["--config", "configs/consistency_fashion.yaml", *overrides])
+        file = args.config or f"configs/{args.method}_fashion.yaml"
+        given = [f"output_dir={folder}", "data.limit=512", "max_iterations=100000", *overrides]
+        config = load_config(RunConfig[config_class], ["--config", file, *given])
         teacher = load_teacher(config.teacher)
-        method = Consistency(config.method, teacher)
+        method = method_class(config.method, teacher)
         trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
-        step = method.steps()[0]
-        bare = _bare(trainer, config.batch_size)
-        for _ in range(3):
+        method.prepare(trainer._preparation())
+        steps = method.steps()
+        iterations = max(step.every for step in steps)
+        bare = _bare_consistency(trainer) if isinstance(method, Consistency) else _bare_dmd2(trainer, method)
+
+        def whole() -> None:
+            for trainer.iteration in range(iterations):
+                batches = [trainer._batch(0)]
+                for step in steps:
+                    if trainer.iteration % step.every == 0:
+                        trainer._update(step, batches)
+
+        for _ in range(2):
             bare()
-            trainer._update(step)
-        pairs = [(_seconds(bare), _seconds(lambda: trainer._update(step))) for _ in range(rounds)]
+            whole()
+        pairs = [(_seconds(bare), _seconds(whole)) for _ in range(args.rounds)]
     ratios = [whole / floor for floor, whole in pairs]
-    floor, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    floor, spent = (statistics.median(column) / iterations for column in zip(*pairs, strict=True))
     print(
-        f"batch {config.batch_size}, {torch.get_num_threads()} threads: bare {floor * 1e3:.0f} ms, "
-        f"iteration {whole * 1e3:.0f} ms, ratio median {statistics.median(ratios):.3f} "
-        f"(min {min(ratios):.3f}, max {max(ratios):.3f}) over {rounds} pairs"
+        f"{args.method}, batch {config.batch_size}, {torch.get_num_threads()} threads: bare {floor * 1e3:.0f} ms an "
+        f"iteration, trainer {spent * 1e3:.0f} ms, ratio median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max "
+        f"{max(ratios):.3f}) over {args.rounds} rounds of {iterations} iterations"
     )
 
 
-def _bare(trainer: Trainer, size: int) -> Callable[[], None]:
-    batch = trainer._batch()
-    x, t, g = batch.x0, torch.full((size,), 500), torch.full((size,), 2.0)
-    both = {k: torch.cat([v, batch.uncond[k]]) for k, v in batch.cond.items()}
+def _bare_consistency(trainer: Trainer) -> Callable[[], None]:
+    batch = trainer._batch(0)
+    x, t, g = batch.x0, torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
+    both = concatenate(batch.cond, batch.uncond)
     student, target, teacher = (trainer.raw[name] for name in ("student", "target", "teacher"))
 
     def run() -> None:
@@ -57,6 +81,48 @@ def _bare(trainer: Trainer, size: int) -> Callable[[], None]:
             teacher(torch.cat([x, x]), torch.cat([t, t]), both)
             target(x, t, batch.cond, g)
         student.zero_grad()
+
+    return run
+
+
+def _bare_dmd2(trainer: Trainer, method: DMD2) -> Callable[[], None]:
+    """The same forwards and backwards, with the same numbers of simulated steps as the trainer draws."""
+    c, every = method.config, method.config.student_update_every
+    stops = []
+    for trainer.iteration in range(every):
+        batch = trainer._batch(0)
+        drawn = torch.randint(len(method.timesteps), (), generator=batch.generator)
+        stops.append(int(drawn) if c.inputs == "simulated" else 0)
+    shape, cond = (batch.size, *trainer.teacher.latent_shape), batch.cond
+    x, t = torch.randn(shape), torch.full((batch.size,), 500)
+    twice = torch.cat([x, x]), torch.cat([t, t])
+    both, conds = concatenate(cond, batch.uncond), concatenate(cond, cond)
+    student, critic, teacher = (trainer.raw[name] for name in ("student", "critic", "teacher"))
+
+    def run() -> None:
+        for iteration, stop in enumerate(stops):
+            learns = iteration % every == 0
+            student.requires_grad_(learns)
+            critic.requires_grad_(False)
+            with torch.no_grad():
+                for _ in range(stop + (not learns)):
+                    student(x, t, cond)
+            if learns:
+                with torch.no_grad():
+                    teacher(*(twice if c.guidance_scale != 1 else (x, t)), both if c.guidance_scale != 1 else cond)
+                    critic(Noised(x, t, cond))
+                x0 = student(x, t, cond).x0
+                loss = x0.square().mean()
+                if c.gan_weight:
+                    loss = loss + critic(judge=Noised(x0, t, cond))[1].mean()
+                loss.backward()
+            student.requires_grad_(False)
+            critic.requires_grad_(True)
+            prediction, logits = critic(Noised(x, t, cond), Noised(*twice, conds) if c.gan_weight else None)
+            loss = prediction.x0.square().mean()
+            (loss if logits is None else loss + logits.mean()).backward()
+            student.zero_grad()
+            critic.zero_grad()
 
     return run
 
