@@ -14,7 +14,7 @@ from fewstep.evaluate.report import (
     recommended_guidance_scale,
     write_report,
 )
-from fewstep.evaluate.run import evaluate, evaluate_protocol, first_images
+from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
 
 __all__ = [
     "ClipScore",
@@ -25,6 +25,7 @@ __all__ = [
     "Protocol",
     "describe_protocol",
     "evaluate",
+    "evaluate_images",
     "evaluate_protocol",
     "first_images",
     "format_table",

@@ -166,9 +166,9 @@ def format_table(results: list[dict[str, Any]]) -> str:
     rows = [
         (
             str(r["model"]),
-            str(r["steps"]),
+            "-" if r["steps"] is None else str(r["steps"]),
             "default" if r["guidance_scale"] is None else f"{r['guidance_scale']:g}",
-            f"{r['network_evaluations']:g}",
+            "-" if r["network_evaluations"] is None else f"{r['network_evaluations']:g}",
             *(_cell(r.get(key), digits) for key, _, digits in figures),
         )
         for r in results

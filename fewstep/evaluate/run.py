@@ -1,5 +1,6 @@
 """One pipeline, one protocol, several step counts: the rows of a report."""
 
+import itertools
 import resource
 import sys
 import time
@@ -10,10 +11,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluate.generate import batches, condition_kind, counted, num_labels, remaining_batches, sample
+from fewstep.evaluate.generate import (
+    ConditionKind,
+    batches,
+    condition_kind,
+    counted,
+    num_labels,
+    remaining_batches,
+    sample,
+)
 from fewstep.evaluate.keep import Keeper, Measured, fingerprint
 from fewstep.evaluate.protocol import Protocol
-from fewstep.evaluate.reference import NOTHING, Given, Subjects, protocol_of, resolve, subjects
+from fewstep.evaluate.reference import NOTHING, Given, Subjects, protocol_of, real_images, resolve, subjects
 from fewstep.evaluate.scores import Instruments, Scores
 
 if TYPE_CHECKING:
@@ -224,6 +233,49 @@ def evaluate_protocol(
                 bar.set_description(f"{name}, {n} step{'s' * (n > 1)}")
                 rows.append(run.row(n, bar))
     return rows
+
+
+def evaluate_images(
+    source: str,
+    protocol: Protocol,
+    *,
+    protocol_name: str = "custom",
+    given: Given = NOTHING,
+    name: str,
+    batch_size: int = 100,
+    device: torch.device | None = None,
+) -> list[dict[str, Any]]:
+    """The protocol's scores of the first images of a folder, of parquet files or of ADM's .npz, as one row, by one process.
+
+    Prompts are the protocol's, in the order of the images' names. ValueError for too few images, or of another resolution.
+    """
+    place = device or torch.device("cpu")
+    n = protocol.images
+    kind: ConditionKind = "none" if protocol.conditions.source in ("labels", "none") else "prompt"
+    what = subjects(protocol, kind, None, protocol_name, given)
+    images = itertools.islice(real_images(source), n)
+    instruments: Instruments | None = None
+    scores: Scores | None = None
+    start = 0
+    while part := list(itertools.islice(images, batch_size)):
+        if len({image.shape for image in part}) > 1:
+            raise ValueError(f"{source}: the images are of several sizes; scores want one")
+        stack = torch.stack(part).to(place)
+        side = stack.shape[-1]
+        if protocol.resolution is not None and stack.shape[-2:] != (protocol.resolution,) * 2:
+            raise ValueError(
+                f"protocol {protocol_name} is for images of {protocol.resolution} pixels; {source} has {side}"
+            )
+        prompts = None if what.prompts is None else what.prompts[start : start + len(part)]
+        instruments = instruments or Instruments(protocol_name, protocol, given, side, place)
+        values = instruments.measure(stack, prompts)
+        scores = scores or Scores(instruments, what, values, sync=False, device=place)
+        scores.update(range(start, start + len(part)), values)
+        start += len(part)
+    if start < n or scores is None:
+        raise ValueError(f"{source} holds {start} images, and {n} are wanted: too few")
+    nothing = {"steps": None, "guidance_scale": None, "seconds_per_image": None, "network_evaluations": None}
+    return [{"model": name, "images": n, **nothing, **scores.compute()}]
 
 
 def evaluate(

@@ -1,0 +1,73 @@
+"""Two pipelines image by image: the same noises and conditions, and how far each is from the teacher's image of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.evaluate.features import ImageFeatures
+from fewstep.evaluate.generate import sample
+from fewstep.evaluate.view import View, look
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A pipeline and how it is called."""
+
+    name: str
+    pipeline: Any
+    steps: int
+    guidance_scale: float | None = None
+
+
+def draw(
+    contestant: Contestant, conditions: Sequence[Any], *, seed: int, batch_size: int, uint8: Any = "round"
+) -> Tensor:
+    """uint8 [N, 3, H, W], one image per condition; image i has the noise of (seed, i), whoever draws it."""
+    parts = []
+    for start in range(0, len(conditions), batch_size):
+        indices = range(start, min(start + batch_size, len(conditions)))
+        parts.append(
+            sample(
+                contestant.pipeline,
+                [conditions[i] for i in indices],
+                indices,
+                steps=contestant.steps,
+                seed=seed,
+                guidance_scale=contestant.guidance_scale,
+                uint8=uint8,
+            )
+        )
+    return torch.cat(parts)
+
+
+def distances(a: Tensor, b: Tensor, features: ImageFeatures, view: View, batch_size: int = 64) -> dict[str, Tensor]:
+    """Of each pair of images, uint8 [N, 3, H, W]: `pixels`, the root of the mean squared difference in [0, 1], and `features`,
+    the Euclidean distance of their features; float64 [N] each. ValueError for images of two sizes.
+    """
+    if a.shape != b.shape:
+        sizes = " and ".join(f"{v.shape[-1]} x {v.shape[-2]}" for v in (a, b))
+        raise ValueError(f"images of {sizes} pixels are not compared pixel by pixel")
+    pixels = (a.double() - b.double()).div(255).square().mean((1, 2, 3)).sqrt()
+    gaps = [
+        (features(look(x, view)).double() - features(look(y, view)).double()).norm(dim=1).cpu()
+        for x, y in zip(a.split(batch_size), b.split(batch_size), strict=True)
+    ]
+    return {"pixels": pixels, "features": torch.cat(gaps)}
+
+
+def paired(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Means of two paired measurements [N], of their difference with its standard error, and how often `a` is smaller."""
+    gap = a - b
+    error = float(gap.std(unbiased=True)) / math.sqrt(len(gap)) if len(gap) > 1 else math.nan
+    wins = (gap < 0).double() + 0.5 * (gap == 0).double()
+    return {
+        "a": float(a.mean()),
+        "b": float(b.mean()),
+        "difference": float(gap.mean()),
+        "standard_error": error,
+        "a_closer": float(wins.mean()),
+    }

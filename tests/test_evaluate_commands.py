@@ -1,0 +1,167 @@
+"""`fewstep evaluate`, `reference` and `compare` as a user calls them, and what they say when something does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fewstep.cli import main
+from fewstep.evaluate.compare import paired
+from fewstep.fashion import load_embedded
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty real images as PNG files."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("images")
+    for i, image in enumerate(load_embedded()[0][::33][:60]):
+        Image.fromarray(image.transpose(1, 2, 0)).save(path / f"{i:03d}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def protocol(folder: Path) -> Path:
+    """A protocol of eight images with every score that needs no weights but the package's."""
+    settings: dict[str, Any] = {
+        "about": "a test",
+        "images": 8,
+        "resolution": 32,
+        "conditions": {"source": "prompts", "file": "words.jsonl"},
+        "comparisons": [
+            {
+                "features": "fashion",
+                "reference": "real.npz",
+                "metrics": ["fid", "kid", "precision_recall", "density_coverage", "diversity"],
+                "nearest_k": 3,
+            },
+            {
+                "name": "patch",
+                "features": "fashion",
+                "view": {"crop": 16},
+                "reference": "patch.npz",
+                "metrics": ["fid"],
+            },
+        ],
+        "clip": {"model": "fashion"},
+    }
+    file = folder.parent / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    words = ["a photo of a bag", "", "ein Kleid, rot 👗", 'a "quoted", dress']
+    (folder.parent / "words.jsonl").write_text("".join(json.dumps(w) + "\n" for w in words), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, protocol: Path) -> list[str]:
+    """Options with the statistics that the protocol needs, made by `fewstep reference`."""
+    real, patch = folder.parent / "real.npz", folder.parent / "patch.npz"
+    main(["reference", str(folder), "--protocol", str(protocol), "--output", str(real)])
+    main(["reference", str(folder), "--protocol", str(protocol), "--comparison", "patch", "--output", str(patch)])
+    words = str(folder.parent / "words.jsonl")
+    return ["--reference", str(real), "--reference", f"patch={patch}", "--prompts", words]
+
+
+def test_a_protocol_gives_every_score_and_stands_in_the_report(
+    protocol: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "e.json"
+    main(["evaluate", "fashion", "--protocol", str(protocol), *data, "--steps", "1", "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert report["protocol"]["name"] == "tiny" and len(report["protocol"]["hash"]) == 12
+    assert report["protocol"]["definition"]["comparisons"][1]["view"]["crop"] == 16
+    assert report["protocol"]["reference_features"] == "those of this evaluation"
+    (row,) = report["results"]
+    scores = {"fid", "kid", "precision", "recall", "density", "coverage", "diversity", "fid_patch", "clip_score"}
+    assert scores <= set(row) and all(np.isfinite(row[key]) for key in scores)
+    assert 0 <= row["precision"] <= 1 and row["fid_patch"] != row["fid"] and row["peak_memory_gib"] > 0.1
+    assert "FID patch" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_is_scored_like_a_pipeline(
+    folder: Path, protocol: Path, data: list[str], tmp_path: Path
+) -> None:
+    output = tmp_path / "e.json"
+    arguments = ["--protocol", str(protocol), *data, "--output", str(output)]
+    main(["evaluate", str(folder), *arguments, "--num-images", "60"])
+    report = json.loads(output.read_text())
+    assert report["protocol"]["name"] == "tiny, changed: images"
+    (row,) = report["results"]
+    # The images of the reference themselves.
+    assert row["fid"] == pytest.approx(0, abs=1e-4) and row["precision"] == row["recall"] == 1
+    assert row["steps"] is None and row["images"] == 60
+    with pytest.raises(SystemExit, match="holds 60 images, and 61 are wanted: too few"):
+        main(["evaluate", str(folder), *arguments, "--num-images", "61"])
+
+
+def test_the_distance_to_a_teacher_is_zero_for_the_teacher(protocol: Path, data: list[str], tmp_path: Path) -> None:
+    teacher, output = tmp_path / "teacher.safetensors", tmp_path / "e.json"
+    draw = ["--steps", "1", "--num-images", "6", "--guidance-scale", "1"]
+    words = data[-2:]
+    main(["reference", "fashion", *draw, *words, "--protocol", str(protocol), "--output", str(teacher)])
+    options = ["--protocol", str(protocol), *data, "--teacher-statistics", str(teacher), "--output", str(output)]
+    main(["evaluate", "fashion", *draw, *options])
+    report = json.loads(output.read_text())
+    assert report["results"][0]["fid_to_teacher"] == pytest.approx(0, abs=1e-3)
+    assert report["results"][0]["fid"] > 0.01
+    assert report["protocol"]["name"] == "tiny, changed: images and fid_to_teacher"
+
+
+def test_what_does_not_fit_is_told_in_one_sentence(
+    folder: Path, protocol: Path, data: list[str], tiny_ddpm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"needs real\.npz: put it into"):
+        main(["evaluate", "fashion", "--protocol", str(protocol), "--prompts", data[-1]])
+    with pytest.raises(SystemExit, match="belong to the protocol tiny"):
+        main(["evaluate", "fashion", "--protocol", str(protocol), "--features", "fashion"])
+    with pytest.raises(SystemExit, match="no comparison 'pach'"):
+        main(["evaluate", "fashion", "--protocol", str(protocol), *data, "--reference", "pach=x"])
+    with pytest.raises(SystemExit, match="for images of 32 pixels; the pipeline draws 16"):
+        main(["evaluate", str(tiny_ddpm), "--protocol", str(protocol), *data, "--steps", "1"])
+    with pytest.raises(SystemExit, match="neither a file nor one of cifar10_50k"):
+        main(["evaluate", "fashion", "--protocol", "nothing"])
+    run = tmp_path / "run"
+    shutil.copytree(tiny_ddpm, run / "pipeline")
+    with pytest.raises(SystemExit, match="is the folder of a run; its pipeline is"):
+        main(["evaluate", str(run)])
+    (run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
+    with pytest.raises(SystemExit, match="cannot be loaded as a folder or from the hub"):
+        main(["evaluate", str(run / "pipeline"), "--steps", "1"])
+    (run / "empty").mkdir()
+    with pytest.raises(SystemExit, match="neither a pipeline"):
+        main(["evaluate", str(run / "empty")])
+    # Statistics of the whole images where those of patches are wanted.
+    wrong = [*data[:2], "--reference", f"patch={data[1]}", *data[-2:]]
+    with pytest.raises(SystemExit, match="made with view"):
+        main(["evaluate", "fashion", "--protocol", str(protocol), *wrong, "--steps", "1"])
+    with pytest.raises(SystemExit, match=r"ends in \.npz or \.safetensors"):
+        main(["reference", str(folder), "--output", str(tmp_path / "x.pt")])
+
+
+def test_pairs_are_drawn_from_the_same_noises(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    calls = ["compare", "fashion", "fashion", "--pairs", "4", "--teacher", "fashion", "--teacher-steps", "2"]
+    main([*calls, "--steps", "2", "1", "--output", str(tmp_path / "same")])
+    result = json.loads((tmp_path / "same.json").read_text())
+    # A is the teacher itself.
+    assert result["to_teacher"]["pixels"]["a"] == result["to_teacher"]["features"]["a"] == 0
+    assert result["to_teacher"]["pixels"]["a_closer"] == 1 and result["to_teacher"]["pixels"]["b"] > 0
+    assert result["between"]["pixels"] == pytest.approx(result["to_teacher"]["pixels"]["b"])
+    assert Image.open(tmp_path / "same.png").height == 3 * 66 - 2
+    assert "A closer in 100 % of 4 pairs" in capsys.readouterr().out
+
+
+def test_paired_differences_have_their_standard_error() -> None:
+    a, b = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 2.0, 5.0]).double()
+    got = paired(a, b)
+    assert got["difference"] == pytest.approx(-1) and got["standard_error"] == pytest.approx(1 / np.sqrt(3))
+    assert got["a_closer"] == pytest.approx((1 + 0.5 + 1) / 3)
