@@ -55,7 +55,7 @@ def descend(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def divergence_weights(kind: Divergence, logits: Tensor) -> Tensor:
-    """Weight of each sample's matching gradient, [B], mean 1 (Xu et al. 2025, f-distill, arXiv 2502.15681, table 1).
+    """Weight of each sample's matching gradient, [B], mean 1 (Xu et al. 2025, f-distill, arXiv 2502.15681).
 
     It is h(r) = f''(r) r^2 with r = p_data / p_student = exp(logit) of a discriminator [B, heads] whose logits rise
     with realism: 1 for the reverse, r for the forward Kullback-Leibler divergence, r / (1 + r) for Jensen-Shannon.
