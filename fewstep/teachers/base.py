@@ -150,5 +150,6 @@ class Teacher(ABC):
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
         """Move the frozen pipeline; the denoiser follows."""
-        self.pipeline.to(device=device, dtype=dtype)
+        # A type it has already is not asked for: diffusers would warn of layers that it keeps in float32, and name none.
+        self.pipeline.to(device=device, dtype=None if self.pipeline.dtype == dtype else dtype)
         return self
