@@ -1,9 +1,11 @@
 """Iterations of the trainer against the bare forwards and backwards of the same networks, interleaved in one process.
 
-    python benchmarks/iteration_cost.py consistency|dmd2 [--config FILE] [--rounds 30] [key.path=value ...]
+    python benchmarks/iteration_cost.py boot|consistency|dmd2 [--config FILE] [--rounds 30] [key.path=value ...]
 
 In units of F, one forward of the network on a batch, with backwards 2 F and an encoder with the middle block e F:
 
+boot: 6 F. Student 1, and 1 + 2 for the next target; teacher 2 (with and without prompt). For k segments, another (k - 1) / 2
+    of the averaged student to the states where they begin.
 consistency: 6 F. Student 1 + 2, target 1, teacher 2 (with and without prompt).
 dmd2, a round being `student_update_every` iterations: on each, k forwards of the student for k simulated steps, and the
     critic's 3 + 6 e (denoising; real and fake in one batch); on all but the first, 1 for the student's last step without
@@ -20,6 +22,7 @@ import torch
 
 from fewstep.config import RunConfig, load_config
 from fewstep.data import load_source
+from fewstep.methods.boot import Boot, BootConfig
 from fewstep.methods.consistency import Consistency, ConsistencyConfig
 from fewstep.methods.critic import Noised
 from fewstep.methods.dmd2 import DMD2, DMD2Config
@@ -27,7 +30,7 @@ from fewstep.teachers import load_teacher
 from fewstep.teachers.guidance import concatenate
 from fewstep.trainer import Trainer
 
-METHODS = {"consistency": (Consistency, ConsistencyConfig), "dmd2": (DMD2, DMD2Config)}
+METHODS = {"boot": (Boot, BootConfig), "consistency": (Consistency, ConsistencyConfig), "dmd2": (DMD2, DMD2Config)}
 
 
 def main() -> None:
@@ -47,7 +50,10 @@ def main() -> None:
         method.prepare(trainer._preparation())
         steps = method.steps()
         iterations = max(step.every for step in steps)
-        bare = _bare_consistency(trainer) if isinstance(method, Consistency) else _bare_dmd2(trainer, method)
+        if isinstance(method, DMD2):
+            bare = _bare_dmd2(trainer, method)
+        else:
+            bare = _bare_boot(trainer, method) if isinstance(method, Boot) else _bare_consistency(trainer)
 
         def whole() -> None:
             for trainer.iteration in range(iterations):
@@ -67,6 +73,30 @@ def main() -> None:
         f"iteration, trainer {spent * 1e3:.0f} ms, ratio median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, max "
         f"{max(ratios):.3f}) over {args.rounds} rounds of {iterations} iterations"
     )
+
+
+def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
+    """With guidance at a fixed scale; segments, on-policy, in equal shares of the batch."""
+    batch = trainer._batch(0)
+    x, t, ends = (
+        torch.randn(batch.size, *trainer.teacher.latent_shape),
+        torch.full((batch.size,), 500),
+        torch.ones(batch.size),
+    )
+    both, segments = concatenate(batch.cond, batch.uncond), method.config.steps
+    student, ema, teacher = (trainer.raw[name] for name in ("student", "ema", "teacher"))
+
+    def run() -> None:
+        with torch.no_grad():
+            for j in range(1, segments):
+                n = batch.size * (segments - j) // segments
+                ema(x[:n], t[:n], {k: v[:n] for k, v in batch.cond.items()}, None, ends[:n])
+            student(x, t, batch.cond, None, ends)
+            teacher(torch.cat([x, x]), torch.cat([t, t]), both)
+        student(x, t, batch.cond, None, ends).x0.square().mean().backward()
+        student.zero_grad()
+
+    return run
 
 
 def _bare_consistency(trainer: Trainer) -> Callable[[], None]:
