@@ -78,11 +78,13 @@ def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -
 
     from fewstep.evaluate import evaluate, format_table, protocol, recommended_guidance_scale, write_report
     from fewstep.export import update_card
+    from fewstep.teachers import quiet
 
     e = config.evaluate
     assert e is not None  # the caller asked
     folder = Path(config.output_dir)
-    student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
+    with quiet():
+        student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
     common = {
         "reference": e.reference, "num_images": e.num_images, "batch_size": e.batch_size, "seed": config.seed,
         "accelerator": accelerator,

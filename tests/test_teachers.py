@@ -1,6 +1,7 @@
 """Teachers: the pipeline's own arithmetic, students that start as their teacher, stock pipelines for them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,34 @@ def test_missing_teacher_names_the_embedded(name: str) -> None:
 def test_a_folder_without_a_pipeline_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="model_index"):
         load_teacher(str(tmp_path))
+
+
+def test_typo_gets_the_nearest_name() -> None:
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'fashion'\?"):
+        load_teacher("fasion")
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [
+        ("tokenizer", "lacks the folder tokenizer, which its model_index.json names"),
+        ("unet/diffusion_pytorch_model.safetensors", "cannot be loaded: .*no file named diffusion_pytorch_model"),
+        ("text_encoder/model.safetensors", "cannot be loaded: "),
+        ("unet/config.json", "cannot be loaded: .*config.json"),
+    ],
+)
+def test_broken_folder_is_one_sentence(broken: str, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
+    """A folder or weights that are gone, weights and a config that are cut short."""
+    path = shutil.copytree(tiny_sd, tmp_path / "sd") / broken
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.parent.name == "unet" and path.suffix == ".safetensors":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=expected) as e:
+        load_teacher(str(tmp_path / "sd"))
+    assert "\n" not in str(e.value)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused(tmp_path: Path) -> None:

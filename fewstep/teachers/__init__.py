@@ -1,8 +1,10 @@
 """Teachers: pretrained diffusers pipelines, one file per family."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,22 +19,28 @@ SUPPORTED = ("StableDiffusionPipeline", "DDPMPipeline", "DDIMPipeline")
 def load_teacher(name_or_path: str) -> Teacher:
     """The teacher in a pipeline folder, at a hub id ("owner/name"), or embedded in the package, in float32 and frozen.
 
-    Raises FileNotFoundError where there is no such pipeline, and ValueError where its class is not supported. Weights
-    are read from safetensors only, and no code that comes with them is run.
+    Raises FileNotFoundError where there is no such pipeline, and ValueError where its class is not supported or its files
+    are broken or missing. Weights are read from safetensors only, and no code that comes with them is run.
     """
     from diffusers import DiffusionPipeline
 
     source = _locate(name_or_path)
     with quiet():
         try:
-            kind = DiffusionPipeline.load_config(source)["_class_name"]
-        except (OSError, KeyError) as error:
+            index = DiffusionPipeline.load_config(source)
+            kind = index["_class_name"]
+        except (OSError, KeyError, TypeError) as error:
             raise FileNotFoundError(_missing(name_or_path)) from error
         if kind not in SUPPORTED:
             raise ValueError(f"the teacher {name_or_path} is a {kind}; supported: {', '.join(SUPPORTED)}")
         # Images are scored and compared, not shown: a checker that blackens some of them would spoil both.
         extra = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **extra)
+        _check_parts(source, index, skipped=extra)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **extra)
+        except Exception as error:  # diffusers, transformers and safetensors each raise what they like for broken files
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the teacher {name_or_path} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     if kind == "StableDiffusionPipeline":
         from fewstep.teachers.sd import StableDiffusion
@@ -54,10 +62,21 @@ def _locate(name_or_path: str) -> str:
     return name_or_path
 
 
+def _check_parts(source: str, index: Mapping[str, Any], skipped: Container[str]) -> None:
+    """ValueError where a local folder lacks a part: for a missing tokenizer, transformers makes an empty one in silence."""
+    parts = [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]]
+    missing = [name for name in parts if name not in skipped and not (Path(source) / name).is_dir()]
+    if Path(source).is_dir() and missing:
+        raise ValueError(
+            f"the teacher {source} lacks the folder {', '.join(missing)}, which its model_index.json names"
+        )
+
+
 def _missing(name_or_path: str) -> str:
+    close = difflib.get_close_matches(name_or_path, ASSETS, n=1)
     return (
         f"no teacher {name_or_path!r}: not a folder with a model_index.json, not a reachable hub id, "
-        f"not an embedded name ({', '.join(ASSETS)})"
+        f"not an embedded name ({', '.join(ASSETS)})" + (f"; did you mean {close[0]!r}?" if close else "")
     )
 
 
