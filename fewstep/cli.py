@@ -5,10 +5,24 @@ import os
 import sys
 from pathlib import Path
 
-from fewstep.commands import PIPELINE_HELP, add_commands, add_drawing, add_guidance, guidance, load_pipeline
+from fewstep.commands import (
+    PIPELINE_HELP,
+    add_commands,
+    add_drawing,
+    add_guidance,
+    at_least,
+    check_output,
+    guidance,
+    load_pipeline,
+)
 
 
 def _sample(args: argparse.Namespace) -> None:
+    from PIL import Image
+
+    check_output(args.output)
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output {args.output}: not a picture's name, such as {args.output.with_suffix('.png')}")
     import torch
 
     from fewstep.evaluate import grid, sample
@@ -33,7 +47,6 @@ def _sample(args: argparse.Namespace) -> None:
                 guidance_scale=guidance(args),
             )
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, min_size=1).save(args.output)
     print(f"written to {args.output}")
 
@@ -49,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     add_drawing(s)
     s.add_argument("--prompt", nargs="+", help="prompts of a text-to-image pipeline")
     s.add_argument("--label", type=int, nargs="+", help="labels of a class-conditional pipeline")
-    s.add_argument("--num-images", type=int, default=1, help="images per row (default: 1)")
-    s.add_argument("--steps", type=int, required=True, help="network evaluations, as num_inference_steps")
+    s.add_argument("--num-images", type=at_least(1), default=1, help="images per row (default: 1)")
+    s.add_argument("--steps", type=at_least(1), required=True, help="network evaluations, as num_inference_steps")
     s.add_argument("--output", type=Path, required=True, help="the picture's file, e.g. x.png")
     s.set_defaults(run=_sample)
     return parser
@@ -61,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         args.run(args)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"fewstep {args.command}: {e}") from None
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,24 @@ def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise SystemExit(f"pipeline {name!r} cannot be loaded as a folder or from the hub: {reason}") from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text}; allowed: whole numbers of {least} or more")
+        return int(text)
+
+    return count
+
+
+def check_output(path: Path) -> None:
+    """OSError or ValueError, before the work is done, where its result cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; a file is wanted")
 
 
 def guidance(args: argparse.Namespace) -> float | None:
@@ -168,6 +186,7 @@ def _is_pipeline(name: str) -> bool:
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    check_output(args.output)
     name, protocol, given = _protocol(args, args.num_images)
     # What is missing is told before any weight loads.
     from fewstep.evaluate import describe_protocol, evaluate_images, evaluate_protocol, format_table, write_report
@@ -213,9 +232,11 @@ def add_evaluate(commands: Any) -> None:
     add_guidance(e)
     add_drawing(e)
     add_protocol(e)
-    e.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="step counts (default: 1 2 4 8)")
-    e.add_argument("--num-images", type=int, help="images per step count (default: the protocol's, or 2000)")
-    e.add_argument("--batch-size", type=int, default=100, help="images drawn at once in a process (default: 100)")
+    e.add_argument("--steps", type=at_least(1), nargs="+", default=[1, 2, 4, 8], help="step counts (default: 1 2 4 8)")
+    e.add_argument("--num-images", type=at_least(2), help="images per step count (default: the protocol's, or 2000)")
+    e.add_argument(
+        "--batch-size", type=at_least(1), default=100, help="images drawn at once in a process (default: 100)"
+    )
     e.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep finished batches here; the same command goes on from them"
     )
@@ -228,6 +249,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def reference(args: argparse.Namespace) -> None:
+    check_output(args.output)
     from fewstep.evaluate.statistics import SUFFIXES
 
     if args.output.suffix not in SUFFIXES:
@@ -303,9 +325,9 @@ def add_reference(commands: Any) -> None:
         "--comparison", default="", metavar="NAME", help="which of the protocol's comparisons (default: the unnamed)"
     )
     r.add_argument("--moments-only", action="store_true", help="leave out the features, which KID, precision, ... need")
-    r.add_argument("--steps", type=int, help="SOURCE is a pipeline: draw its images in so many steps")
-    r.add_argument("--num-images", type=int, help="images to draw (default: the protocol's, or 2000)")
-    r.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
+    r.add_argument("--steps", type=at_least(1), help="SOURCE is a pipeline: draw its images in so many steps")
+    r.add_argument("--num-images", type=at_least(2), help="images to draw (default: the protocol's, or 2000)")
+    r.add_argument("--batch-size", type=at_least(1), default=100, help="images drawn at once (default: 100)")
     r.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of the images to draw")
     add_guidance(r)
     add_drawing(r)
@@ -374,11 +396,11 @@ def add_compare(commands: Any) -> None:
     c = commands.add_parser("compare", help="two pipelines image by image, from the same noises")
     c.add_argument("a", metavar="A", help=PIPELINE_HELP)
     c.add_argument("b", metavar="B", help="the other one")
-    c.add_argument("--pairs", type=int, default=64, help="pairs of images (default: 64)")
-    c.add_argument("--steps", type=int, nargs="+", required=True, help="steps of both, or of A and of B")
+    c.add_argument("--pairs", type=at_least(1), default=64, help="pairs of images (default: 64)")
+    c.add_argument("--steps", type=at_least(1), nargs="+", required=True, help="steps of both, or of A and of B")
     c.add_argument("--teacher", metavar="PIPELINE", help="measure how far each is from this one's images")
-    c.add_argument("--teacher-steps", type=int, default=50, help="(default: 50)")
-    c.add_argument("--batch-size", type=int, default=64, help="images drawn at once (default: 64)")
+    c.add_argument("--teacher-steps", type=at_least(1), default=50, help="(default: 50)")
+    c.add_argument("--batch-size", type=at_least(1), default=64, help="images drawn at once (default: 64)")
     c.add_argument(
         "--output", type=Path, default=Path("comparison"), help="a .png and a .json of this name (default: comparison)"
     )

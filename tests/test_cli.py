@@ -54,6 +54,36 @@ def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sample", "--steps", "0"], "argument --steps: found 0; allowed: whole numbers of 1 or more"),
+        (["sample", "--steps", "1", "--num-images", "-2"], "argument --num-images: found -2; allowed: "),
+        (["evaluate", "--steps", "1", "x"], "argument --steps: found x; allowed: whole numbers of 1 or more"),
+        (["evaluate", "--num-images", "1"], "argument --num-images: found 1; allowed: whole numbers of 2 or more"),
+        (["evaluate", "--batch-size", "0"], "argument --batch-size: found 0; allowed: "),
+    ],
+)
+def test_counts_are_checked(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([words[0], "fashion", *words[1:], "--output", "x.png"])
+    assert expected in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    """No pipeline is loaded before: the one that is named does not exist."""
+    (tmp_path / "file").write_text("")
+    for output, expected in (
+        (tmp_path / "file" / "x.png", "File exists"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "x.xyz", r"not a picture's name, such as .*x\.png"),
+    ):
+        with pytest.raises(SystemExit, match=f"^fewstep sample: .*{expected}"):
+            main(["sample", "nowhere", "--prompt", "x", "--steps", "1", "--output", str(output)])
+    with pytest.raises(SystemExit, match=r"^fewstep evaluate: .*File exists"):
+        main(["evaluate", "nowhere", "--output", str(tmp_path / "file" / "x.json")])
+
+
 def test_help_loads_no_torch() -> None:
     code = """
 import sys
