@@ -314,8 +314,8 @@ class Trainer:
         partial = path.with_name(path.name + ckpt.PARTIAL)
         partial.mkdir(parents=True, exist_ok=True)
         save_file(ckpt.rng_state(self.device), partial / f"rng_{rank}.safetensors")
-        if state := self.method.state():
-            save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / f"method_{rank}.safetensors")
+        if own := self.method.state():
+            save_file({k: v.contiguous().cpu() for k, v in own.items()}, partial / f"method_{rank}.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with ckpt.written_aside(path) as aside:
