@@ -37,8 +37,9 @@ class Pictures:
         self.teacher, self.seed = teacher, config.seed
         # A method for one count alone is shown at that one.
         self.steps = [n for n in PICTURED_STEPS if n in steps] or [max(steps)]
-        self.indices = list(range(min(8, len(source))))
-        self.conditions = source.conditions_at(self.indices)
+        self.indices = list(range(8))
+        # A source of few conditions, or of none, is shown with several noises for each.
+        self.conditions = source.conditions_at([i % len(source) for i in self.indices])
         scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
         self.guidance_scale = recommended_guidance_scale(config.teacher) if scale is None else scale
         self.teacher_rows: list[Tensor] = []
