@@ -16,8 +16,15 @@ if TYPE_CHECKING:
 def check_surroundings(config: RunConfig[Any]) -> None:
     """Raises ValueError or FileNotFoundError, naming the key, before any weight is loaded."""
     _check_folder(config.output_dir)
+    checkpoints = config.output_dir / "checkpoints"
     if config.resume:
-        checkpoint.find(config.output_dir / "checkpoints", config.resume)
+        checkpoint.find(checkpoints, config.resume)
+    elif earlier := checkpoint.checkpoints(checkpoints):
+        # Mixed with these, the new run's checkpoints would count as the oldest and be the first to be deleted.
+        raise ValueError(
+            f"output_dir: {config.output_dir} holds a run that reached iteration {earlier[-1].name}: go on with "
+            "resume=latest, or take another folder"
+        )
     if config.tracker:
         _check_tracker(config.tracker)
     if config.score.every:

@@ -51,6 +51,14 @@ def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:
         assert text.startswith(f"output_dir: cannot write into {folder}: ") and "\n" not in text
 
 
+def test_the_folder_of_an_earlier_run(tiny_sd: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "run" / "checkpoints" / "500"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text("{}")
+    text = message(tiny_sd, tmp_path)
+    assert text.startswith(f"output_dir: {tmp_path / 'run'} holds a run that reached iteration 500: go on with resume=")
+
+
 def test_tracker_that_is_not_installed(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     assert message(tiny_sd, tmp_path, tracker="comet_ml") == "tracker: comet_ml is not installed: pip install comet-ml"
