@@ -30,7 +30,8 @@ class Measured:
 
 def fingerprint(pipeline: Any) -> str:
     """Tells one pipeline from another by its class, its scheduler and sums over its network's weights."""
-    sums = [f"{name} {float(p.double().sum()):.17g}" for name, p in network(pipeline).named_parameters()]
+    with torch.no_grad():
+        sums = [f"{name} {float(p.double().sum()):.17g}" for name, p in network(pipeline).named_parameters()]
     scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
     return hashlib.sha256("\n".join([type(pipeline).__name__, scheduler, *sums]).encode()).hexdigest()[:16]
 

@@ -148,7 +148,7 @@ COLUMNS = {
 """Heading and digits of every figure that the table shows."""
 
 
-def _figures(results: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
+def score_columns(results: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
     """(key, heading, digits) of the columns that the rows have; fid_patch is headed FID patch."""
     keys = list(dict.fromkeys(key for row in results for key in row))
     found = []
@@ -161,7 +161,7 @@ def _figures(results: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
 
 def format_table(results: list[dict[str, Any]]) -> str:
     """The results as a Markdown table, one row each."""
-    figures = _figures(results)
+    figures = score_columns(results)
     head = ("model", "steps", "guidance", "evaluations", *(heading for _, heading, _ in figures))
     rows = [
         (
