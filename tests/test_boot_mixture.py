@@ -82,6 +82,9 @@ class Mixture(Teacher):
     def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None) -> Any:
         raise NotImplementedError
 
+    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+        raise NotImplementedError
+
     def jump_scheduler(self, steps: int) -> Any:
         return None
 
