@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
 from fewstep.methods.boot_config import BootConfig
+from fewstep.methods.boot_grid import sub_times, target_tables
 from fewstep.methods.boot_starts import Pool, Starts, from_student, from_teacher
 from fewstep.methods.guided import GuidedTeacher
 from fewstep.process import add_noise, like
-from fewstep.signal_ode import finite_difference, segment_grid, shares
+from fewstep.signal_ode import finite_difference
 from fewstep.teachers.base import Teacher
 
 
@@ -38,9 +39,9 @@ class Boot(Method):
             raise ValueError("method.thresholding: bounds pixels, and the teacher works on latents; set it to none")
         self.export_guidance_scale = config.export_guidance_scale
         self.embedded = config.guidance_range is not None
-        self.grid = self._grid()
+        self.grid = sub_times(config, teacher.jump_grid(self.scheduler(), config.steps), teacher.num_train_timesteps)
         self.count = config.n_sub // config.m_teacher
-        self.weights, self.factors = self._tables()
+        self.weights, self.factors = target_tables(config, teacher.schedule, self.grid)
         self.pool = Pool(config.pool_size, config.steps, config.n_sub)
         quantile = config.threshold_quantile if config.thresholding == "dynamic" else None
         self.guided = GuidedTeacher(
@@ -180,35 +181,6 @@ class Boot(Method):
             renoise = c.start == "renoise"
             from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
         return starts
-
-    # Grids ------------------------------------------------------------------------------------------------------------
-
-    def _grid(self) -> Tensor:
-        """Sub-times of every segment, descending: [steps, n_sub + 1]."""
-        c = self.config
-        jumps = self.teacher.jump_grid(self.scheduler(), c.steps)
-        ends = torch.full_like(jumps[1:], -1) if c.start == "renoise" else jumps[1:]
-        pairs = list(zip(jumps.tolist(), ends.tolist(), strict=False))
-        if c.form == "paper":
-            last = self.teacher.num_train_timesteps - 1
-            if c.paper.t_max * last > last - 1:
-                raise ValueError(f"method.paper.t_max: {c.paper.t_max} leaves no timestep above it for lambda'")
-            pairs = [(c.paper.t_max * last, c.paper.t_min * last)]
-        try:
-            return torch.stack([segment_grid(a, b, c.n_sub, whole=not jumps.is_floating_point()) for a, b in pairs])
-        except ValueError as error:
-            raise ValueError(f"method.n_sub: {error}") from None
-
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """For every target its weight, of mean 1, and the factor from x0 to the space of the loss: [steps, count] each."""
-        c, schedule = self.config, self.teacher.schedule
-        chain = self.grid[:, :: c.m_teacher]
-        a, t, s = (v.reshape(-1) for v in torch.broadcast_tensors(chain[:, :1], chain[:, :-1], chain[:, 1:]))
-        power = {"none": 0, "inv1": -1, "inv2": -2}[c.weighting]
-        weights = (1 - shares(schedule, a, t, s)[0]) ** power
-        (alpha_a, sigma_a), (alpha_s, sigma_s) = schedule(a), schedule(s)
-        factors = 1 / sigma_a if c.loss_space == "velocity" else alpha_s - alpha_a * sigma_s / sigma_a
-        return (weights / weights.mean()).float().view(c.steps, -1), factors.float().view(c.steps, -1)
 
     # Health -----------------------------------------------------------------------------------------------------------
 
