@@ -249,6 +249,38 @@ def test_decoupled_matching_with_the_same_noise_is_the_coupled_one_up_to_normali
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
+def test_divergences_weigh_the_same_gradient(teacher):
+    """forward_kl: each sample's gradient times its share of exp(logit), of the critic's own heads at the same x_t."""
+    t, noise = torch.tensor([100, 500, 900]), torch.randn(3, *teacher.latent_shape)
+    found = {}
+    for kind in ("reverse_kl", "forward_kl"):
+        method = DMD2(config(divergence=kind, **GAN), teacher)
+        torch.manual_seed(0)  # of the head
+        nets, batch = nets_for(method), batch_for(teacher)
+        x = batch.x0.clone().requires_grad_()
+        method.matching(nets, batch, x, t, noise).backward()
+        found[kind] = x.grad
+    with torch.no_grad():
+        _, logits = nets["critic"](judge=noised(teacher, batch.x0, (0.0, 1.0), batch.cond, t, noise))
+    weights = divergence_weights("forward_kl", logits)
+    assert weights.std() > 1e-3
+    torch.testing.assert_close(
+        found["forward_kl"], found["reverse_kl"] * weights.view(3, 1, 1, 1), rtol=1e-4, atol=1e-9
+    )
+
+
+def test_terms_that_are_off_cost_nothing(teacher):
+    method = DMD2(config(dm_weight=0.0, **GAN), teacher)
+    nets, batch = nets_for(method), batch_for(teacher)
+    del nets["teacher"]
+    assert set(method.student_loss(nets, batch)) == {"gan"}
+    method = DMD2(config(), teacher)
+    nets, batch = nets_for(method), batch_for(teacher)
+    batch.latents = None
+    assert set(method.student_loss(nets, batch)) == {"dm"} and set(method.critic_loss(nets, batch)) == {"denoising"}
+    assert not list(nets["critic"].heads) and not method.needs_images
+
+
 # Sampling ---------------------------------------------------------------------------------------------------------------
 
 
