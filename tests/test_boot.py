@@ -361,7 +361,7 @@ def test_the_grid_is_what_the_scheduler_does(request, family, steps):
             scheduler.set_timesteps(steps + 1)
 
 
-@pytest.mark.parametrize(("family", "steps"), [("tiny_sd", 4), ("tiny_ddpm_grey", 1), ("tiny_ddpm_grey", 3)])
+@pytest.mark.parametrize(("family", "steps"), [("tiny_sd", 4), ("tiny_ddpm_grey", 3)])
 def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
     """The exported folder, by its card's own call, against the jumps of the trainer; guidance cannot come back."""
     from diffusers import DiffusionPipeline
@@ -393,8 +393,7 @@ def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
     else:
         found = torch.from_numpy(stock(output_type="np", **keywords).images).permute(0, 3, 1, 2)
         torch.testing.assert_close(found, (x / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
-        text = (path / "README.md").read_text()
-        assert ("raise an error" in text) == (steps == 1)
+        assert "others run without an error and draw badly" in (path / "README.md").read_text()
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
