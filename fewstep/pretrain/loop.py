@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewstep.checkpoint import pack_optimizer, unpack_optimizer
 from fewstep.pretrain.config import StageConfig
 
 Loss = Callable[[torch.Generator], Tensor]
@@ -49,28 +51,17 @@ def fit(
 
     Every random draw comes from the generator given to `loss`, whose state is part of the checkpoint.
     """
-    checkpoint = folder / f"{name}.checkpoint.pt"
+    checkpoint = folder / f"{name}.checkpoint.safetensors"
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
     average = [p.detach().clone() for p in model.parameters()]
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        average, start = state["average"], state["iteration"]
+        start = _load(checkpoint, model, optimizer, average, generator)
 
     def save(iteration: int) -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(),
-            "average": average,
-            "iteration": iteration,
-        }
         with aside(checkpoint) as part:
-            torch.save(state, part)
+            save_file(_state(model, optimizer, average, generator, iteration), part)
 
     model.train()
     saved_at = time.monotonic()
@@ -100,3 +91,37 @@ def fit(
             for p, a in zip(model.parameters(), average, strict=True):
                 p.copy_(a)
     model.eval()
+
+
+def _state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: list[Tensor],
+    generator: torch.Generator,
+    iteration: int,
+) -> dict[str, Tensor]:
+    # Copies: a network may hold one tensor under two names, which safetensors refuses.
+    parts = {
+        "model": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimizer": pack_optimizer(optimizer),
+        "average": {str(i): value for i, value in enumerate(average)},
+    }
+    tensors = {f"{part}.{name}": v.contiguous() for part, values in parts.items() for name, v in values.items()}
+    return tensors | {"generator": generator.get_state(), "iteration": torch.tensor(iteration)}
+
+
+def _load(
+    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor], generator: torch.Generator
+) -> int:
+    """Fills everything from a checkpoint; the number of iterations that lie behind it."""
+    tensors = load_file(file)
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.partition(".")[2]: v for key, v in tensors.items() if key.startswith(f"{name}.")}
+
+    model.load_state_dict(part("model"))
+    unpack_optimizer(optimizer, part("optimizer"))
+    for i, value in part("average").items():
+        average[int(i)].copy_(value)
+    generator.set_state(tensors["generator"])
+    return int(tensors["iteration"])

@@ -80,79 +80,105 @@ def grid(images: Tensor, columns: int, zoom: int = 2) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
-    settings = config.measure
-    classifier = load_classifier(folder)
-    clip, tokenizer = load_clip(folder)
-    vae = load_autoencoder(folder)
-    reference = load_moments(folder / "reference.safetensors")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline")
-    test, labels = data.test_images, data.test_labels
-    captions = [caption(label) for label in range(len(CLASSES))]
+class Judges:
+    """The trained scorers of a run, and its test images with their reconstructions."""
 
-    real_fid, classifier_accuracy = judge(classifier, reference, test, labels)
-    similarity = clip_scores(clip, tokenizer, test, captions)
+    def __init__(self, config: TeacherTraining, data: Data, folder: Path) -> None:
+        self.config, self.settings = config, config.measure
+        self.classifier = load_classifier(folder)
+        self.clip, self.tokenizer = load_clip(folder)
+        self.reference = load_moments(folder / "reference.safetensors")
+        self.test, self.labels = data.test_images, data.test_labels
+        vae = load_autoencoder(folder)
+        self.reconstructions = decode(vae, encode(vae, self.test)[0])
+
+    def judge(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
+        return judge(self.classifier, self.reference, images, labels)
+
+
+def scorer_figures(j: Judges) -> dict[str, Any]:
+    """What the scorers say of real, reconstructed, blurred and noised test images."""
+    test, labels, seed = j.test, j.labels, j.config.seed
+    similarity = clip_scores(j.clip, j.tokenizer, test, [caption(label) for label in range(len(CLASSES))])
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     rows = torch.arange(len(test))
-    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))]
-    mean, _ = encode(vae, test)
-    reconstructions = decode(vae, mean)
+    real_fid, accuracy = j.judge(test, labels)
     few, few_labels = test[:1000], labels[:1000]
-    figures: dict[str, Any] = {
-        "classifier_accuracy": classifier_accuracy,
+    return {
+        "classifier_accuracy": accuracy,
         "clip_zero_shot_accuracy": round(float((similarity.argmax(1) == labels).double().mean()), 4),
         "clip_score_matched": round(float(similarity[rows, labels].mean()), 4),
         "clip_score_shuffled": round(float(similarity[rows, shuffled].mean()), 4),
         "fid_real_test": real_fid,
         "real_test_count": len(test),
-        "fid_reconstructions": judge(classifier, reference, reconstructions, labels)[0],
-        "reconstruction_l1": round(float((reconstructions.float() - test.float()).abs().mean() / 127.5), 4),
+        "fid_reconstructions": j.judge(j.reconstructions, labels)[0],
+        "reconstruction_l1": round(float((j.reconstructions.float() - test.float()).abs().mean() / 127.5), 4),
         "degraded_count": len(few),
-        "fid_undegraded": judge(classifier, reference, few, few_labels)[0],
-        "fid_blurred": {str(s): judge(classifier, reference, blurred(few, s), few_labels)[0] for s in BLURS},
-        "fid_noised": {
-            str(s): judge(classifier, reference, noised(few, s, config.seed), few_labels)[0] for s in NOISES
-        },
+        "fid_undegraded": j.judge(few, few_labels)[0],
+        "fid_blurred": {str(s): j.judge(blurred(few, s), few_labels)[0] for s in BLURS},
+        "fid_noised": {str(s): j.judge(noised(few, s, seed), few_labels)[0] for s in NOISES},
     }
-    print(json.dumps(figures, indent=2), flush=True)
-    sweep = {}
-    for scale in settings.guidance_scales:
-        part = balanced(settings.sweep_samples)
-        images = sample(pipeline, part, scale, settings.steps, config.seed)
-        fid, accuracy = judge(classifier, reference, images, part)
+
+
+def guidance_sweep(j: Judges, pipeline: StableDiffusionPipeline) -> dict[str, dict[str, float]]:
+    """FID and class accuracy of a few samples at each guidance scale."""
+    labels, sweep = balanced(j.settings.sweep_samples), {}
+    for scale in j.settings.guidance_scales:
+        images = sample(pipeline, labels, scale, j.settings.steps, j.config.seed)
+        fid, accuracy = j.judge(images, labels)
         sweep[str(scale)] = {"fid": fid, "class_accuracy": accuracy}
         print(scale, sweep[str(scale)], flush=True)
-    figures["guidance_sweep"] = {"samples": settings.sweep_samples, **sweep}
-    accurate = [s for s, row in sweep.items() if row["class_accuracy"] >= settings.class_accuracy]
-    # Where no scale is accurate enough, the most accurate one is the nearest to what is asked for.
-    best = (
-        min(accurate, key=lambda s: sweep[s]["fid"])
-        if accurate
-        else max(sweep, key=lambda s: sweep[s]["class_accuracy"])
-    )
-    wanted = balanced(settings.samples)
-    images = sample(pipeline, wanted, float(best), settings.steps, config.seed + 1)
-    fid, accuracy = judge(classifier, reference, images, wanted)
-    # FID falls with the number of images and with their balance: the baselines share both with the samples.
-    matched = balanced_subset(labels, len(wanted))
-    figures |= {
+    return sweep
+
+
+def recommended(sweep: dict[str, dict[str, float]], class_accuracy: float) -> float:
+    """The scale with the lowest FID among the accurate ones; where none is, the most accurate."""
+    accurate = [scale for scale, row in sweep.items() if row["class_accuracy"] >= class_accuracy]
+    if accurate:
+        return float(min(accurate, key=lambda scale: sweep[scale]["fid"]))
+    return float(max(sweep, key=lambda scale: sweep[scale]["class_accuracy"]))
+
+
+def teacher_figures(j: Judges, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """The teacher's samples beside as many balanced test images, for FID falls with number and balance."""
+    fid, accuracy = j.judge(images, labels)
+    matched = balanced_subset(j.labels, len(labels))
+    return {
         "fid_teacher": fid,
-        "fid_reconstructions_as_many": judge(classifier, reference, reconstructions[matched], labels[matched])[0],
-        "fid_real_test_as_many": judge(classifier, reference, test[matched], labels[matched])[0],
+        "fid_reconstructions_as_many": j.judge(j.reconstructions[matched], j.labels[matched])[0],
+        "fid_real_test_as_many": j.judge(j.test[matched], j.labels[matched])[0],
         "teacher_class_accuracy": accuracy,
-        "teacher_samples": settings.samples,
-        "teacher_steps": settings.steps,
+        "teacher_samples": j.settings.samples,
+        "teacher_steps": j.settings.steps,
     }
-    columns = min(16, settings.samples // len(CLASSES), len(test))
-    by_class = torch.cat([images[wanted == label][:columns] for label in range(len(CLASSES))])
-    strip = torch.cat([test[:columns], reconstructions[:columns]])
-    grid(torch.cat([by_class, strip]), columns).save(folder / "samples.png")
+
+
+def picture(j: Judges, images: Tensor, labels: Tensor) -> Image.Image:
+    """A row of samples for each class, then test images above their reconstructions."""
+    columns = min(16, len(labels) // len(CLASSES), len(j.test))
+    rows = [images[labels == label][:columns] for label in range(len(CLASSES))]
+    return grid(torch.cat([*rows, j.test[:columns], j.reconstructions[:columns]]), columns)
+
+
+def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
+    j, settings = Judges(config, data, folder), config.measure
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline")
+    figures = scorer_figures(j)
+    print(json.dumps(figures, indent=2), flush=True)
+    sweep = guidance_sweep(j, pipeline)
+    best = recommended(sweep, settings.class_accuracy)
+    labels = balanced(settings.samples)
+    images = sample(pipeline, labels, best, settings.steps, config.seed + 1)
+    picture(j, images, labels).save(folder / "samples.png")
     asset = {
-        "guidance_scale": float(best),
+        "guidance_scale": best,
         "steps": settings.steps,
         "resolution": 32,
         "prediction_type": config.denoiser.prediction_type,
         "classes": list(CLASSES),
-        "figures": figures,
+        "figures": figures
+        | {"guidance_sweep": {"samples": settings.sweep_samples, **sweep}}
+        | teacher_figures(j, images, labels),
     }
     with aside(folder / "asset.json") as unfinished:
         unfinished.write_text(json.dumps(asset, indent=2) + "\n")
