@@ -149,6 +149,8 @@ class ClipScore(Metric):
     def update(self, images: Tensor, prompts: Sequence[str] = ()) -> None:
         """uint8 images [B, 3, H, W] and their B prompts; or the cosines [B] of both, where these are at hand."""
         cosines = (self.cosines(images, prompts) if images.dtype == torch.uint8 else images).double()
+        if cosines.ndim != 1:
+            raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         self.sum += (self.scoring.scale * (cosines.clamp(min=0) if self.scoring.clamp else cosines)).sum()
         self.count += len(cosines)
 

@@ -1,7 +1,6 @@
 """One pipeline, one protocol, several step counts: the rows of a report."""
 
 import itertools
-import resource
 import sys
 import time
 from pathlib import Path
@@ -45,6 +44,8 @@ def _peak_memory(device: torch.device) -> float:
     """GiB: what torch allocated on a GPU since the row began, or the most that this process ever had resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Windows has none, and no use for it on a GPU
+
     # In KiB but on a Mac, where it is in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
