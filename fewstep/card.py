@@ -23,13 +23,14 @@ def render(
     guidance: str,
     arguments: Sequence[Any],
     dtype: str,
+    options: Mapping[str, Any] | None = None,
     refuses: bool = True,
 ) -> str:
     """The text of README.md.
 
     card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a detail.
     refuses: whether more steps than the largest count raise.
-    arguments: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
+    arguments, options: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
     """
     method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))
     if Path(teacher).is_dir():
@@ -54,10 +55,10 @@ def render(
             "",
             f"# Few-step student of {teacher}",
             "",
-            "Run in the folder of this card, with plain diffusers and no other option:",
+            f"Run in the folder of this card, with plain diffusers and {'no other option' if not options else 'as here'}:",
             "",
             "```python",
-            call_text(arguments, allowed_steps, dtype),
+            call_text(arguments, allowed_steps, dtype, options),
             "```",
             "",
             f"`num_inference_steps`: {counts}. The student was trained for these counts; {others}. Each step is one "
@@ -77,8 +78,10 @@ def render(
     )
 
 
-def call_text(arguments: Sequence[Any], allowed_steps: Sequence[int], dtype: str) -> str:
-    """The card's code: loads "." and calls it with a step count and no other option."""
+def call_text(
+    arguments: Sequence[Any], allowed_steps: Sequence[int], dtype: str, options: Mapping[str, Any] | None = None
+) -> str:
+    """The card's code: loads "." and calls it with a step count and, where its class cannot do without, options."""
     lines = ["from diffusers import DiffusionPipeline"]
     given = ""
     if dtype != "fp32":
@@ -86,12 +89,13 @@ def call_text(arguments: Sequence[Any], allowed_steps: Sequence[int], dtype: str
         given = f", dtype=torch.{TORCH_NAMES[dtype]}"
     steps = 4 if 4 in allowed_steps else max(allowed_steps)
     inputs = "".join(f"{argument!r}, " for argument in arguments)
+    more = "".join(f", {key}={value!r}" for key, value in (options or {}).items())
     return "\n".join(
         [
             *lines,
             "",
             f'pipeline = DiffusionPipeline.from_pretrained("."{given})',
-            f"image = pipeline({inputs}num_inference_steps={steps}).images[0]",
+            f"image = pipeline({inputs}num_inference_steps={steps}{more}).images[0]",
         ]
     )
 

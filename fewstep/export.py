@@ -45,17 +45,21 @@ pipeline = scope["pipeline"]
 found = {}
 for steps in task["steps"]:
     generator = torch.Generator().manual_seed(steps)
-    images = pipeline(*task["arguments"], num_inference_steps=steps, generator=generator, output_type="np").images
+    torch.manual_seed(steps)  # some pipelines draw a step's noise from here
+    images = pipeline(
+        *task["arguments"], num_inference_steps=steps, generator=generator, output_type="np", **task["options"]
+    ).images
     found[f"timesteps_{steps}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
     found[f"images_{steps}"] = np.asarray(images, dtype=np.float32)
 try:
-    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1)
+    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1, **task["options"])
     found["too_many_raised"] = np.asarray(False)
 except Exception:
     found["too_many_raised"] = np.asarray(True)
 np.savez(task["result"], **found)
 """
-"""What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else."""
+"""What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else that the
+card does not ask for."""
 
 _TOO_MANY = (
     "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
@@ -100,22 +104,24 @@ def export(
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = _arguments(teacher, card)
-    drawn = _draw(pipeline, allowed_steps, arguments, refuses(scheduler))
+    options = {} if teacher.call_guidance_scale is None else {"guidance_scale": teacher.call_guidance_scale}
+    drawn = _draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
     try:
         with quiet():
             pipeline.save_pretrained(partial, safe_serialization=True)
-        guidance = _guidance_text(student, guidance_scale)
+        guidance = _guidance_text(student, guidance_scale, type(pipeline).__name__, options)
         text = model_card.render(
             card,
             allowed_steps=allowed_steps,
             refuses=refuses(scheduler),
             guidance=guidance,
             arguments=arguments,
+            options=options,
             dtype=dtype,
         )
         (partial / "README.md").write_text(text)
         tolerance = _tolerance(student, teacher.num_train_timesteps - 1, dtype)
-        found = _ask_stranger(partial, allowed_steps, arguments)
+        found = _ask_stranger(partial, allowed_steps, arguments, options)
         _compare(drawn, found, allowed_steps, tolerance, refuses(scheduler))
         _replace(partial, path)
     finally:
@@ -143,8 +149,15 @@ def _arguments(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
     return {"prompt": [card.get("prompt", "a photo")], "label": [[0]], "none": []}[teacher.conditions]
 
 
-def _guidance_text(student: Denoiser, guidance_scale: float | None) -> str:
+def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, options: dict[str, Any]) -> str:
     net: Any = student.net
+    if options:
+        part = "none" if guidance_scale is None else f"a scale of {guidance_scale:g}"
+        return (
+            f"Guidance: {part} is part of the weights (1 = none). Pass `guidance_scale=1.0`, as above: without it a {kind} "
+            "guides by default, which takes twice the time and spoils the images, and no file in this folder can tell it "
+            "not to. A `negative_prompt` then has no effect."
+        )
     if net.config.get("time_cond_proj_dim") is None:
         return "Guidance: none is applied; a `guidance_scale` or `negative_prompt` given to the call has no effect."
     if guidance_scale is None:
@@ -158,7 +171,9 @@ def _guidance_text(student: Denoiser, guidance_scale: float | None) -> str:
     )
 
 
-def _ask_stranger(folder: Path, steps: Sequence[int], arguments: list[Any]) -> dict[str, np.ndarray]:
+def _ask_stranger(
+    folder: Path, steps: Sequence[int], arguments: list[Any], options: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """Timesteps and pixels [1, H, W, C] of the folder in a fresh process that cannot import fewstep."""
     with tempfile.TemporaryDirectory() as elsewhere:
         result = Path(elsewhere) / "result.npz"
@@ -166,6 +181,7 @@ def _ask_stranger(folder: Path, steps: Sequence[int], arguments: list[Any]) -> d
             "folder": str(folder),
             "steps": list(steps),
             "arguments": arguments,
+            "options": options,
             "result": str(result),
             "threads": torch.get_num_threads(),
         }
@@ -183,7 +199,7 @@ def _ask_stranger(folder: Path, steps: Sequence[int], arguments: list[Any]) -> d
 
 
 def _draw(
-    pipeline: "DiffusionPipeline", steps: Sequence[int], arguments: list[Any], refusing: bool
+    pipeline: "DiffusionPipeline", steps: Sequence[int], arguments: list[Any], options: dict[str, Any], refusing: bool
 ) -> dict[str, np.ndarray]:
     """Timesteps and pixels [1, H, W, C] of the student in memory, under the names that the stranger gives to its own.
 
@@ -193,7 +209,11 @@ def _draw(
     for count in steps:
         generator = torch.Generator().manual_seed(count)
         try:
-            images = pipeline(*arguments, num_inference_steps=count, generator=generator, output_type="np").images
+            with torch.random.fork_rng():
+                torch.manual_seed(count)
+                images = pipeline(
+                    *arguments, num_inference_steps=count, generator=generator, output_type="np", **options
+                ).images
         except ValueError as error:
             raise ExportError(f"num_inference_steps={count} does not run: {error}") from error
         drawn[f"timesteps_{count}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
@@ -201,7 +221,7 @@ def _draw(
     if not refusing:
         return drawn
     try:
-        pipeline(*arguments, num_inference_steps=max(steps) + 1)
+        pipeline(*arguments, num_inference_steps=max(steps) + 1, **options)
     except ValueError:
         return drawn
     raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))

@@ -9,6 +9,7 @@ from fewstep.config import RunConfig, dump_config
 if TYPE_CHECKING:
     from fewstep.data import Source
     from fewstep.methods.base import Method
+    from fewstep.teachers import Teacher
 
 
 def run(method: "type[Method]", config: RunConfig[Any]) -> None:
@@ -65,7 +66,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
     trainer.accelerator.wait_for_everyone()
     if config.evaluate:
-        _evaluate(config, teacher.pipeline, trainer.accelerator)
+        _evaluate(config, teacher, trainer.accelerator)
 
 
 def _example(source: "Source") -> dict[str, str]:
@@ -73,7 +74,7 @@ def _example(source: "Source") -> dict[str, str]:
     return {"prompt": source.conditions_at([0])[0]} if source.conditions == "prompt" else {}
 
 
-def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -> None:
+def _evaluate(config: RunConfig[Any], teacher: "Teacher", accelerator: Any) -> None:
     from diffusers import DiffusionPipeline
 
     from fewstep.evaluate import evaluate, format_table, protocol, recommended_guidance_scale, write_report
@@ -91,17 +92,17 @@ def _evaluate(config: RunConfig[Any], teacher_pipeline: Any, accelerator: Any) -
     }  # fmt: skip
     scale = e.teacher_guidance_scale
     scale = recommended_guidance_scale(config.teacher) if scale is None else scale
-    results = evaluate(student, name="student", steps=e.steps, **common)
-    results += evaluate(teacher_pipeline, name="teacher", steps=e.teacher_steps, guidance_scale=scale, **common)
+    results = evaluate(student, name="student", steps=e.steps, guidance_scale=teacher.call_guidance_scale, **common)
+    results += evaluate(teacher.pipeline, name="teacher", steps=e.teacher_steps, guidance_scale=scale, **common)
     if accelerator.is_main_process:
         named = protocol(reference=e.reference, num_images=e.num_images, batch_size=e.batch_size, seed=config.seed)
         write_report(folder / "evaluation.json", named, results)
         update_card(folder / "pipeline", results, named)
         print(format_table(results))
-        _picture(config, teacher_pipeline, student, scale)
+        _picture(config, teacher, student, scale)
 
 
-def _picture(config: RunConfig[Any], teacher: Any, student: Any, scale: float | None) -> None:
+def _picture(config: RunConfig[Any], teacher: "Teacher", student: Any, scale: float | None) -> None:
     """Teacher and student side by side, from the same noises: samples/comparison.png."""
     from fewstep.evaluate import first_images, grid
 
@@ -109,8 +110,8 @@ def _picture(config: RunConfig[Any], teacher: Any, student: Any, scale: float | 
     assert e is not None  # the caller asked
     rows, labels = [], []
     for name, pipeline, steps, guidance in (
-        ("teacher", teacher, e.teacher_steps, scale),
-        ("student", student, e.steps, None),
+        ("teacher", teacher.pipeline, e.teacher_steps, scale),
+        ("student", student, e.steps, teacher.call_guidance_scale),
     ):
         for n in steps:
             rows.append(

@@ -286,7 +286,7 @@ class Trainer:
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
-        scores = small_scores(self._pipeline(), self.config, self.accelerator)
+        scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
         if fid < self.best.get("fid", math.inf):

@@ -19,13 +19,18 @@ PICTURED_STEPS = (1, 2, 4, 8)
 TEACHER_STEPS = 50
 
 
-def small_scores(pipeline: Any, config: "RunConfig[Any]", accelerator: "Accelerator") -> dict[str, Any]:
-    """FID and CLIP score as `config.score` asks, drawn without moving the training's random state."""
+def small_scores(
+    pipeline: Any, config: "RunConfig[Any]", accelerator: "Accelerator", guidance_scale: float | None = None
+) -> dict[str, Any]:
+    """FID and CLIP score as `config.score` asks, drawn without moving the training's random state.
+
+    guidance_scale: what the pipeline's call is given; None = nothing.
+    """
     s = config.score
     with torch.random.fork_rng():
         row = evaluate(
             pipeline, name="student", reference=s.reference, steps=(s.steps,), num_images=s.num_images,
-            seed=config.seed, accelerator=accelerator,
+            seed=config.seed, accelerator=accelerator, guidance_scale=guidance_scale,
         )[0]  # fmt: skip
     return {"fid": row["fid"], "clip_score": row.get("clip_score"), "images": s.num_images}
 
@@ -50,7 +55,7 @@ class Pictures:
         with torch.random.fork_rng():
             if not self.teacher_rows:
                 self.teacher_rows = [self._row(self.teacher.pipeline, n, self.guidance_scale) for n in counts]
-            rows = self.teacher_rows + [self._row(student, n, None) for n in self.steps]
+            rows = self.teacher_rows + [self._row(student, n, self.teacher.call_guidance_scale) for n in self.steps]
         return grid(rows, [f"teacher {n}" for n in counts] + [f"student {n}" for n in self.steps])
 
     def _row(self, pipeline: Any, steps: int, guidance_scale: float | None) -> "Tensor":

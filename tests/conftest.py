@@ -11,7 +11,7 @@ import torch
 torch.set_num_threads(1)
 
 
-def _tokenizer(folder: Path) -> Any:
+def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -28,7 +28,7 @@ def build_sd(folder: Path, prediction_type: str = "v_prediction", zero_terminal_
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = _tokenizer(folder.with_name(folder.name + "_words"))
+    tokenizer = clip_tokenizer(folder.with_name(folder.name + "_words"))
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),

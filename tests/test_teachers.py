@@ -40,8 +40,8 @@ def perturbed(teacher: Teacher, guidance: bool) -> Denoiser:
 
 
 def test_unknown_class_names_the_supported(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="FluxPipeline; supported: StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
+    with pytest.raises(ValueError, match="KolorsPipeline; supported: StableDiffusionPipeline"):
         load_teacher(str(tmp_path))
 
 

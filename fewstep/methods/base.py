@@ -19,6 +19,11 @@ Networks = Mapping[str, nn.Module]
 Losses = dict[str, Tensor]
 """Log name -> scalar term; their sum is descended."""
 
+NO_LIVE_GUIDANCE = (
+    "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its network; "
+    "set the one that is to be part of the student's weights"
+)
+
 
 @dataclass
 class Batch:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
 from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.boot_grid import sub_times, target_tables
 from fewstep.methods.boot_starts import Pool, Starts, from_student, from_teacher
@@ -37,6 +37,8 @@ class Boot(Method):
             raise ValueError(f"method.negative_prompt: the teacher's conditions are {teacher.conditions}s, not prompts")
         if config.thresholding != "none" and teacher.latent_shape[-1] != teacher.image_size:
             raise ValueError("method.thresholding: bounds pixels, and the teacher works on latents; set it to none")
+        if config.guidance_range is not None and config.export_guidance_scale is None and not teacher.live_guidance:
+            raise ValueError(NO_LIVE_GUIDANCE)
         self.export_guidance_scale = config.export_guidance_scale
         self.embedded = config.guidance_range is not None
         self.grid = sub_times(config, teacher.jump_grid(self.scheduler(), config.steps), teacher.num_train_timesteps)
@@ -63,7 +65,7 @@ class Boot(Method):
     def allowed_steps(self) -> tuple[int, ...]:
         n = self.config.steps
         # Re-noised samples are at home at the start of every segment, states of the ODE only at that of the next one.
-        return tuple(range(1, n + 1)) if self.config.start == "renoise" else (n,)
+        return self.teacher.renoise_counts(n) if self.config.start == "renoise" else (n,)
 
     def state(self) -> dict[str, Tensor]:
         return self.pool.state()

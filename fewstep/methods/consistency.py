@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fewstep.losses import l2, pseudo_huber
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
 from fewstep.teachers.base import Cond, Teacher
@@ -48,6 +48,8 @@ class Consistency(Method):
             )
         if config.guidance_range is not None and teacher.conditions == "none":
             raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
+        if config.guidance_range is not None and config.export_guidance_scale is None and not teacher.live_guidance:
+            raise ValueError(NO_LIVE_GUIDANCE)
         self.export_guidance_scale = config.export_guidance_scale
         self.grid = solver_grid(config.solver_steps, teacher.num_train_timesteps)
 
@@ -66,7 +68,7 @@ class Consistency(Method):
         return self.teacher.renoise_scheduler(self.config.steps, self.config.timestep_scaling)
 
     def allowed_steps(self) -> tuple[int, ...]:
-        return tuple(range(1, self.config.steps + 1))
+        return self.teacher.renoise_counts(self.config.steps)
 
     def loss(
         self,

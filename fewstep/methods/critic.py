@@ -60,13 +60,13 @@ def simulated_input(
     return x_t
 
 
-def features(denoiser: nn.Module, names: Sequence[str], at: Noised) -> list[Tensor]:
+def features(denoiser: Denoiser, names: Sequence[str], at: Noised) -> list[Tensor]:
     """Outputs [B, C, h, w] of the denoiser's modules of these names, in float32; what follows the last does not run."""
     heard: dict[int, Tensor] = {}
 
     def listen(index: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            heard[index] = output[0] if isinstance(output, tuple) else output
+            heard[index] = denoiser.feature_map(output)
             if len(heard) == len(names):
                 raise _Heard
 

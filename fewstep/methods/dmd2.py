@@ -49,9 +49,7 @@ class DMD2(Method):
         if config.guidance_scale != 1 and teacher.conditions == "none":
             raise ValueError("method.guidance_scale: an unconditional teacher has no guidance; set it to 1")
         self.needs_images = (config.gan_weight > 0 and config.gan_real == "images") or config.inputs == "noised_data"
-        scheduler: Any = self.scheduler()
-        scheduler.set_timesteps(config.count)
-        self.timesteps: Tensor = scheduler.timesteps.cpu()
+        self.timesteps = self._timesteps(config.count)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         self.pairs: Pairs | None = None
         self.distance = self._distance()
@@ -85,12 +83,12 @@ class DMD2(Method):
 
     def allowed_steps(self) -> tuple[int, ...]:
         """The counts whose timesteps are the first of the trained ones: their last sample was matched, too."""
-        scheduler, trained, allowed = self.scheduler(), self.timesteps.tolist(), []
-        for count in range(1, len(trained) + 1):
-            scheduler.set_timesteps(count)
-            if scheduler.timesteps.tolist() == trained[:count]:
-                allowed.append(count)
-        return tuple(allowed)
+        trained = self.timesteps.tolist()
+        counts = self.teacher.renoise_counts(len(trained))
+        return tuple(n for n in counts if self._timesteps(n).tolist() == trained[:n])
+
+    def _timesteps(self, count: int) -> Tensor:
+        return self.teacher.jump_grid(self.scheduler(), count)[:-1]
 
     def prepare(self, at: Preparation) -> None:
         """The teacher draws the pairs that are not in the run's folder yet."""

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
 
 __all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher", "quiet"]
 
-SUPPORTED = ("StableDiffusionPipeline", "DDPMPipeline", "DDIMPipeline")
+FAMILIES = {
+    "StableDiffusionPipeline": ("sd", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "DiTPipeline": ("dit", "DiT"),
+    "PixArtAlphaPipeline": ("pixart", "PixArt"),
+    "PixArtSigmaPipeline": ("pixart", "PixArt"),
+    "DDPMPipeline": ("pixel", "Pixel"),
+    "DDIMPipeline": ("pixel", "Pixel"),
+}
+"""Class of a pipeline -> module here, loaded when needed, and the Teacher in it."""
 
 
 def load_teacher(name_or_path: str) -> Teacher:
@@ -31,8 +41,8 @@ def load_teacher(name_or_path: str) -> Teacher:
             kind = index["_class_name"]
         except (OSError, KeyError, TypeError) as error:
             raise FileNotFoundError(_missing(name_or_path)) from error
-        if kind not in SUPPORTED:
-            raise ValueError(f"the teacher {name_or_path} is a {kind}; supported: {', '.join(SUPPORTED)}")
+        if kind not in FAMILIES:
+            raise ValueError(f"the teacher {name_or_path} is a {kind}; supported: {', '.join(FAMILIES)}")
         # Images are scored and compared, not shown: a checker that blackens some of them would spoil both.
         extra = {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
         _check_parts(source, index, skipped=extra)
@@ -42,13 +52,9 @@ def load_teacher(name_or_path: str) -> Teacher:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"the teacher {name_or_path} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
-    if kind == "StableDiffusionPipeline":
-        from fewstep.teachers.sd import StableDiffusion
-
-        return StableDiffusion(pipeline)
-    from fewstep.teachers.pixel import Pixel
-
-    return Pixel(pipeline)
+    module, name = FAMILIES[kind]
+    family: type[Teacher] = getattr(import_module(f"fewstep.teachers.{module}"), name)
+    return family(pipeline)  # type: ignore[call-arg]
 
 
 def _locate(name_or_path: str) -> str:

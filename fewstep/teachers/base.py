@@ -5,7 +5,7 @@ A new pipeline family is one subclass of Teacher in a file of its own. Methods s
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +34,21 @@ class Call(Protocol):
     ) -> Tensor: ...
 
 
+FeatureMap = Callable[[Any], Tensor]
+"""What a block of the network returns, as a map [B, C, h, w]."""
+
+
+def first_output(output: Any) -> Tensor:
+    """The feature map of a UNet's block."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def tokens_as_map(tokens: Tensor) -> Tensor:
+    """Tokens [B, h h, C] of a square image, row by row, as a map [B, C, h, h]."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
 class Posterior(NamedTuple):
     """What an image is in the teacher's latent space: x0 = mean + std * noise, each [B, C, h, w]; std is 0 for pixels."""
 
@@ -51,9 +66,21 @@ class Denoiser(nn.Module):
     [0, 1], to those that embed that; the others must be given None.
     """
 
-    def __init__(self, net: nn.Module, call: Call, schedule: Schedule, prediction_type: PredictionType) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        call: Call,
+        schedule: Schedule,
+        prediction_type: PredictionType,
+        feature_map: FeatureMap = first_output,
+    ) -> None:
         super().__init__()
         self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
+        self.feature_map = feature_map
+
+    def with_net(self, net: nn.Module) -> "Denoiser":
+        """The same reading of another network."""
+        return Denoiser(net, self.call, self.schedule, self.prediction_type, self.feature_map)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None, progress: Tensor | None = None
@@ -63,7 +90,7 @@ class Denoiser(nn.Module):
 
     def clone(self) -> "Denoiser":
         """A trainable copy in training mode; `call` and `schedule` are shared, weights are not."""
-        return Denoiser(copy.deepcopy(self.net), self.call, self.schedule, self.prediction_type).requires_grad_(True)
+        return self.with_net(copy.deepcopy(self.net)).requires_grad_(True)
 
 
 class Teacher(ABC):
@@ -73,10 +100,13 @@ class Teacher(ABC):
         pipeline: the diffusers pipeline, frozen.
         denoiser: its network, frozen and in eval mode.
         schedule: alpha and sigma at its timesteps.
-        num_train_timesteps: the network's timesteps are 0 ... num_train_timesteps - 1.
+        num_train_timesteps: the timesteps are 0 ... num_train_timesteps - 1; what the network is told of them is `call`'s.
         latent_shape: shape of one x0, without the batch: (C, h, w).
         image_size: side of a decoded image in pixels.
         conditions: "prompt", "label" or "none": what `condition` wants.
+        call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
+            guide by default and nothing in the folder can stop it; None where nothing has to be passed.
+        live_guidance: whether that pipeline can pass a guidance scale on to a student that embeds it.
     """
 
     pipeline: "DiffusionPipeline"
@@ -86,6 +116,8 @@ class Teacher(ABC):
     latent_shape: tuple[int, ...]
     image_size: int
     conditions: str
+    call_guidance_scale: float | None
+    live_guidance: bool
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -113,7 +145,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
-        """The module (mid block) on whose output [B, C, h, w] a discriminator listens."""
+        """The module in the middle of the network on whose output, by `Denoiser.feature_map`, a discriminator listens."""
 
     @abstractmethod
     def renoise_scheduler(
@@ -124,8 +156,12 @@ class Teacher(ABC):
         spacing: distance of the timesteps, also of the last one from clean data; None spreads them over all of the
             teacher's, which steps has to divide.
 
-        Asked for n <= steps, it runs n of those timesteps; asked for more, it raises.
+        Asked for one of `renoise_counts`, it runs so many of those timesteps; asked for more, it raises if it can.
         """
+
+    @abstractmethod
+    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+        """The counts 1 ... steps for which the pipeline with `renoise_scheduler(steps)` runs timesteps of that grid only."""
 
     @abstractmethod
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
@@ -133,7 +169,8 @@ class Teacher(ABC):
 
     @abstractmethod
     def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        """The timesteps at which `scheduler` evaluates the network in `steps` steps, and where its last step ends: [steps + 1].
+        """The timesteps at which `scheduler`, of either kind, evaluates the network in `steps` steps, and where its last
+        step ends: [steps + 1], whole numbers unless the pipeline's are not.
 
         -1 stands for clean data, as everywhere.
         """

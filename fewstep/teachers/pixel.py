@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
 from fewstep.teachers.progress import attach_progress, fold_progress
-from fewstep.teachers.schedulers import dpm_scheduler, jump_grid, read_schedule, renoise_scheduler
+from fewstep.teachers.schedulers import deterministic_scheduler, jump_grid, read_schedule, renoise_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -32,6 +32,8 @@ class Pixel(Teacher):
     """
 
     conditions = "none"
+    call_guidance_scale = None
+    live_guidance = False
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         config = pipeline.unet.config
@@ -87,14 +89,11 @@ class Pixel(Teacher):
     ) -> "SchedulerMixin":
         return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
 
-    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
-        """LCMScheduler for one step, which refuses more; for others DPMSolverMultistepScheduler of order 1, which cannot.
+    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+        return tuple(range(1, steps + 1))
 
-        TCDScheduler, which can, is stochastic in the pipelines of this family: they do not pass it an eta.
-        """
-        if steps == 1:
-            return renoise_scheduler(self.pipeline.scheduler, 1)
-        return dpm_scheduler(self.pipeline.scheduler)
+    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
+        return deterministic_scheduler(self.pipeline.scheduler, steps)
 
     def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
         return jump_grid(scheduler, steps)

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 HARMONICS = 16
 
 
+def waves(progress: Tensor) -> Tensor:
+    """Cosines of progress [B] as [B, HARMONICS] in float32."""
+    order = torch.arange(HARMONICS, device=progress.device, dtype=torch.float32)
+    return torch.cos(math.pi * order * progress.float()[:, None])
+
+
 class ProgressEmbedding(nn.Module):
     """Progress [B] in [0, 1] to a vector [B, dim] that is added to the time embedding; zero at the start of training."""
 
@@ -20,9 +26,10 @@ class ProgressEmbedding(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, progress: Tensor) -> Tensor:
-        order = torch.arange(HARMONICS, device=progress.device, dtype=torch.float32)
-        waves = torch.cos(math.pi * order * progress.float()[:, None]).to(self.inner.weight.dtype)
-        embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves)))
+        return self.of_waves(waves(progress))
+
+    def of_waves(self, waves: Tensor) -> Tensor:
+        embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves.to(self.inner.weight.dtype))))
         return embedded
 
 

@@ -98,6 +98,14 @@ def dpm_scheduler(scheduler: Any) -> "SchedulerMixin":
     )
 
 
+def deterministic_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
+    """LCMScheduler for one step, which refuses more; for others DPMSolverMultistepScheduler of order 1, which cannot.
+
+    For pipelines that do not pass an eta: TCDScheduler, which can refuse, is stochastic in them.
+    """
+    return renoise_scheduler(scheduler, 1) if steps == 1 else dpm_scheduler(scheduler)
+
+
 def jump_grid(scheduler: Any, steps: int) -> Tensor:
     """The timesteps [steps + 1] of a deterministic or re-noising scheduler's steps and the end of the last one."""
     from diffusers import TCDScheduler

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.latents import decode_latents, encode_images, square_size
 from fewstep.teachers.progress import attach_progress, fold_progress
+from fewstep.teachers.prompts import PromptCache, freeze
 from fewstep.teachers.schedulers import jump_grid, read_schedule, renoise_scheduler, tcd_scheduler
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 EMBEDDING_DIM = 256
 """Width of the guidance scale's embedding (Luo et al. 2023); also `time_cond_proj_dim` of an exported UNet."""
 
-CACHED_PROMPTS = 4096
 COND_PROJ = "time_embedding.cond_proj.weight"
 
 
@@ -33,7 +34,13 @@ def guidance_embedding(guidance_scale: Tensor, dim: int = EMBEDDING_DIM) -> Tens
 
 
 def call(
-    net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None, progress: Tensor | None = None
+    net: Any,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    guidance_scale: Tensor | None,
+    progress: Tensor | None = None,
+    **more: Any,
 ) -> Tensor:
     """The UNet's output at x_t [B, C, h, w], t [B]; guidance_scale [B] if and only if the network embeds it."""
     dim = net.config.time_cond_proj_dim
@@ -44,7 +51,7 @@ def call(
     timestep_cond = None if guidance_scale is None else guidance_embedding(guidance_scale, dim).to(dtype)
     hidden = cond["encoder_hidden_states"].to(dtype)
     return net(
-        x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond, class_labels=progress
+        x_t.to(dtype), t, encoder_hidden_states=hidden, timestep_cond=timestep_cond, class_labels=progress, **more
     ).sample
 
 
@@ -58,7 +65,7 @@ def with_guidance_embedding(unet: Any) -> Any:
     if set(missing) != {COND_PROJ} or unexpected:
         raise ValueError(f"the UNet's weights do not fit its config: missing {missing}, unexpected {unexpected}")
     nn.init.zeros_(wider.time_embedding.cond_proj.weight)
-    return _in_dtype(wider, unet.dtype).to(unet.device)
+    return in_dtype(wider, unet.dtype).to(unet.device)
 
 
 def fold_guidance(unet: Any, guidance_scale: float) -> None:
@@ -83,53 +90,37 @@ class StableDiffusion(Teacher):
     """
 
     conditions = "prompt"
+    call_guidance_scale = None
+    live_guidance = True
+    call: Call = staticmethod(call)
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
-        unet, vae = pipeline.unet, pipeline.vae
+        unet = pipeline.unet
         if unet.config.time_cond_proj_dim is not None:
             raise ValueError(
                 "the teacher's UNet embeds the guidance scale (time_cond_proj_dim): it is a student already"
             )
-        for module in (unet, vae, pipeline.text_encoder):
-            module.requires_grad_(False).eval()
+        freeze(pipeline)
         self.pipeline = pipeline
         self.schedule = read_schedule(pipeline.scheduler)
         self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
-        self.denoiser = Denoiser(unet, call, self.schedule, pipeline.scheduler.config.prediction_type)
-        self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        self._prompts: dict[str, Tensor] = {}
+        self.denoiser = Denoiser(unet, self.call, self.schedule, pipeline.scheduler.config.prediction_type)
+        side, self.image_size = square_size(unet, pipeline)
+        self.latent_shape = (unet.config.in_channels, side, side)
+        self.prompts = PromptCache(self._encode_prompts)
 
     def encode(self, images: Tensor) -> Posterior:
-        expected = (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        scale = vae.config.scaling_factor
-        return Posterior(posterior.mean.float() * scale, posterior.std.float() * scale)
+        return encode_images(self.pipeline.vae, images, self.image_size)
 
     def decode(self, x0: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        return vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+        return decode_latents(self.pipeline.vae, x0)
 
     def condition(self, raw: Sequence[Any]) -> Cond:
-        wrong = [prompt for prompt in raw if not isinstance(prompt, str)]
-        if wrong:
-            raise ValueError(
-                f"the teacher's conditions are prompts; found {wrong[0]!r}: set data.source to one with prompts"
-            )
-        new = [prompt for prompt in dict.fromkeys(raw) if prompt not in self._prompts]
-        if new:
-            # The pipeline's own encoding, so that padding, truncation and masks are those of sampling.
-            with torch.no_grad():
-                encoded, _ = self.pipeline.encode_prompt(new, self.pipeline.text_encoder.device, 1, False)
-            self._prompts.update(zip(new, encoded, strict=True))
-        cond = {"encoder_hidden_states": torch.stack([self._prompts[prompt] for prompt in raw])}
-        while len(self._prompts) > CACHED_PROMPTS:
-            del self._prompts[next(iter(self._prompts))]
-        return cond
+        return self.prompts(raw)
+
+    def _encode_prompts(self, prompts: list[str]) -> Cond:
+        encoded, _ = self.pipeline.encode_prompt(prompts, self.pipeline.text_encoder.device, 1, False)
+        return {"encoder_hidden_states": encoded}
 
     def null_condition(self, size: int) -> Cond:
         return self.condition([""] * size)
@@ -138,8 +129,7 @@ class StableDiffusion(Teacher):
         net = with_guidance_embedding(self.denoiser.net) if guidance_embedding else copy.deepcopy(self.denoiser.net)
         if progress_embedding:
             attach_progress(net)
-        student = Denoiser(net, call, self.schedule, self.denoiser.prediction_type)
-        return student.float().requires_grad_(True).train()
+        return self.denoiser.with_net(net).float().requires_grad_(True).train()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
@@ -148,6 +138,9 @@ class StableDiffusion(Teacher):
         self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
     ) -> "SchedulerMixin":
         return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
+
+    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+        return tuple(range(1, steps + 1))
 
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return tcd_scheduler(self.pipeline.scheduler, steps)
@@ -165,19 +158,11 @@ class StableDiffusion(Teacher):
         """
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
-        unet: Any = copy.deepcopy(student.net)
-        fold_progress(unet)
-        if unet.config.time_cond_proj_dim is None:
-            if guidance_scale is not None:
-                raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
-            unet = with_guidance_embedding(unet)
-        elif guidance_scale is not None:
-            fold_guidance(unet, guidance_scale)
-        unet.requires_grad_(False).eval()
+        unet = self._student_unet(student, guidance_scale)
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
         pipeline = kind(
-            vae=_in_dtype(self.pipeline.vae, unet.dtype),
-            text_encoder=_in_dtype(self.pipeline.text_encoder, unet.dtype),
+            vae=in_dtype(self.pipeline.vae, unet.dtype),
+            text_encoder=in_dtype(self.pipeline.text_encoder, unet.dtype),
             tokenizer=self.pipeline.tokenizer,
             unet=unet,
             scheduler=copy.deepcopy(scheduler),
@@ -188,12 +173,24 @@ class StableDiffusion(Teacher):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def _student_unet(self, student: Denoiser, guidance_scale: float | None) -> Any:
+        """A frozen copy of the student's UNet with everything folded that a stock pipeline would not give it."""
+        unet: Any = copy.deepcopy(student.net)
+        fold_progress(unet)
+        if unet.config.time_cond_proj_dim is None:
+            if guidance_scale is not None:
+                raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
+            unet = with_guidance_embedding(unet)
+        elif guidance_scale is not None:
+            fold_guidance(unet, guidance_scale)
+        return unet.requires_grad_(False).eval()
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
         super().to(device, dtype)
-        self._prompts.clear()
+        self.prompts.clear()
         return self
 
 
-def _in_dtype(module: Any, dtype: torch.dtype) -> Any:
+def in_dtype(module: Any, dtype: torch.dtype) -> Any:
     """The module itself where it has that dtype, else a converted copy: the teacher's own must not change."""
     return module if module.dtype == dtype else copy.deepcopy(module).to(dtype)

@@ -1,0 +1,55 @@
+"""Prompts to conditions, each encoded once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.teachers.base import Cond
+
+CACHED = 4096
+
+
+class PromptCache:
+    """Conditions of prompts by a pipeline's own encoding, so that padding, truncation and masks are those of sampling.
+
+    encode: B prompts to their conditions, each [B, ...].
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Cond]) -> None:
+        self.encode = encode
+        self.known: dict[str, Cond] = {}
+
+    def __call__(self, raw: Sequence[Any]) -> Cond:
+        """The conditions of B prompts. Raises ValueError for what is no text."""
+        wrong = [prompt for prompt in raw if not isinstance(prompt, str)]
+        if wrong:
+            raise ValueError(
+                f"the teacher's conditions are prompts; found {wrong[0]!r}: set data.source to one with prompts"
+            )
+        new = [prompt for prompt in dict.fromkeys(raw) if prompt not in self.known]
+        if new:
+            with torch.no_grad():
+                encoded = self.encode(new)
+            self.known |= {prompt: {key: v[i] for key, v in encoded.items()} for i, prompt in enumerate(new)}
+        rows = [self.known[prompt] for prompt in raw]
+        cond = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        while len(self.known) > CACHED:
+            del self.known[next(iter(self.known))]
+        return cond
+
+    def clear(self) -> None:
+        self.known.clear()
+
+
+def freeze(pipeline: Any) -> None:
+    """No part of the pipeline learns or drops anything out."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+
+
+def repeated(row: Tensor, size: int) -> Tensor:
+    """row [...] as [size, ...]."""
+    return row[None].expand(size, *row.shape).contiguous()

@@ -1,0 +1,77 @@
+"""What the families of transformers have in common: latents, a middle block, and students that are told more than the time."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.process import PredictionType, Schedule
+from fewstep.teachers import told
+from fewstep.teachers.base import Call, Denoiser, FeatureMap, Posterior, Teacher
+from fewstep.teachers.latents import decode_latents, encode_images, square_size
+from fewstep.teachers.prompts import freeze
+from fewstep.teachers.sd import in_dtype
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+
+class TransformerTeacher(Teacher):
+    """A pipeline with a `transformer`.
+
+    A guidance scale that a student embeds has to be folded at export: no stock pipeline of these families passes one.
+    """
+
+    live_guidance = False
+    call: Call
+    feature_map: FeatureMap
+
+    def __init__(self, pipeline: "DiffusionPipeline", schedule: Schedule, kind: PredictionType) -> None:
+        freeze(pipeline)
+        net = pipeline.transformer
+        self.pipeline, self.schedule = pipeline, schedule
+        self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.denoiser = Denoiser(net, self.call, schedule, kind, self.feature_map)
+        side, self.image_size = square_size(net, pipeline)
+        self.latent_shape = (net.config.in_channels, side, side)
+
+    @staticmethod
+    @abstractmethod
+    def time_modules(net: Any) -> Sequence[Any]:
+        """The network's modules with a `time_proj` and a `timestep_embedder`."""
+
+    def encode(self, images: Tensor) -> Posterior:
+        return encode_images(self.pipeline.vae, images, self.image_size)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return decode_latents(self.pipeline.vae, x0)
+
+    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
+        net = copy.deepcopy(self.denoiser.net)
+        if guidance_embedding or progress_embedding:
+            told.attach(self.time_modules(net), progress_embedding, guidance_embedding)
+        return self.denoiser.with_net(net).float().requires_grad_(True).train()
+
+    def feature_module(self, denoiser: Denoiser) -> nn.Module:
+        blocks: Any = denoiser.net.get_submodule("transformer_blocks")
+        return blocks[len(blocks) // 2]  # type: ignore[no-any-return]
+
+    def student_pipeline(
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+    ) -> "DiffusionPipeline":
+        """A pipeline of the teacher's class."""
+        net: Any = copy.deepcopy(student.net)
+        told.fold(self.time_modules(net), guidance_scale)
+        parts = {"transformer": net.requires_grad_(False).eval(), "scheduler": copy.deepcopy(scheduler)}
+        others = {key: part for key, part in self.pipeline.components.items() if key not in parts}
+        own = {key: in_dtype(v, net.dtype) if isinstance(v, nn.Module) else v for key, v in others.items()}
+        pipeline = type(self.pipeline)(**parts, **own)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline  # type: ignore[no-any-return]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TransformerTeacher":
+        super().to(device, dtype)
+        return self

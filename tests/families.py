@@ -1,0 +1,112 @@
+"""Tiny untrained pipelines of further families, from the real classes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import clip_tokenizer
+
+
+def _vae(blocks: int = 3, channels: int = 4, **changes: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8,) * blocks, norm_num_groups=8, latent_channels=channels, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, **changes,
+    )  # fmt: skip
+
+
+def _clip(tokenizer: Any, projection: bool, width: int = 16) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=width,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def build_sdxl(folder: Path, force_zeros: bool = True) -> Path:
+    """A StableDiffusionXLPipeline of 32x32 images that predicts epsilon; its VAE asks for float32."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(folder.with_name(folder.name + "_words"))
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), transformer_layers_per_block=1, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    StableDiffusionXLPipeline(
+        vae=_vae(force_upcast=True), text_encoder=_clip(tokenizer, False), text_encoder_2=_clip(tokenizer, True),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, scheduler=scheduler,
+        force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def build_dit(folder: Path, num_labels: int = 10) -> Path:
+    """A DiTPipeline of 32x32 images that also predicts a variance."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=num_labels,
+    )  # fmt: skip
+    _stir(transformer)
+    pipeline = DiTPipeline(transformer=transformer, vae=_vae(), scheduler=DDIMScheduler(clip_sample=False))
+    pipeline.register_to_config(id2label={0: "bag", 3: "shoe, boot"})  # as in the published folders
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _stir(transformer: Any) -> None:
+    """Untrained transformers answer with next to nothing: give every weight some size."""
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.add_(torch.randn(p.shape), alpha=0.1)
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=[*pieces, *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz")], extra_ids=0)
+
+
+def _t5(tokenizer: Any, width: int = 16) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+
+
+def build_pixart(folder: Path, sigma: bool = False, sample_size: int = 32, patch_size: int = 8) -> Path:
+    """A PixArtAlphaPipeline, or a PixArtSigmaPipeline, of 256x256 images, their smallest, that also predicts a variance."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=24,
+        sample_size=sample_size, patch_size=patch_size, caption_channels=16,
+    )  # fmt: skip
+    _stir(transformer)
+    kind = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    kind(
+        tokenizer=tokenizer, text_encoder=_t5(tokenizer).eval(), vae=_vae(blocks=4), transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -1,0 +1,354 @@
+"""Every family: the stock pipeline's own calls of its network, and every method on it, from training to a stranger's process.
+
+A new family joins by a line in BUILDERS.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build_dit, build_pixart, build_sdxl
+from safetensors.torch import load_file
+from test_teachers import perturbed
+from torch import Tensor
+
+from fewstep.config import RunConfig
+from fewstep.data import load_source
+from fewstep.export import export
+from fewstep.methods.boot import Boot
+from fewstep.methods.consistency import Consistency
+from fewstep.methods.dmd2 import DMD2
+from fewstep.process import ode_step
+from fewstep.teachers import Teacher, load_teacher
+from fewstep.teachers.guidance import concatenate
+from fewstep.trainer import Trainer
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sdxl": build_sdxl,
+    "dit": lambda folder: build_dit(folder, num_labels=1000),
+    "pixart": build_pixart,
+}
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "consistency": (
+        Consistency,
+        {"solver_steps": 8, "steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2},
+    ),
+    "dmd2": (DMD2, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
+    "boot": (Boot, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
+}
+MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
+QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("pixart", "boot")}
+"""What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = BUILDERS[family](tmp_path_factory.mktemp("families") / family)
+        return built[family]
+
+    return folder
+
+
+@pytest.fixture(params=BUILDERS)
+def teacher(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> Teacher:
+    return load_teacher(str(folders(request.param)))
+
+
+def raw(teacher: Teacher, size: int = 2) -> list[Any]:
+    return (["a bag", "a long coat"] if teacher.conditions == "prompt" else [3, 7])[:size]
+
+
+def noise(teacher: Teacher, size: int = 2) -> Tensor:
+    return torch.randn(size, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+# The network's calls ----------------------------------------------------------------------------------------------------
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(f"{name}.{key}", inner)
+
+
+@contextmanager
+def recorded(net: Any) -> Iterator[list[dict[str, Tensor]]]:
+    """The tensors that the network is given, by the names of its parameters."""
+    calls: list[dict[str, Tensor]] = []
+    signature = inspect.signature(type(net).forward)
+
+    def hook(module: Any, args: Any, kwargs: Any) -> None:
+        bound = signature.bind(module, *args, **kwargs).arguments
+        calls.append({k: v for name, value in bound.items() if name != "self" for k, v in leaves(name, value)})
+
+    handle = net.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", [*BUILDERS, "pixart_sigma", "pixart_1024"])
+def test_the_network_is_given_what_the_stock_pipeline_gives_it(
+    family: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Values, shapes and types, of the conditional and of the unconditional half, for a call with the default guidance."""
+    variants = {"pixart_sigma": {"sigma": True}, "pixart_1024": {"sample_size": 128, "patch_size": 16}}
+    folder = build_pixart(tmp_path / family, **variants[family]) if family in variants else folders(family)
+    teacher = load_teacher(str(folder))
+    net: Any = teacher.denoiser.net
+    with recorded(net) as stock:
+        key = "prompt" if teacher.conditions == "prompt" else "class_labels"
+        latent = {"output_type": "latent"} if teacher.conditions == "prompt" else {}
+        teacher.pipeline(**{key: raw(teacher)}, num_inference_steps=2, **latent)
+    halves = [teacher.null_condition(2), teacher.condition(raw(teacher))]
+    halves = halves[::-1] if teacher.conditions == "label" else halves  # DiTPipeline's order
+    x = torch.cat([noise(teacher), noise(teacher)])
+    t = torch.full((4,), teacher.num_train_timesteps - 1)
+    with recorded(net) as own:
+        teacher.denoiser(x, t, concatenate(*halves))
+    expected, found = stock[0], own[0]
+    assert found.keys() == expected.keys()
+    for name in expected:
+        if name == "timestep":
+            continue  # the stock pipeline's first one is its scheduler's
+        assert expected[name].dtype == found[name].dtype, name
+        if name not in ("sample", "hidden_states"):
+            assert torch.equal(expected[name], found[name]), name
+
+
+def test_encoding_inverts_decoding_as_the_pipeline_decodes(teacher: Teacher) -> None:
+    images = torch.rand(1, 3, teacher.image_size, teacher.image_size) * 2 - 1
+    posterior = teacher.encode(images)
+    assert posterior.mean.shape == (1, *teacher.latent_shape)
+    z = teacher.pipeline.vae.encode(images).latent_dist.mean
+    assert (teacher.decode(posterior.mean) - teacher.pipeline.vae.decode(z).sample).abs().max() < 1e-4
+
+
+# Students ---------------------------------------------------------------------------------------------------------------
+
+
+def passed(teacher: Teacher) -> dict[str, Any]:
+    scale = teacher.call_guidance_scale
+    return {} if scale is None else {"guidance_scale": scale}
+
+
+def test_student_starts_as_the_teacher_with_any_embedding(teacher: Teacher) -> None:
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    expected = teacher.denoiser(x, t, cond).x0
+    student = teacher.student(progress_embedding=True)
+    for progress in (0.0, 0.7):
+        found = student(x, t, cond, progress=torch.full((2,), progress)).x0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> None:
+    """Its jumps, written out with the timesteps that `jump_grid` tells, are the stock pipeline's image."""
+    student = teacher.student(progress_embedding=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
+    student.eval()
+    cond = teacher.condition(raw(teacher, 1))
+    for steps in (1, 2):
+        scheduler = teacher.jump_scheduler(steps)
+        grid = teacher.jump_grid(scheduler, steps)
+        assert len(grid) == steps + 1 and grid[0] == teacher.num_train_timesteps - 1
+        x = noise(teacher, 1)
+        with torch.no_grad():
+            for t, s in pairwise(grid):
+                x = ode_step(teacher.schedule, student(x, t[None], cond, progress=torch.ones(1)), s[None])
+            expected = (teacher.decode(x)[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
+        pipeline: Any = teacher.student_pipeline(student, scheduler)
+        key = "prompt" if teacher.conditions == "prompt" else "class_labels"
+        drawn = pipeline(
+            **{key: raw(teacher, 1)}, num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
+            output_type="np", **passed(teacher),
+        ).images  # fmt: skip
+        torch.testing.assert_close(torch.tensor(drawn[0]), expected, rtol=0, atol=2e-3)
+
+
+def test_features_are_maps(teacher: Teacher) -> None:
+    found: list[Tensor] = []
+    module = teacher.feature_module(teacher.denoiser)
+    handle = module.register_forward_hook(lambda _, __, output: found.append(teacher.denoiser.feature_map(output)))
+    teacher.denoiser(noise(teacher), torch.tensor([999, 10]), teacher.condition(raw(teacher)))
+    handle.remove()
+    assert found[0].ndim == 4 and len(found[0]) == 2 and found[0].shape[2] == found[0].shape[3]
+
+
+# Methods ----------------------------------------------------------------------------------------------------------------
+
+
+def trainer_for(folder: Path, output: Path, method: str, iterations: int = 2) -> Trainer:
+    kind, settings = METHODS[method]
+    teacher = load_teacher(str(folder))
+    labels = {} if teacher.conditions == "prompt" else {"num_labels": 10}
+    config = RunConfig[kind.Config].model_validate(
+        {
+            "teacher": str(folder), "output_dir": str(output), "data": {"source": "fashion", "limit": 8} | labels,
+            "max_iterations": iterations, "cpu_threads": 1, "batch_size": 2, "checkpoint_every": 1, "log_every": 1,
+            "mixed_precision": "no", "method": {"optim": {"lr": 1e-3}} | settings,
+        }
+    )  # fmt: skip
+    return Trainer(config, kind(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+
+
+def weights(output: Path, name: str) -> dict[str, Tensor]:
+    return load_file(output / "checkpoints" / "2" / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(("family", "method"), MATRIX)
+def test_methods_train_and_resume(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two iterations; and one, then another in a new Trainer, to the same bits."""
+    whole = trainer_for(folders(family), tmp_path / "whole", method)
+    before = {k: v.clone() for k, v in whole.raw["student"].state_dict().items()}
+    assert whole.fit()
+    after = whole.raw["student"].state_dict()
+    assert all(torch.isfinite(v).all() for v in after.values() if v.is_floating_point())
+    assert any(not torch.equal(before[k], v) for k, v in after.items())
+    assert trainer_for(folders(family), tmp_path / "parts", method, iterations=1).fit()
+    second = trainer_for(folders(family), tmp_path / "parts", method)
+    second.resume("latest")
+    assert second.fit()
+    for name in ("student", "ema", "student_optimizer"):
+        one, two = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
+        assert one.keys() == two.keys()
+        assert not [k for k in one if not torch.equal(one[k], two[k])]
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(f, m, marks=() if (f, m) in QUICK else pytest.mark.slow) for f, m in MATRIX],
+)
+def test_methods_export(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Export compares the folder, in a process without fewstep, with the student in memory at every allowed count."""
+    trainer = trainer_for(folders(family), tmp_path / "run", method, iterations=1)
+    own, teacher = trainer.method, trainer.teacher
+    assert trainer.fit()
+    path = export(
+        teacher, trainer.exported_weights(), own.scheduler(), tmp_path / "pipeline", allowed_steps=own.allowed_steps(),
+        guidance_scale=own.export_guidance_scale, card={"method": own.name, "prompt": "a bag"},
+    )  # fmt: skip
+    assert (path / "README.md").exists()
+
+
+# SDXL -------------------------------------------------------------------------------------------------------------------
+
+
+def test_sdxl_null_prompt_is_the_configs(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    zeros = load_teacher(str(folders("sdxl"))).null_condition(2)
+    assert not zeros["encoder_hidden_states"].any() and not zeros["text_embeds"].any()
+    assert zeros["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+    teacher = load_teacher(str(build_sdxl(tmp_path / "sdxl", force_zeros=False)))
+    null, empty = teacher.null_condition(1), teacher.condition([""])
+    assert null["text_embeds"].any() and torch.equal(null["text_embeds"], empty["text_embeds"])
+
+
+def test_sdxl_vae_stays_in_float32_where_it_asks_for_it(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("sdxl")))
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    expected = teacher.encode(images).mean
+    teacher.to(torch.device("cpu"), torch.bfloat16)
+    assert teacher.pipeline.vae.dtype == torch.bfloat16
+    rounded = (
+        teacher.pipeline.vae.encode(images.bfloat16()).latent_dist.mean * teacher.pipeline.vae.config.scaling_factor
+    )
+    difference = (teacher.encode(images).mean - expected).abs().max()
+    # The weights are rounded once; its activations are not.
+    assert difference < (rounded.float() - expected).abs().max()
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_sdxl_has_no_guidance_of_its_own(guidance: bool, folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("sdxl")))
+    student, x = perturbed(teacher, guidance), noise(teacher, 1)
+    scale = 2.0 if guidance else None
+    pipeline: Any = teacher.student_pipeline(student, teacher.renoise_scheduler(4), scale)
+    with torch.no_grad():
+        embedded = None if scale is None else torch.tensor([scale])
+        x0 = student(x, torch.tensor([999]), teacher.condition(["a bag"]), embedded).x0
+    for given in ({}, {"guidance_scale": 9.0}):
+        found = pipeline("a bag", num_inference_steps=1, latents=x, output_type="latent", **given).images
+        torch.testing.assert_close(found, x0, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError):
+        pipeline("a bag", num_inference_steps=5)
+
+
+# DiT --------------------------------------------------------------------------------------------------------------------
+
+
+def test_dit_keeps_its_labels_in_training_mode(folders: Callable[[str], Path]) -> None:
+    """diffusers would drop one label in ten, in each block anew."""
+    teacher = load_teacher(str(folders("dit")))
+    student = teacher.student()
+    assert student.net.training
+    x, t, cond = noise(teacher, 1).expand(64, -1, -1, -1), torch.full((64,), 500), teacher.condition([3] * 64)
+    with torch.no_grad():
+        torch.testing.assert_close(student(x, t, cond).eps, teacher.denoiser(x, t, cond).eps)
+        null = student(x[:1], t[:1], teacher.null_condition(1)).eps
+    assert (null - student(x[:1], t[:1], teacher.condition([3])).eps).abs().max() > 1e-3
+
+
+def test_dit_student_keeps_the_names_of_classes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    teacher = load_teacher(str(folders("dit")))
+    teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4)).save_pretrained(tmp_path)
+    assert DiffusionPipeline.from_pretrained(tmp_path).get_label_ids(["boot", "bag"]) == [3, 0]
+
+
+def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
+    teacher = load_teacher(str(build_dit(tmp_path / "dit", num_labels=10)))
+    with pytest.raises(ValueError, match="labels 0 to 9; found 10"):
+        teacher.condition([10])
+    # The stock pipeline's own null label is 1000 for any number of classes, so that it cannot guide this one at all.
+    pipeline: Any = teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4))
+    with pytest.raises(IndexError):
+        pipeline([3], num_inference_steps=4)
+
+
+@pytest.mark.parametrize("family", ["dit", "pixart"])
+def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders(family)))
+    student = teacher.student(guidance_embedding=True, progress_embedding=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
+    x, t, cond = noise(teacher), torch.tensor([999, 10]), teacher.condition(raw(teacher))
+    one, scale = torch.ones(2), torch.full((2,), 3.5)
+    with torch.no_grad():
+        live = student.eval()(x, t, cond, scale, one).x0
+        net: Any = teacher.student_pipeline(student, teacher.renoise_scheduler(4), 3.5)
+        folded = teacher.denoiser.with_net(net.transformer)(x, t, cond).x0
+        other = student(x, t, cond, scale - 2, one).x0
+        middle = student(x, t, cond, scale, one / 2).x0
+    torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
+    assert (other - live).abs().max() > 1e-3 and (middle - live).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="set one to fold"):
+        teacher.student_pipeline(student, teacher.renoise_scheduler(4))
+    with pytest.raises(ValueError, match="no guidance embedding"):
+        teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4), 2.0)
+    with pytest.raises(ValueError, match="was given none"):
+        student(x, t, cond)
+
+
+def test_live_guidance_is_refused_before_training(folders: Callable[[str], Path]) -> None:
+    from fewstep.methods.consistency_config import ConsistencyConfig
+
+    config = ConsistencyConfig.model_validate({"optim": {"lr": 1e-3}, "solver_steps": 8, "steps": 4})
+    with pytest.raises(ValueError, match="export_guidance_scale"):
+        Consistency(config, load_teacher(str(folders("dit"))))
