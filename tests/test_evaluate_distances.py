@@ -194,13 +194,20 @@ def test_fewer_images_than_dimensions_give_a_finite_distance() -> None:
     assert frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
 
 
-def test_ill_conditioned_covariances_equal_the_closed_form() -> None:
-    scales = torch.logspace(-12, 6, 19).double()
-    a, b = (
-        Moments(torch.zeros(19).double(), scales.diag(), None),
-        Moments(torch.zeros(19).double(), (4 * scales).diag(), None),
-    )
-    assert frechet_distance(a, b) == pytest.approx(float(scales.sum()), rel=1e-9)
+@pytest.mark.parametrize("count", [None, 1000])
+def test_ill_conditioned_covariances_equal_the_closed_form(count: int | None) -> None:
+    """By either root: the symmetric one, and Cholesky's where there were more images than dimensions."""
+    basis, _ = torch.linalg.qr(draw(19, 19, 0))
+    scales, zero = torch.logspace(-12, 6, 19).double(), torch.zeros(19).double()
+    a, b = (Moments(zero, basis @ (f * scales).diag() @ basis.T, count) for f in (1, 4))
+    assert frechet_distance(a, b) == pytest.approx(float(scales.sum()), rel=1e-7)
+
+
+def test_a_feature_that_is_always_zero_makes_no_difference() -> None:
+    x, y = draw(100, 6, 0), draw(80, 6, 1, shift=1.0)
+    dead = [torch.cat([v, torch.zeros(len(v), 1).double()], 1) for v in (x, y)]
+    wanted = frechet_distance(moments(x), moments(y))
+    assert frechet_distance(*map(moments, dead)) == pytest.approx(wanted, rel=1e-9)
 
 
 def test_distance_equals_torch_fidelity_and_pytorch_fids_formula() -> None:
