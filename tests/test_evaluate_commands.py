@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from fewstep.cli import main
+from fewstep.evaluate import load_features
 from fewstep.evaluate.compare import paired
 from fewstep.fashion import load_embedded
 
@@ -111,6 +113,56 @@ def test_the_distance_to_a_teacher_is_zero_for_the_teacher(protocol: Path, data:
     assert report["results"][0]["fid_to_teacher"] == pytest.approx(0, abs=1e-3)
     assert report["results"][0]["fid"] > 0.01
     assert report["protocol"]["name"] == "tiny, changed: images and fid_to_teacher"
+
+
+class Brightness(torch.nn.Module):
+    """Features and class logits that can be written out: a bright image is of class 1 for certain, a dark one of class 0."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        mean = images.double().mean((1, 2, 3))[:, None] / 255
+        return {"features": mean.expand(-1, 2), "logits": 1e4 * torch.cat([0.3 - mean, mean - 0.3], 1)}
+
+
+def brightness() -> torch.nn.Module:
+    return Brightness()
+
+
+def test_inception_score_and_cmmd_by_a_protocol(folder: Path, tmp_path: Path) -> None:
+    from fewstep.evaluate.clip_score import clip_folder
+    from fewstep.evaluate.distances import cmmd
+    from fewstep.evaluate.frechet import frechet_distance, moments
+    from fewstep.evaluate.reference import real_images
+
+    clip = str(clip_folder("fashion"))
+    settings: dict[str, Any] = {
+        "about": "a test",
+        "images": 40,
+        "conditions": {"source": "none"},
+        "comparisons": [
+            {"features": f"{__name__}:brightness", "metrics": ["inception_score"], "splits": 1},
+            {"name": "clip", "features": clip, "reference": "fashion", "metrics": ["cmmd", "fid"]},
+        ],
+    }
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["evaluate", str(folder), "--protocol", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "e.json")]
+    main([*arguments, "--batch-size", "7"])
+    (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    images = torch.stack(list(real_images(str(folder)))[:40])
+    bright = float((images.double().mean((1, 2, 3)) / 255 > 0.3).double().mean())
+    assert 0 < bright < 1
+    # Certain classes: the entropy of their shares.
+    entropy = -(bright * np.log(bright) + (1 - bright) * np.log(1 - bright))
+    assert row["inception_score"] == pytest.approx(np.exp(entropy), rel=1e-6) and row["fid"] is None
+    seen = load_features(clip)
+    real = torch.cat([seen(part) for part in torch.from_numpy(load_embedded()[0]).split(64)])
+    assert row["cmmd_clip"] == pytest.approx(cmmd(seen(images), real), rel=1e-4)
+    # The moments in the package are of another network: those of the package's images in this one are taken.
+    wanted = frechet_distance(moments(seen(images)), moments(real))
+    assert row["fid_clip"] == pytest.approx(wanted, rel=1e-3)
+    settings["comparisons"][0]["features"] = "fashion"
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match="inception_score needs class logits, and features 'fashion' have none"):
+        main(arguments)
 
 
 def test_what_does_not_fit_is_told_in_one_sentence(

