@@ -54,6 +54,28 @@ class RectifiedFlow:
         return 1 - sigma, sigma
 
 
+@dataclass(frozen=True)
+class ShiftedFlow:
+    """Rectified flow at timesteps 0 ... T - 1, which are even before a shift moves them towards noise, and -1, clean data.
+
+    sigma = shift u / (1 + (shift - 1) u), u = (t + 1) / T (Esser et al. 2024, eq. 23); alpha = 1 - sigma. The last
+    timestep is pure noise.
+    """
+
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t if t.is_floating_point() else t.float()
+        u = (t + 1).clamp_min(0) / self.num_train_timesteps
+        sigma = self.shift * u / (1 + (self.shift - 1) * u)
+        return 1 - sigma, sigma
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The timestep of sigma [...]: the inverse."""
+        return self.num_train_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1
+
+
 def like(v: Tensor, x: Tensor) -> Tensor:
     """v [B] as [B, 1, ...], in the type of x [B, ...], ready to multiply it."""
     return v.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)

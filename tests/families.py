@@ -110,3 +110,42 @@ def build_pixart(folder: Path, sigma: bool = False, sample_size: int = 32, patch
         scheduler=DPMSolverMultistepScheduler(),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def build_sd3(folder: Path) -> Path:
+    """A StableDiffusion3Pipeline of 32x32 images with a shift of 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    clip, t5 = clip_tokenizer(folder.with_name(folder.name + "_words")), t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    _stir(transformer)
+    StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(scaling_factor=1.5, shift_factor=0.06), text_encoder=_clip(clip, True), tokenizer=clip,
+        text_encoder_2=_clip(clip, True), tokenizer_2=clip, text_encoder_3=_t5(t5, 32).eval(), tokenizer_3=t5,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def build_flux(folder: Path, schnell: bool = False) -> Path:
+    """A FluxPipeline like FLUX.1-dev (or -schnell) of 128x128 images and latents: its call knows no other size by itself."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    clip, t5 = clip_tokenizer(folder.with_name(folder.name + "_words")), t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=1,
+        joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=not schnell, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    _stir(transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0 if schnell else 3.0, use_dynamic_shifting=not schnell)
+    FluxPipeline(
+        transformer=transformer, scheduler=scheduler, vae=_vae(1, 2, scaling_factor=0.5, shift_factor=0.1),
+        text_encoder=_clip(clip, False), tokenizer=clip, text_encoder_2=_t5(t5).eval(), tokenizer_2=t5,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

@@ -20,6 +20,8 @@ FAMILIES = {
     "DiTPipeline": ("dit", "DiT"),
     "PixArtAlphaPipeline": ("pixart", "PixArt"),
     "PixArtSigmaPipeline": ("pixart", "PixArt"),
+    "StableDiffusion3Pipeline": ("flow", "StableDiffusion3"),
+    "FluxPipeline": ("flow", "Flux"),
     "DDPMPipeline": ("pixel", "Pixel"),
     "DDIMPipeline": ("pixel", "Pixel"),
 }

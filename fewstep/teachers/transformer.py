@@ -35,8 +35,13 @@ class TransformerTeacher(Teacher):
         self.pipeline, self.schedule = pipeline, schedule
         self.num_train_timesteps = pipeline.scheduler.config.num_train_timesteps
         self.denoiser = Denoiser(net, self.call, schedule, kind, self.feature_map)
-        side, self.image_size = square_size(net, pipeline)
-        self.latent_shape = (net.config.in_channels, side, side)
+        self.latent_shape, self.image_size = self.sizes(pipeline)
+
+    @staticmethod
+    def sizes(pipeline: "DiffusionPipeline") -> tuple[tuple[int, int, int], int]:
+        """Shape of a latent, side of an image: those of the pipeline's call when it is told none."""
+        side, image_size = square_size(pipeline.transformer, pipeline)
+        return (pipeline.transformer.config.in_channels, side, side), image_size
 
     @staticmethod
     @abstractmethod

@@ -1,0 +1,69 @@
+"""Stock schedulers for students of rectified flows, whose few timesteps are the even grid before the teacher's shift.
+
+With S(u) = shift u / (1 + (shift - 1) u), n steps run sigma = S(1), S((n - 1) / n), ..., S(1 / n), and end at 0.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fewstep.process import ShiftedFlow
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+
+def shift_of(config: Any, image_tokens: int) -> float:
+    """The shift of a FlowMatchEulerDiscreteScheduler's config for an image of so many tokens.
+
+    Raises ValueError for other schedulers.
+    """
+    if "use_dynamic_shifting" not in config:
+        raise ValueError(
+            "the teacher's scheduler is no FlowMatchEulerDiscreteScheduler, which its class has by default"
+        )
+    if not config["use_dynamic_shifting"]:
+        return float(config["shift"])
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+    mu: float = config["base_shift"] + slope * (image_tokens - low)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def shifted_scheduler(schedule: ShiftedFlow, stochastic: bool) -> "SchedulerMixin":
+    """For pipelines that pass the scheduler an even grid, for any count of steps; the shift no longer depends on the size."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(
+        schedule.num_train_timesteps, shift=schedule.shift, stochastic_sampling=stochastic
+    )
+    return scheduler
+
+
+def even_grid_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> "SchedulerMixin":
+    """For pipelines that pass the scheduler nothing but the count, which has to be `steps`.
+
+    Of itself it would run sigma = S(v), v from 1 to e = 1 / T in n even points: the last step would do nothing. But S
+    with another shift m, stretched linearly to end at S(1 / n), is S on an even grid from 1 to 1 / n: with v = A + B w,
+    B = (1 - 1 / n) / (1 - e), A = 1 / n - B e, 1 - S(v) is proportional to (1 - w) / (1 + (m - 1) w) for
+    m - 1 = (shift - 1) B / (1 + (shift - 1) A).
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if steps == 1:
+        return shifted_scheduler(schedule, stochastic)
+    s, e = schedule.shift, 1 / schedule.num_train_timesteps
+    b = (1 - 1 / steps) / (1 - e)
+    m = 1 + (s - 1) * b / (1 + (s - 1) * (1 / steps - b * e))
+    last = schedule(torch.tensor(schedule.num_train_timesteps / steps - 1, dtype=torch.float64))[1].item()
+    scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(
+        schedule.num_train_timesteps,
+        # "Dynamic" with one shift for every size: the other kind is applied twice.
+        use_dynamic_shifting=True,
+        base_shift=math.log(m),
+        max_shift=math.log(m),
+        shift_terminal=last,
+        stochastic_sampling=stochastic,
+    )
+    return scheduler
