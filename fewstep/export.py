@@ -159,7 +159,10 @@ def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, o
             "not to. A `negative_prompt` then has no effect."
         )
     if net.config.get("time_cond_proj_dim") is None:
-        return "Guidance: none is applied; a `guidance_scale` or `negative_prompt` given to the call has no effect."
+        return (
+            "Guidance: the student needs none, for the scale that its teacher was given is part of the weights; a "
+            "`guidance_scale` or `negative_prompt` given to the call has no effect."
+        )
     if guidance_scale is None:
         return (
             "Guidance: the network embeds `guidance_scale` (1 = none, as everywhere in diffusers) and needs no second "
