@@ -152,9 +152,9 @@ def _arguments(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
 def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, options: dict[str, Any]) -> str:
     net: Any = student.net
     if options:
-        part = "none" if guidance_scale is None else f"a scale of {guidance_scale:g}"
+        scale = "the scale that its teacher was given" if guidance_scale is None else f"a scale of {guidance_scale:g}"
         return (
-            f"Guidance: {part} is part of the weights (1 = none). Pass `guidance_scale=1.0`, as above: without it a {kind} "
+            f"Guidance: {scale} is part of the weights. Pass `guidance_scale=1.0`, as above: without it a {kind} "
             "guides by default, which takes twice the time and spoils the images, and no file in this folder can tell it "
             "not to. A `negative_prompt` then has no effect."
         )

@@ -1,5 +1,6 @@
 """Images out of any diffusers pipeline, by its own call, the same for every batch size and number of processes."""
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,11 +82,35 @@ def sample(
     pipeline.set_progress_bar_config(disable=True)
     generators = [noise_generator(seed, i) for i in indices]
     # "np" is the one output type that every pipeline has: float [B, H, W, C] in [0, 1].
-    images = pipeline(num_inference_steps=steps, generator=generators, output_type="np", **kwargs).images
+    with step_noise(pipeline.scheduler, generators):
+        images = pipeline(num_inference_steps=steps, generator=generators, output_type="np", **kwargs).images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if not pixels.isfinite().all():
         raise ValueError(f"{type(pipeline).__name__} drew images that are not finite in {steps} steps")
     return _uint8(pixels, uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+@contextmanager
+def step_noise(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """Inside the block a scheduler that draws noise draws it from the generators, also in pipelines that pass it none.
+
+    DiT's, SD3's and Flux's pass none. A batch doubled for guidance draws twice from each; only its first half counts.
+    """
+    step = scheduler.step
+    if "generator" not in inspect.signature(step).parameters:
+        yield
+        return
+
+    @functools.wraps(step)
+    def stepped(output: Tensor, *args: Any, **given: Any) -> Any:
+        own = generators * (len(output) // len(generators))
+        return step(output, *args, **{"generator": own} | given)
+
+    scheduler.step = stepped
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _uint8(pixels: Tensor, how: Literal["round", "truncate"]) -> Tensor:
