@@ -45,6 +45,12 @@ def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, 
     if not files:
         raise FileNotFoundError(f"init_from: {folder} has no safetensors in {' or '.join(NETWORKS)}")
     weights = {f"net.{key}": value for file in files for key, value in load_file(file).items()}
+    lacking = [key for key in roles["teacher"].net.state_dict() if key not in weights]
+    if lacking:
+        raise ValueError(
+            f"init_from: {folder} lacks {lacking[0]}, which the teacher has: export made it part of other weights, and it "
+            "would count twice"
+        )
     return {"student": (files[0].parent, weights)}
 
 

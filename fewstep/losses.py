@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Distance = Literal["l2", "pseudo_huber"]
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 Adversarial = Literal["softplus", "hinge"]
 

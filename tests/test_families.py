@@ -22,9 +22,10 @@ from fewstep.config import RunConfig
 from fewstep.data import load_source
 from fewstep.evaluate import sample
 from fewstep.export import export
-from fewstep.methods.boot import Boot
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.dmd2 import DMD2
+from fewstep.initial import start_from
+from fewstep.methods.boot import Boot, BootConfig
+from fewstep.methods.consistency import Consistency, ConsistencyConfig
+from fewstep.methods.dmd2 import DMD2, DMD2Config
 from fewstep.process import ShiftedFlow, add_noise, ode_step
 from fewstep.teachers import Teacher, load_teacher
 from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
@@ -38,13 +39,14 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd3": build_sd3,
     "flux": build_flux,
 }
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "consistency": (
         Consistency,
+        ConsistencyConfig,
         {"solver_steps": 8, "steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2},
     ),
-    "dmd2": (DMD2, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
-    "boot": (Boot, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
+    "dmd2": (DMD2, DMD2Config, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
+    "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
 }
 MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
 QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot")}
@@ -204,11 +206,11 @@ def test_features_are_maps(teacher: Teacher) -> None:
 
 
 def trainer_for(folder: Path, output: Path, method: str, iterations: int = 2) -> Trainer:
-    kind, settings = METHODS[method]
+    kind, config_kind, settings = METHODS[method]
     teacher = load_teacher(str(folder))
     labels = {} if teacher.conditions == "prompt" else {"num_labels": 10}
     size = 1 if "flux" in folder.name else 2  # its 4096 tokens take their time
-    config = RunConfig[kind.Config].model_validate(
+    config = RunConfig[config_kind].model_validate(
         {
             "teacher": str(folder), "output_dir": str(output), "data": {"source": "fashion", "limit": 8} | labels,
             "max_iterations": iterations, "cpu_threads": 1, "batch_size": size, "checkpoint_every": 1, "log_every": 1,
@@ -479,3 +481,14 @@ def test_flux_student_has_its_guidance_in_its_weights(folders: Callable[[str], P
         folded = teacher.denoiser.with_net(pipeline.transformer)(x, t, plain).x0
     torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
     assert (other - live).abs().max() > 1e-3
+
+
+def test_a_student_with_folded_guidance_is_no_start_for_one_that_embeds_it(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Flux-dev's scale would count twice."""
+    teacher = load_teacher(str(folders("flux")))
+    teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4)).save_pretrained(tmp_path)
+    roles = DMD2(DMD2Config.model_validate({"optim": {"lr": 1e-3}, "steps": 4}), teacher).roles()
+    with pytest.raises(ValueError, match=r"init_from: .* lacks .*guidance_embedder"):
+        start_from(roles, tmp_path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import OptimConfig, Strict
+from fewstep.config import OptimConfig
 from fewstep.teachers.base import Cond, Teacher
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ class Preparation:
 class Method(ABC):
     """Roles, steps, and the stock scheduler with which the student is sampled; free of devices, processes and diffusers."""
 
-    Config: ClassVar[type[Strict]]
     name: ClassVar[str]
     paper: ClassVar[str]
     needs_images: bool = True

@@ -22,7 +22,6 @@ from fewstep.teachers.base import Teacher
 class Boot(Method):
     """The student is one jump per segment, trained for every target time in it; export keeps the segment's end."""
 
-    Config = BootConfig
     name = "boot"
     paper = "Gu et al. 2023, BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping, arXiv 2306.05544"
     needs_images = False

@@ -7,7 +7,8 @@ from fewstep.losses import l2, pseudo_huber
 from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.guidance import both_sides
 
 SIGMA_DATA = 0.5
 
@@ -33,7 +34,6 @@ def solver_grid(solver_steps: int, num_train_timesteps: int) -> tuple[Tensor, Te
 class Consistency(Method):
     """The student maps every point of a trajectory of the guided teacher to its end."""
 
-    Config = ConsistencyConfig
     name = "consistency"
     paper = "Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378; Song et al. 2023, Consistency Models, arXiv 2303.01469"
 
@@ -108,14 +108,8 @@ class Consistency(Method):
     def _teacher(self, nets: Networks, x_t: Tensor, t: Tensor, batch: Batch, scale: Tensor | None) -> Prediction:
         if scale is None:
             return nets["teacher"](x_t, t, batch.cond)  # type: ignore[no-any-return]
-        both = nets["teacher"](torch.cat([x_t, x_t]), torch.cat([t, t]), _concatenate(batch.cond, batch.uncond))
-        cond, uncond = (Prediction(*halves) for halves in zip(*(p.chunk(2) for p in both), strict=True))
-        return guide(cond, uncond, scale)
+        return guide(*both_sides(nets["teacher"], x_t, t, batch.cond, batch.uncond), scale)
 
     def _endpoint(self, p: Prediction, x: Tensor, t: Tensor) -> Tensor:
         c_skip, c_out = (like(v, p.x0) for v in boundary_scalings(t, self.config.timestep_scaling))
         return c_skip * x + c_out * p.x0
-
-
-def _concatenate(a: Cond, b: Cond) -> Cond:
-    return {key: torch.cat([a[key], b[key]]) for key in a}

@@ -35,7 +35,6 @@ class DMD2(Method):
     Roles: the teacher; the student; the critic, a denoiser of the student's samples that also tells them from real ones.
     """
 
-    Config = DMD2Config
     name = "dmd2"
     paper = (
         "Yin et al. 2024, Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867; "

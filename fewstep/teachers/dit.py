@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.teachers import told
 from fewstep.teachers.base import Call, Cond, Denoiser, FeatureMap, tokens_as_map
-from fewstep.teachers.schedulers import deterministic_scheduler, jump_grid, read_schedule, renoise_scheduler
+from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 from fewstep.teachers.transformer import TransformerTeacher
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def call(
     return output[:, : x_t.shape[1]]
 
 
-class DiT(TransformerTeacher):
+class DiT(DiscreteGrids, TransformerTeacher):
     """A DiTPipeline; its conditions are labels, unconditional is the label behind the last.
 
     DiTPipeline guides by default, with the label 1000, and nothing in a folder can stop it: a student's caller passes
@@ -73,16 +73,5 @@ class DiT(TransformerTeacher):
     def null_condition(self, size: int) -> Cond:
         return {"class_labels": torch.full((size,), self.num_labels, device=self.pipeline.device)}
 
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        return tuple(range(1, steps + 1))
-
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)
-
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        return jump_grid(scheduler, steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.teachers import told
 from fewstep.teachers.base import Call, Cond, FeatureMap, tokens_as_map
 from fewstep.teachers.prompts import PromptCache
-from fewstep.teachers.schedulers import jump_grid, read_schedule, renoise_scheduler, tcd_scheduler
+from fewstep.teachers.schedulers import DiscreteGrids, read_schedule, tcd_scheduler
 from fewstep.teachers.transformer import TransformerTeacher
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def call(
     return output[:, : x_t.shape[1]]
 
 
-class PixArt(TransformerTeacher):
+class PixArt(DiscreteGrids, TransformerTeacher):
     """A PixArtAlphaPipeline or PixArtSigmaPipeline; unconditional is the empty prompt.
 
     Both guide by default, and nothing in a folder can stop them: a student's caller passes guidance_scale=1.
@@ -78,19 +78,8 @@ class PixArt(TransformerTeacher):
     def null_condition(self, size: int) -> Cond:
         return self.condition([""] * size)
 
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        return tuple(range(1, steps + 1))
-
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return tcd_scheduler(self.pipeline.scheduler, steps)
-
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        return jump_grid(scheduler, steps)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PixArt":
         super().to(device, dtype)

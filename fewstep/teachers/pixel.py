@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
 from fewstep.teachers.progress import attach_progress, fold_progress
-from fewstep.teachers.schedulers import deterministic_scheduler, jump_grid, read_schedule, renoise_scheduler
+from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -24,7 +24,7 @@ def call(
     return net(x_t.to(net.dtype), t, class_labels=progress).sample
 
 
-class Pixel(Teacher):
+class Pixel(DiscreteGrids, Teacher):
     """A DDPMPipeline or DDIMPipeline. x0 is the image itself; one-channel models see the mean over colours.
 
     Raises ValueError for class-conditional networks, for those that also predict a variance, and for epsilon with zero
@@ -84,19 +84,8 @@ class Pixel(Teacher):
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
 
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        return tuple(range(1, steps + 1))
-
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)
-
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        return jump_grid(scheduler, steps)
 
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from fewstep.process import VariancePreserving
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+    from diffusers import DiffusionPipeline, SchedulerMixin
 
 COPIED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 """What every discrete variance-preserving scheduler of diffusers has in its config."""
@@ -122,3 +122,20 @@ def _on_schedule_of(scheduler: Any, kind: Any, **settings: Any) -> "SchedulerMix
     if not torch.allclose(stock.alphas_cumprod, table, atol=1e-6):
         raise ValueError(f"{kind.__name__} cannot reproduce the schedule of the teacher's {type(scheduler).__name__}")
     return stock
+
+
+class DiscreteGrids:
+    """The part of a Teacher that its discrete variance-preserving scheduler settles; see Teacher for what each method gives."""
+
+    pipeline: "DiffusionPipeline"
+
+    def renoise_scheduler(
+        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+    ) -> "SchedulerMixin":
+        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
+
+    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+        return tuple(range(1, steps + 1))
+
+    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+        return jump_grid(scheduler, steps)

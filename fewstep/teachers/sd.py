@@ -11,7 +11,7 @@ from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
 from fewstep.teachers.progress import attach_progress, fold_progress
 from fewstep.teachers.prompts import PromptCache, freeze
-from fewstep.teachers.schedulers import jump_grid, read_schedule, renoise_scheduler, tcd_scheduler
+from fewstep.teachers.schedulers import DiscreteGrids, read_schedule, tcd_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -82,7 +82,7 @@ def fold_guidance(unet: Any, guidance_scale: float) -> None:
         embedding.cond_proj.weight.zero_()
 
 
-class StableDiffusion(Teacher):
+class StableDiffusion(DiscreteGrids, Teacher):
     """A StableDiffusionPipeline; its conditions are prompts, unconditional is the empty one.
 
     Raises ValueError for a UNet that embeds the guidance scale (a student already) and for epsilon with zero terminal
@@ -134,19 +134,8 @@ class StableDiffusion(Teacher):
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
 
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        return tuple(range(1, steps + 1))
-
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return tcd_scheduler(self.pipeline.scheduler, steps)
-
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        return jump_grid(scheduler, steps)
 
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None

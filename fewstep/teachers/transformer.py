@@ -5,7 +5,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.process import PredictionType, Schedule
@@ -76,7 +75,3 @@ class TransformerTeacher(Teacher):
         pipeline = type(self.pipeline)(**parts, **own)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline  # type: ignore[no-any-return]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "TransformerTeacher":
-        super().to(device, dtype)
-        return self
