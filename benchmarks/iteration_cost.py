@@ -57,7 +57,7 @@ def main() -> None:
 
         def whole() -> None:
             for trainer.iteration in range(iterations):
-                batches = [trainer._batch(0)]
+                batches = [trainer.batches.draw(trainer.iteration, 0)]
                 for step in steps:
                     if trainer.iteration % step.every == 0:
                         trainer._update(step, batches)
@@ -77,7 +77,7 @@ def main() -> None:
 
 def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
     """With guidance at a fixed scale; segments, on-policy, in equal shares of the batch."""
-    batch = trainer._batch(0)
+    batch = trainer.batches.draw(trainer.iteration, 0)
     x, t, ends = (
         torch.randn(batch.size, *trainer.teacher.latent_shape),
         torch.full((batch.size,), 500),
@@ -100,7 +100,7 @@ def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
 
 
 def _bare_consistency(trainer: Trainer) -> Callable[[], None]:
-    batch = trainer._batch(0)
+    batch = trainer.batches.draw(trainer.iteration, 0)
     x, t, g = batch.x0, torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
     both = concatenate(batch.cond, batch.uncond)
     student, target, teacher = (trainer.raw[name] for name in ("student", "target", "teacher"))
@@ -120,7 +120,7 @@ def _bare_dmd2(trainer: Trainer, method: DMD2) -> Callable[[], None]:
     c, every = method.config, method.config.student_update_every
     stops = []
     for trainer.iteration in range(every):
-        batch = trainer._batch(0)
+        batch = trainer.batches.draw(trainer.iteration, 0)
         drawn = torch.randint(len(method.timesteps), (), generator=batch.generator)
         stops.append(int(drawn) if c.inputs == "simulated" else 0)
     shape, cond = (batch.size, *trainer.teacher.latent_shape), batch.cond

@@ -5,9 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from fewstep.commands import (
+from fewstep.commands import add_commands
+from fewstep.commands.options import (
     PIPELINE_HELP,
-    add_commands,
     add_drawing,
     add_guidance,
     at_least,

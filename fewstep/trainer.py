@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewstep import checkpoint as ckpt
+from fewstep.batches import Batches
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import Raw, Source, Stream
+from fewstep.data import Source
 from fewstep.initial import start_from
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
-from fewstep.teachers.base import Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.validation import Pictures, small_scores
 
 
@@ -61,13 +62,12 @@ class Trainer:
             start_from(roles, config.init_from)
         self._prepare_roles(roles)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.stream = Stream(source, config.batch_size, config.seed, rank, world)
         torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
         self.iteration, self.nonfinite = 0, 0
         self.best: dict[str, float] = {}
         self.pictures: Pictures | None = None
         self.stopping = False
-        self.cache = self._encode_all(source) if method.needs_images and config.data.cache_latents else None
+        self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world)
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
@@ -99,41 +99,6 @@ class Trainer:
                 for a, b in zip(self.raw[name].buffers(), self.raw[leader].buffers(), strict=True):
                     a.copy_(b)
 
-    # Data -------------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _encode_all(self, source: Source) -> "_Cache":
-        posteriors, conditions = [], []
-        chunks = range(0, len(source), 256)
-        for start in tqdm(chunks, "encoding images", disable=not self.accelerator.is_main_process, dynamic_ncols=True):
-            raw = source.get(range(start, min(start + 256, len(source))))
-            posteriors.append([v.cpu() for v in self._encode(raw)])
-            conditions += raw.conditions
-        mean, std = (torch.cat(parts) for parts in zip(*posteriors, strict=True))
-        return _Cache(Posterior(mean, std), conditions)
-
-    def _encode(self, raw: Raw) -> Posterior:
-        assert raw.images is not None  # checked in __init__
-        return self.teacher.encode(raw.images.to(self.device))
-
-    @torch.no_grad()
-    def _batch(self, part: int) -> Batch:
-        posterior = None
-        if self.cache is not None:
-            indices = self.stream.next_indices()
-            posterior = Posterior(*(v[indices].to(self.device) for v in self.cache.posterior))
-            conditions = [self.cache.conditions[i] for i in indices]
-        elif self.method.needs_images:
-            raw = next(self.stream)
-            conditions, posterior = raw.conditions, self._encode(raw)
-        else:
-            conditions = self.stream.source.conditions_at(self.stream.next_indices())
-        latents = None if posterior is None else posterior.sample(torch.randn_like(posterior.mean))
-        size = len(conditions)
-        cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)
-        shared = torch.Generator().manual_seed(((self.config.seed << 40) + (self.iteration << 12) + part) % 2**63)
-        return Batch(size, cond, uncond, self.device, self.iteration, latents, shared)
-
     # The loop ---------------------------------------------------------------------------------------------------------
 
     def fit(self) -> bool:
@@ -151,7 +116,7 @@ class Trainer:
         window = _Window()
         try:
             while self.iteration < c.max_iterations:
-                batches = [self._batch(part) for part in range(c.accumulate)]
+                batches = [self.batches.draw(self.iteration, part) for part in range(c.accumulate)]
                 for step in steps:
                     if self.iteration % step.every == 0:
                         window.add(self._update(step, batches))
@@ -178,7 +143,7 @@ class Trainer:
         return True
 
     def _preparation(self) -> Preparation:
-        source, a = self.stream.source, self.accelerator
+        source, a = self.batches.stream.source, self.accelerator
         return Preparation(
             self.folder, source.conditions_at, len(source), self.config.seed, self.device, a.process_index,
             a.num_processes, a.wait_for_everyone,
@@ -301,7 +266,7 @@ class Trainer:
             return
         if self.pictures is None:
             steps = self.method.allowed_steps()
-            self.pictures = Pictures(self.config, self.teacher, self.stream.source, steps)
+            self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps)
         (self.folder / "samples").mkdir(exist_ok=True)
         self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
 
@@ -326,7 +291,7 @@ class Trainer:
                     save_file(ckpt.pack_optimizer(optimizer), aside / f"{name}_optimizer.safetensors")
                 state = {
                     "iteration": self.iteration, "updates": self.updates, "nonfinite": self.nonfinite, "best": self.best,
-                    "data": self.stream.state_dict(), "num_processes": self.accelerator.num_processes,
+                    "data": self.batches.stream.state_dict(), "num_processes": self.accelerator.num_processes,
                 }  # fmt: skip
                 ckpt.write_json(state, aside / "state.json")
             ckpt.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
@@ -349,7 +314,7 @@ class Trainer:
             ckpt.unpack_optimizer(optimizer, load_file(path / f"{name_}_optimizer.safetensors"))
         self.iteration, self.updates = state["iteration"], state["updates"]
         self.nonfinite, self.best = state["nonfinite"], state["best"]
-        self.stream.load_state_dict(state["data"])
+        self.batches.stream.load_state_dict(state["data"])
         rank = self.accelerator.process_index
         ckpt.set_rng_state(load_file(path / f"rng_{rank}.safetensors"), self.device)
         if (own := path / f"method_{rank}.safetensors").exists():
@@ -362,13 +327,6 @@ class Trainer:
         if self.best and (self.folder / "best.safetensors").exists():
             ckpt.load_module(ema, self.folder / "best.safetensors")
         return ema
-
-
-class _Cache(NamedTuple):
-    """Every sample of a source, on the CPU, as its latents [N, C, h, w] and its condition."""
-
-    posterior: Posterior
-    conditions: list[Any]
 
 
 class _Window:

@@ -479,7 +479,7 @@ def test_a_turn_touches_its_own_network_only(tiny_sd, tmp_path):
     trainer = make(tiny_sd, tmp_path, {"guidance_scale": 2.0, **GAN})
     student, critic = trainer.method.steps()
     assert (student.role, student.every, critic.role, critic.every) == ("student", 5, "critic", 1)
-    batches = [trainer._batch(0)]
+    batches = [trainer.batches.draw(trainer.iteration, 0)]
     before = {name: snapshot(net) for name, net in trainer.raw.items()}
     trainer._update(student, batches)
     assert same(trainer.raw["teacher"], before["teacher"]) and same(trainer.raw["critic"], before["critic"])

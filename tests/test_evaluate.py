@@ -277,12 +277,12 @@ def test_rows_count_guidance_and_steps(
 
 
 def score_in_process(rank: int, world: int, reference: str, out: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     from accelerate import Accelerator
     from diffusers import StableDiffusionPipeline
 
     accelerator = Accelerator(cpu=True)
+    torch.set_num_threads(1)  # an Accelerator sets them anew, and another count rounds float32 otherwise
     pipeline = StableDiffusionPipeline.from_pretrained(asset_path("fashion") / "pipeline")
     prompts = Path(out).with_suffix(".txt")
     rows = evaluate(

@@ -161,11 +161,11 @@ def test_every_index_is_drawn_once_whatever_was_done(batch_size: int) -> None:
 
 
 def score_in_process(rank: int, world: int, folder: str, keep: str | None, out: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
+    torch.set_num_threads(1)  # an Accelerator sets them anew, and another count rounds float32 otherwise
     protocol = load_protocol(f"{folder}/tiny.yaml")[1]
     row = score(open_pipeline(), protocol, 7, Path(keep) if keep else None, accelerator=accelerator)
     Path(out, f"{rank}.json").write_text(json.dumps(row))

@@ -81,7 +81,7 @@ def test_regression_and_teacher_samples_as_real_without_images(tiny_sd, tmp_path
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert {"regression", "dm", "gan", "discriminator"} <= line.keys()
     # What is descended is the distance between the student's sample and the teacher's from one noise.
-    batch = trainer._batch(0)
+    batch = trainer.batches.draw(trainer.iteration, 0)
     torch.manual_seed(5)
     found = trainer.method.regression(trainer.raw, batch)
     torch.manual_seed(5)

@@ -13,8 +13,8 @@ import torch
 
 from fewstep.cli import main
 from fewstep.evaluate import grid, write_report
-from fewstep.report import read_run
 from fewstep.report_chart import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Line, chart, number
+from fewstep.report_runs import read_run
 
 
 def row(model: str, steps: int, fid: float, **more: Any) -> dict[str, Any]:

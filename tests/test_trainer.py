@@ -103,7 +103,7 @@ def test_cached_latents_train_too(teacher_path, tmp_path):
         teacher_path, tmp_path, max_iterations=2, data={"source": "fashion", "limit": 16, "cache_latents": True}
     )
     assert trainer.fit()
-    assert trainer.cache is not None and len(trainer.cache.posterior.mean) == 16
+    assert trainer.batches.cache is not None and len(trainer.batches.cache.posterior.mean) == 16
 
 
 class Recorder:

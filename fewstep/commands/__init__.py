@@ -1,0 +1,13 @@
+"""The commands about scores, a file each."""
+
+from typing import Any
+
+from fewstep.commands.compare import add_compare
+from fewstep.commands.evaluate import add_evaluate
+from fewstep.commands.reference import add_reference
+from fewstep.commands.report import add_report
+
+
+def add_commands(commands: Any) -> None:
+    for add in (add_evaluate, add_reference, add_compare, add_report):
+        add(commands)

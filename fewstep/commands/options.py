@@ -1,0 +1,71 @@
+"""What several commands share: loading a pipeline, and options of drawing."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.assets import ASSETS, asset_path
+
+if TYPE_CHECKING:
+    import torch
+
+PIPELINE_HELP = f"folder or hub id of a diffusers pipeline, or an embedded one: {', '.join(ASSETS)}"
+
+
+def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
+    """A pipeline on its device; SystemExit, in one sentence, for one that cannot be loaded."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    # The one progress bar is that of the images.
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    path = str(asset_path(name) / "pipeline") if name in ASSETS else name
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    try:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtypes[dtype]).to(device)
+    # A broken folder ends in any of these, according to what is broken.
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise SystemExit(f"pipeline {name!r} cannot be loaded as a folder or from the hub: {reason}") from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that counts something."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text}; allowed: whole numbers of {least} or more")
+        return int(text)
+
+    return count
+
+
+def check_output(path: Path) -> None:
+    """OSError or ValueError, before the work is done, where its result cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder; a file is wanted")
+
+
+def guidance(args: argparse.Namespace) -> float | None:
+    from fewstep.evaluate import recommended_guidance_scale
+
+    given: float | None = args.guidance_scale
+    return recommended_guidance_scale(args.pipeline) if given is None else given
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        help="default: what the embedded pipeline recommends, else the pipeline's own default",
+    )
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="noise of image i is fixed by (seed, i) (default: 0)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
