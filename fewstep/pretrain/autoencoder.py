@@ -60,9 +60,9 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of uint8 images, before scaling."""
-    posteriors = [model.encode(scaled(part)).latent_dist for part in images.split(500)]
-    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+    """Mean and standard deviation of the latents of uint8 images, before scaling, on the CPU."""
+    posteriors = [model.encode(scaled(part).to(model.device)).latent_dist for part in images.split(500)]
+    return torch.cat([p.mean.cpu() for p in posteriors]), torch.cat([p.std.cpu() for p in posteriors])
 
 
 @torch.no_grad()

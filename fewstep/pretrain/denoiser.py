@@ -12,7 +12,7 @@ from fewstep.pretrain.autoencoder import encode, load_autoencoder
 from fewstep.pretrain.clip import CAPTIONS, TEMPLATES, caption_ids, load_clip, text_tower
 from fewstep.pretrain.config import DenoiserConfig, TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside, fit
+from fewstep.pretrain.loop import aside, best_device, fit
 
 
 def build_unet(config: DenoiserConfig) -> UNet2DConditionModel:
@@ -86,11 +86,13 @@ def cached_latents(vae: AutoencoderKL, data: Data, folder: Path) -> tuple[Tensor
 def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
     torch.manual_seed(config.seed + 3)
     settings = config.denoiser
+    device = best_device()
     vae = load_autoencoder(folder)
-    mean, std = (x * vae.config.scaling_factor for x in cached_latents(vae, data, folder))
-    states = caption_states(folder)
+    mean, std = (x * vae.config.scaling_factor for x in cached_latents(vae.to(device), data, folder))
+    states = caption_states(folder).to(device)
     scheduler = build_scheduler(settings)
-    unet = build_unet(settings)
+    unet = build_unet(settings).to(device)
+    network = torch.compile(unet, mode="reduce-overhead") if settings.compile else unet
 
     def loss(generator: torch.Generator) -> Tensor:
         n = settings.batch_size
@@ -104,10 +106,11 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         timesteps = (shares * 1000).long()
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        predicted = unet(noisy, timesteps, states[texts]).sample
-        if settings.prediction_type == "epsilon":
-            return F.mse_loss(predicted, noise)
-        return F.mse_loss(predicted, scheduler.get_velocity(latents, noise, timesteps))
+        wanted = noise
+        if settings.prediction_type == "v_prediction":
+            wanted = scheduler.get_velocity(latents, noise, timesteps)
+        noisy, wanted, timesteps, texts = (x.to(device, non_blocking=True) for x in (noisy, wanted, timesteps, texts))
+        return F.mse_loss(network(noisy, timesteps, states[texts]).sample, wanted)
 
     fit(
         "denoiser",
@@ -120,4 +123,4 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         ema_decay=settings.ema_decay,
     )
     with aside(folder / "pipeline") as part:
-        assemble(folder, unet, vae, settings).save_pretrained(part)
+        assemble(folder, unet.cpu(), vae.cpu(), settings).save_pretrained(part)

@@ -19,6 +19,27 @@ from fewstep.pretrain.config import StageConfig
 Loss = Callable[[torch.Generator], Tensor]
 
 
+def best_device() -> torch.device:
+    """The first GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class RecentMean:
+    """Mean loss of every so many iterations: reading one from a GPU makes the CPU wait for it."""
+
+    def __init__(self, every: int = 20) -> None:
+        self.every = every
+        self.values: list[Tensor] = []
+
+    def add(self, value: Tensor) -> float | None:
+        self.values.append(value.detach())
+        if len(self.values) < self.every:
+            return None
+        mean = float(torch.stack(self.values).mean())
+        self.values.clear()
+        return mean
+
+
 @contextmanager
 def aside(target: Path) -> Iterator[Path]:
     """A path to write an output to; it takes its name only once it is complete."""
@@ -49,7 +70,8 @@ def fit(
 ) -> None:
     """Minimises `loss`, going on from a checkpoint in `folder`; leaves the EMA weights in `model` if asked.
 
-    Every random draw comes from the generator given to `loss`, whose state is part of the checkpoint.
+    The model trains on the device it is given on. Every random draw comes from the generator given to `loss`, which is on
+    the CPU, so that the draws are the same on every device, and whose state is part of the checkpoint.
     """
     checkpoint = folder / f"{name}.checkpoint.safetensors"
     generator = torch.Generator().manual_seed(seed)
@@ -65,13 +87,13 @@ def fit(
 
     model.train()
     saved_at = time.monotonic()
-    smooth = math.nan
+    losses = RecentMean()
     bar = tqdm(range(start, config.iterations), name, config.iterations, initial=start, mininterval=5)
     for iteration in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, iteration)
-        value = loss(generator)
         optimizer.zero_grad()
+        value = loss(generator)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -79,8 +101,8 @@ def fit(
             # The first iterations are averaged over a shorter window, or the random start would linger.
             decay = min(ema_decay, (iteration + 1) / (iteration + 10))
             torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 1 - decay)
-        smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        if (mean := losses.add(value)) is not None:
+            bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if time.monotonic() - saved_at > checkpoint_seconds:
             save(iteration + 1)
             saved_at = time.monotonic()

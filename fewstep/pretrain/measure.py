@@ -19,7 +19,7 @@ from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.clip import clip_scores, load_clip
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside
+from fewstep.pretrain.loop import aside, best_device
 
 BLURS = (0.5, 1.0, 2.0)
 NOISES = (10.0, 20.0, 40.0)
@@ -38,7 +38,7 @@ def sample(pipeline: StableDiffusionPipeline, labels: Tensor, guidance_scale: fl
             generator=generator,
             output_type="pt",
         )
-        images.append((result.images * 255).round().to(torch.uint8))
+        images.append((result.images * 255).round().to("cpu", torch.uint8))
     return torch.cat(images)
 
 
@@ -162,7 +162,7 @@ def picture(j: Judges, images: Tensor, labels: Tensor) -> Image.Image:
 
 def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
     j, settings = Judges(config, data, folder), config.measure
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline").to(best_device())
     figures = scorer_figures(j)
     print(json.dumps(figures, indent=2), flush=True)
     sweep = guidance_sweep(j, pipeline)
