@@ -5,6 +5,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from fewstep.config import Strict
 
 
@@ -98,15 +100,72 @@ class DigitsTraining(Strict):
     """Training of the UNet."""
 
 
-def training_class(argv: Sequence[str]) -> type[TeacherTraining] | type[DigitsTraining]:
-    """The settings that the file of a command line (`--config FILE`) is to be read as, by its `dataset`.
+class TransformerTraining(Strict):
+    """A transformer on the latents of the embedded teacher `fashion`, whose VAE, text encoder and scorers are taken over."""
 
-    Fashion's where it names another or cannot be read: their check then says what is wrong.
+    output_dir: Path
+    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    seed: int = 0
+    """Seed of weights and noise."""
+    limit_images: int | None = None
+    """Use this many training images only; null for all."""
+    checkpoint_seconds: float = 60.0
+    """Time between two checkpoints."""
+    layers: PositiveInt
+    """Blocks of the transformer."""
+    heads: PositiveInt
+    """Attention heads of each block."""
+    head_width: PositiveInt
+    """Width of each head; times `heads` it is the transformer's."""
+    patch_size: Literal[1, 2, 4]
+    """Side of the square of latent pixels that makes one token, of 8x8."""
+    no_condition: float = 0.1
+    """Share of labels or captions left out, for classifier-free guidance."""
+    ema_decay: float = 0.999
+    """Decay of the weight average that is saved."""
+    denoiser: StageConfig
+    """Training of the transformer."""
+    measure: MeasureConfig = MeasureConfig()
+    """Figures of the pipeline's samples."""
+
+
+class DiTTraining(TransformerTraining):
+    network: Literal["dit"]
+    """A DiTPipeline on class labels."""
+    output_dir: Path = Path("runs/teacher_fashion_dit")
+    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the transformer predicts."""
+
+
+class SD3Training(TransformerTraining):
+    network: Literal["sd3"]
+    """A StableDiffusion3Pipeline, a rectified flow, on captions."""
+    output_dir: Path = Path("runs/teacher_fashion_flow")
+    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    shift: PositiveFloat = 1.0
+    """Shift of the timesteps at which the pipeline samples; 1 = none."""
+
+
+Training = TeacherTraining | DigitsTraining | DiTTraining | SD3Training
+
+CHOICES: dict[str, type[Training]] = {
+    "dataset: digits": DigitsTraining,
+    "network: dit": DiTTraining,
+    "network: sd3": SD3Training,
+}
+"""The line of a file that tells its kind from the embedded teacher's."""
+
+
+def training_class(argv: Sequence[str]) -> type[Training]:
+    """The settings that the file of a command line (`--config FILE`) is to be read as, by its `dataset` or `network`.
+
+    Those of the embedded teacher where it names another or cannot be read: their check then says what is wrong.
     """
     words = [word for argument in argv for word in argument.split("=", 1)]
     for option, value in pairwise(words):
         if option == "--config" and Path(value).is_file():
-            lines = Path(value).read_text(encoding="utf-8", errors="replace").splitlines()
-            if any(line.split("#")[0].strip() == "dataset: digits" for line in lines):
-                return DigitsTraining
+            for line in Path(value).read_text(encoding="utf-8", errors="replace").splitlines():
+                if kind := CHOICES.get(line.split("#")[0].strip()):
+                    return kind
     return TeacherTraining

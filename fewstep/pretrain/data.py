@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fewstep import fashion
-from fewstep.pretrain.config import TeacherTraining
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,12 @@ class Data:
     test_labels: Tensor
 
 
-def load_data(config: TeacherTraining) -> Data:
+def load_data(limit: int | None = None) -> Data:
+    """The whole data set, or its first `limit` training and test images."""
     parts: list[Tensor] = []
     for split in ("train", "test"):
         images, labels = fashion.load_idx(split)  # type: ignore[arg-type]
-        parts += [torch.from_numpy(x[: config.limit_images]) for x in (images, labels)]
+        parts += [torch.from_numpy(x[:limit]) for x in (images, labels)]
     return Data(*parts)
 
 

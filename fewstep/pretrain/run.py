@@ -29,7 +29,7 @@ STAGES: dict[str, Stage] = {
 def run(config: TeacherTraining) -> None:
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    data = load_data(config)
+    data = load_data(config.limit_images)
     for output, stage in STAGES.items():
         if (folder / output).exists():
             print(f"{output}: already there")
