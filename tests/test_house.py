@@ -13,7 +13,7 @@ from fewstep.config import RunConfig, Strict
 from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.methods.dmd2_config import DMD2Config
-from fewstep.pretrain.config import DigitsTraining, TeacherTraining
+from fewstep.pretrain.config import DigitsTraining, DiTTraining, SD3Training, TeacherTraining
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fewstep"
@@ -24,6 +24,8 @@ MODELS: dict[str, type[Strict]] = {
     "dmd2": RunConfig[DMD2Config],
     "teacher": TeacherTraining,
     "teacher_digits": DigitsTraining,
+    "teacher_fashion_dit": DiTTraining,
+    "teacher_fashion_flow": SD3Training,
 }
 
 
