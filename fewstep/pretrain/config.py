@@ -37,7 +37,7 @@ class DenoiserConfig(StageConfig):
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     ema_decay: float = 0.999
     """Decay of the weight average that is saved."""
-    channels: tuple[int, ...] = (48, 64)
+    channels: tuple[int, ...] = (64, 64)
     """Width of each UNet level."""
     compile: bool = False
     """Compile the UNet for the training (torch.compile with CUDA graphs): a minute's start, then faster on a GPU."""

@@ -122,5 +122,6 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         config.checkpoint_seconds,
         ema_decay=settings.ema_decay,
     )
+    # Half the bytes in the package; diffusers loads them as fp32 unless asked otherwise.
     with aside(folder / "pipeline") as part:
-        assemble(folder, unet.cpu(), vae.cpu(), settings).save_pretrained(part)
+        assemble(folder, unet.cpu().half(), vae.cpu(), settings).save_pretrained(part)
