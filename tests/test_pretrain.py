@@ -85,8 +85,9 @@ def test_fit_goes_on_where_it_was_interrupted(tmp_path: Path, ema_decay: float |
     assert torch.equal(train(tmp_path / "halved", None), whole)
 
 
-def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    idx = tmp_path / "idx"
+def read_few_images(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The data set becomes 64 training and test images of noise, in files like its own."""
+    idx = folder / "idx"
     idx.mkdir()
     rng = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
@@ -95,6 +96,10 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (idx / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images))
         (idx / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels))
     monkeypatch.setattr(fashion.load_idx, "__defaults__", (idx,))
+
+
+def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_few_images(monkeypatch, tmp_path)
     stage = {"iterations": 2, "batch_size": 8}
     config = TeacherTraining(
         output_dir=tmp_path / "run",
