@@ -123,6 +123,8 @@ class TransformerTraining(Strict):
     """Share of labels or captions left out, for classifier-free guidance."""
     ema_decay: float = 0.999
     """Decay of the weight average that is saved."""
+    compile: bool = False
+    """Compile the transformer for the training (torch.compile with CUDA graphs): a minute's start, then faster on a GPU."""
     denoiser: StageConfig
     """Training of the transformer."""
     measure: MeasureConfig = MeasureConfig()

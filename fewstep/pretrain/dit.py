@@ -54,6 +54,7 @@ def train_dit(config: DiTTraining, folder: Path) -> None:
     vae = load_vae()
     latents = load_latents(config, vae, folder)
     net, scheduler = build_dit(config).to(device), build_scheduler(config)
+    network = torch.compile(net, mode="reduce-overhead") if config.compile else net
 
     def loss(generator: torch.Generator) -> Tensor:
         x0, labels = latents.draw(n, generator)
@@ -63,7 +64,7 @@ def train_dit(config: DiTTraining, folder: Path) -> None:
         noisy = scheduler.add_noise(x0, noise, t)
         wanted = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
         noisy, wanted, t, labels = (x.to(device, non_blocking=True) for x in (noisy, wanted, t, labels))
-        return F.mse_loss(net(noisy, timestep=t, class_labels=labels).sample, wanted)
+        return F.mse_loss(network(noisy, timestep=t, class_labels=labels).sample, wanted)
 
     names = dict(enumerate(CLASSES))
     pipeline = DiTPipeline(transformer=net, vae=vae, scheduler=scheduler, id2label=names)

@@ -130,6 +130,7 @@ def train_sd3(config: SD3Training, folder: Path) -> None:
     states, pooled = (x.to(device) for x in caption_states(pipeline))
     net = pipeline.transformer.to(device)
     net.set_attn_processor(LastTextToken(T5_TOKENS))  # a saved pipeline has the stock one again
+    network = torch.compile(net, mode="reduce-overhead") if config.compile else net
 
     def loss(generator: torch.Generator) -> Tensor:
         x0, labels = latents.draw(n, generator)
@@ -140,8 +141,8 @@ def train_sd3(config: SD3Training, folder: Path) -> None:
         noise = torch.randn(x0.shape, generator=generator)
         noisy = x0.lerp(noise, sigma[:, None, None, None])
         noisy, wanted, t, texts = (x.to(device, non_blocking=True) for x in (noisy, noise - x0, 1000 * sigma, texts))
-        velocity = net(noisy, timestep=t, encoder_hidden_states=states[texts], pooled_projections=pooled[texts]).sample
-        return F.mse_loss(velocity, wanted)
+        text = {"encoder_hidden_states": states[texts], "pooled_projections": pooled[texts]}
+        return F.mse_loss(network(noisy, timestep=t, **text).sample, wanted)
 
     train(config, pipeline, loss, folder)
 
