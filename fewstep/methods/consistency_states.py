@@ -55,7 +55,8 @@ class Trajectories:
         times: the grid, [N], ascending, on the CPU.
         """
         if self.held is None or len(self.held.x) != len(fresh.x) or not torch.equal(times, self.times):
-            self.times, self.held = times, self._spread(answer, times, fresh)
+            self.times = times
+            self.held = self._spread(answer, fresh)
         return self.held
 
     def move(self, p: Prediction, fresh: State) -> None:
@@ -72,17 +73,19 @@ class Trajectories:
         cond = {k: torch.where(_over(ended, v), fresh.cond[k], v) for k, v in self.held.cond.items()}
         self.held = State(torch.where(_over(ended, x), fresh.x, x), index, cond, scale)
 
-    def _spread(self, answer: Answer, times: Tensor, fresh: State) -> State:
+    def _spread(self, answer: Answer, fresh: State) -> State:
         """Trajectories from noise, each as many segments on as its place in the batch says."""
-        device = fresh.x.device
-        self.visit = torch.arange(len(fresh.x), device=device) % (self.segments + 1)
+        times = self.times.to(fresh.x.device)
+        self.visit = torch.arange(len(fresh.x), device=times.device) % (self.segments + 1)
         x, index = fresh.x.clone(), fresh.index.clone()
         for v in range(1, self.segments + 1):
             on = (self.visit >= v).nonzero().flatten()
+            if not len(on):  # a batch of fewer samples than segments
+                break
             part = State(x, index, fresh.cond, fresh.scale).rows(on)
-            p = answer(part, times.to(device)[part.index])
+            p = answer(part, times[part.index])
             index[on] = self._place(torch.full_like(on, v))
-            x[on] = ode_step(self.schedule, p, times.to(device)[index[on]])
+            x[on] = ode_step(self.schedule, p, times[index[on]])
         return State(x, index, fresh.cond, fresh.scale)
 
     def _place(self, visit: Tensor) -> Tensor:
