@@ -182,10 +182,9 @@ class Trainer:
         finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))
         if finite:
             self.updates[step.role] += 1
+            factor = lr_factor(optim, self.updates[step.role], self.config.max_iterations // step.every)
             for group in optimizer.param_groups:
-                group["lr"] = optim.lr * lr_factor(
-                    optim, self.updates[step.role], self.config.max_iterations // step.every
-                )
+                group["lr"] = optim.lr * factor * step.lr_scale(self.iteration)
             optimizer.step()
         self._guard(finite)
         optimizer.zero_grad()

@@ -22,6 +22,8 @@ MODELS: dict[str, type[Strict]] = {
     "boot": RunConfig[BootConfig],
     "consistency": RunConfig[ConsistencyConfig],
     "dmd2": RunConfig[DMD2Config],
+    "mlcm": RunConfig[ConsistencyConfig],
+    "pcm": RunConfig[ConsistencyConfig],
     "teacher": TeacherTraining,
     "teacher_digits": DigitsTraining,
     "teacher_fashion_dit": DiTTraining,

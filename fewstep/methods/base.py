@@ -66,13 +66,21 @@ class Role:
     decay: float = 0.0
 
 
+def _unscaled(iteration: int) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Step:
-    """One optimizer update: `role` descends `loss` on every `every`-th iteration."""
+    """One optimizer update: `role` descends `loss` on every `every`-th iteration.
+
+    `lr_scale` of the iteration multiplies the learning rate, beside warm-up and decay: for methods with stages.
+    """
 
     role: str
     loss: Callable[[Networks, Batch], Losses]
     every: int = 1
+    lr_scale: Callable[[int], float] = _unscaled
 
 
 @dataclass(frozen=True)

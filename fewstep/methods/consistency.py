@@ -1,74 +1,106 @@
-"""Consistency distillation (Song et al. 2023) in latent space with guidance, as LCM does it (Luo et al. 2023)."""
+"""Consistency distillation (Song et al. 2023) in latent space with guidance: LCM (Luo et al. 2023), PCM (Wang et al. 2024),
+MLCM (Xie et al. 2024).
+
+One loss. What differs between these is where its states come from (consistency_states), which grid and phases it has
+(consistency_grid), what the student is consistent in, and how that changes during training (the stages of the config).
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewstep.losses import l2, pseudo_huber
 from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
-from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
+from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.guidance import both_sides
 
-SIGMA_DATA = 0.5
+__all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
 
 
-def boundary_scalings(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out at t [B] (Luo et al. 2023, appendix): 1 and 0 at t = 0, so that the student is the identity there.
+@dataclass(frozen=True)
+class Stage:
+    """A stage's settings and its grid."""
 
-    c_out multiplies a prediction of x0 and so has no factor sigma_data, unlike Song et al.'s eq. 5.
-    """
-    q = timestep_scaling * t.double()
-    c_skip = SIGMA_DATA**2 / (q**2 + SIGMA_DATA**2)
-    c_out = q / (q**2 + SIGMA_DATA**2).sqrt()
-    return c_skip, c_out
-
-
-def solver_grid(solver_steps: int, num_train_timesteps: int) -> tuple[Tensor, Tensor]:
-    """Timesteps of the teacher's grid [N], ascending, and for each the next cleaner one (t = 0 below the first)."""
-    k = num_train_timesteps // solver_steps
-    t = torch.arange(1, solver_steps + 1) * k - 1
-    return t, (t - k).clamp_min(0)
+    plan: PlannedStage
+    grid: Grid
 
 
 class Consistency(Method):
-    """The student maps every point of a trajectory of the guided teacher to its end."""
+    """The student maps every point of a trajectory of the guided teacher to its end, or to the end of its phase."""
 
     name = "consistency"
-    paper = "Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378; Song et al. 2023, Consistency Models, arXiv 2303.01469"
+    paper = (
+        "Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378; Song et al. 2023, Consistency Models, arXiv "
+        "2303.01469; Wang et al. 2024, Phased Consistency Models, arXiv 2405.18407; Xie et al. 2024, MLCM, arXiv 2406.05768"
+    )
 
     config: ConsistencyConfig
 
     def __init__(self, config: ConsistencyConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if teacher.num_train_timesteps % config.solver_steps:
-            raise ValueError(
-                f"method.solver_steps: {config.solver_steps} does not divide the teacher's "
-                f"{teacher.num_train_timesteps} timesteps, so its noisiest one would never be trained"
-            )
         if config.guidance_range is not None and teacher.conditions == "none":
             raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
-        if config.guidance_range is not None and config.export_guidance_scale is None and not teacher.live_guidance:
+        if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
             raise ValueError(NO_LIVE_GUIDANCE)
         self.export_guidance_scale = config.export_guidance_scale
-        self.grid = solver_grid(config.solver_steps, teacher.num_train_timesteps)
+        self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
+        self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
+        self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
+        if any(stage.plan.states == "student_rollout" for stage in self.stages):
+            self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
+
+    def _grid(self, plan: PlannedStage) -> Grid:
+        if plan.endpoint == "phase":
+            jumps = self.teacher.jump_grid(self.teacher.jump_scheduler(plan.phases), plan.phases)
+            try:
+                return phase_grid(jumps, plan.solver_steps)
+            except ValueError as error:
+                raise ValueError(f"method.solver_steps: {error}") from None
+        if self.teacher.num_train_timesteps % plan.solver_steps:
+            raise ValueError(
+                f"method.solver_steps: {plan.solver_steps} does not divide the teacher's "
+                f"{self.teacher.num_train_timesteps} timesteps, so its noisiest one would never be trained"
+            )
+        return whole_grid(plan.solver_steps, self.teacher.num_train_timesteps)
 
     def roles(self) -> dict[str, Role]:
-        c, embedded = self.config, self.config.guidance_range is not None
-        student = self.teacher.student(guidance_embedding=embedded)
+        c = self.config
+        student = self.teacher.student(guidance_embedding=c.embedded)
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
         if c.target_decay is not None:
             roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
         return roles
 
     def steps(self) -> tuple[Step, ...]:
-        return (Step("student", self.loss),)
+        return (Step("student", self.loss, lr_scale=lambda i: self.stage(i).plan.lr / self.config.optim.lr),)
+
+    def stage(self, iteration: int) -> Stage:
+        """The stage that an iteration belongs to."""
+        return [stage for stage in self.stages if stage.plan.start <= iteration][-1]
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+        if self.config.sampling == "jump":
+            return self.teacher.jump_scheduler(self.config.steps)
         return self.teacher.renoise_scheduler(self.config.steps, self.config.timestep_scaling)
 
     def allowed_steps(self) -> tuple[int, ...]:
+        """Re-noised samples are at home at every timestep of the grid, those of jumps only where a phase has begun."""
+        if self.config.sampling == "jump":
+            return tuple(range(self.stages[-1].plan.phases, self.config.steps + 1))
         return self.teacher.renoise_counts(self.config.steps)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.trajectories.state()
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.trajectories.load_state(tensors)
+
+    # The loss ---------------------------------------------------------------------------------------------------------
 
     def loss(
         self,
@@ -81,35 +113,94 @@ class Consistency(Method):
         """Consistency loss (Luo et al. 2023, eq. 16 with skipping): distance of f(x_t, t) to f_target(x_s, s).
 
         Args:
-            index: positions in the solver's grid, [B]; drawn if None.
-            noise: like x0, [B, C, h, w]; drawn if None.
+            index: positions in the solver's grid, [B]; drawn if None. Shared trajectories have their own.
+            noise: like x0, [B, C, h, w], of x_t, or that a trajectory starts from; drawn if None.
             guidance_scale: 1 = none, [B]; drawn from guidance_range if None.
         """
-        c, x0, schedule = self.config, batch.x0, self.teacher.schedule
-        if index is None:
-            index = torch.randint(c.solver_steps, (batch.size,), device=batch.device)
-        noise = torch.randn_like(x0) if noise is None else noise
-        if guidance_scale is None and c.guidance_range is not None:
-            low, high = c.guidance_range
-            guidance_scale = low + (high - low) * torch.rand(batch.size, device=batch.device)
-        t, s = (grid.to(batch.device)[index] for grid in self.grid)
-        x_t = add_noise(schedule, x0, noise, t)
-
-        student = nets["student"](x_t, t, batch.cond, guidance_scale)
+        c, stage = self.config, self.stage(batch.iteration)
+        fresh = self._fresh(stage, batch, index, noise, guidance_scale)
         with torch.no_grad():
-            x_s = ode_step(schedule, self._teacher(nets, x_t, t, batch, guidance_scale), s)
+            at = self._states(stage, nets, batch, fresh)
+        grid = stage.grid.to(batch.device).at(at.index)
+        told = at.scale if c.embedded else None
+        student = nets["student"](at.x, grid.t, at.cond, told)
+        with torch.no_grad():
+            first = self._teacher(nets, batch, at, grid.t)
+            x_s = self._solve(stage, nets, batch, at, grid, first)
             target_net = nets["student" if c.target_decay is None else "target"]
-            target = self._endpoint(target_net(x_s, s, batch.cond, guidance_scale), x_s, s)
-        prediction = self._endpoint(student, x_t, t)
+            there = target_net(x_s, grid.s.clamp_min(0), at.cond, told)
+            target = self._endpoint(stage, there, x_s, grid.s, grid.end)
+            if stage.plan.states == "trajectory" and c.rollout == "shared":
+                self.trajectories.move(first, fresh)
+        prediction = self._endpoint(stage, student, at.x, grid.t, grid.end)
+        if len(self.stages) > 1:
+            batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
         if c.distance == "l2":
             return {"consistency": l2(prediction, target)}
         return {"consistency": pseudo_huber(prediction, target, c.huber_c)}
 
-    def _teacher(self, nets: Networks, x_t: Tensor, t: Tensor, batch: Batch, scale: Tensor | None) -> Prediction:
-        if scale is None:
-            return nets["teacher"](x_t, t, batch.cond)  # type: ignore[no-any-return]
-        return guide(*both_sides(nets["teacher"], x_t, t, batch.cond, batch.uncond), scale)
+    def _fresh(
+        self, stage: Stage, batch: Batch, index: Tensor | None, noise: Tensor | None, scale: Tensor | None
+    ) -> State:
+        """Noise, grid positions and guidance scales, with the batch's conditions."""
+        n, device = stage.plan.solver_steps, batch.device
+        if stage.plan.states == "trajectory" and self.config.rollout == "shared":
+            index = torch.full((batch.size,), n - 1, device=device)
+        if index is None:
+            index = torch.randint(n, (batch.size,), device=device)
+        if noise is None:
+            noise = torch.randn(batch.size, *self.teacher.latent_shape, device=device)
+        if scale is None and self.config.guidance_range is not None:
+            low, high = self.config.guidance_range
+            scale = low + (high - low) * torch.rand(batch.size, device=device)
+        return State(noise, index, batch.cond, scale)
 
-    def _endpoint(self, p: Prediction, x: Tensor, t: Tensor) -> Tensor:
-        c_skip, c_out = (like(v, p.x0) for v in boundary_scalings(t, self.config.timestep_scaling))
-        return c_skip * x + c_out * p.x0
+    def _states(self, stage: Stage, nets: Networks, batch: Batch, fresh: State) -> State:
+        schedule, grid = self.teacher.schedule, stage.grid
+        t = grid.t.to(batch.device)[fresh.index]
+        match stage.plan.states:
+            case "noised_data":
+                return fresh._replace(x=add_noise(schedule, batch.x0, fresh.x, t))
+            case "student_rollout":
+                told = fresh.scale if self.config.embedded else None
+                x0 = student_rollout(
+                    lambda x, u: nets["ema"](x, u, fresh.cond, told), schedule, self.own_timesteps.to(batch.device),
+                    fresh.x, self.config.sampling == "renoise",
+                )  # fmt: skip
+                return fresh._replace(x=add_noise(schedule, x0, torch.randn_like(x0), t))
+
+        def answer(at: State, times: Tensor) -> Prediction:
+            return self._teacher(nets, batch, at, times)
+
+        if self.config.rollout == "shared":
+            return self.trajectories.draw(answer, grid.t, fresh)
+        segments = self.config.rollout_segments
+        return fresh._replace(x=teacher_rollout(answer, schedule, grid.t, segments, fresh))
+
+    def _teacher(self, nets: Networks, batch: Batch, at: State, t: Tensor) -> Prediction:
+        if at.scale is None:
+            return nets["teacher"](at.x, t, at.cond)  # type: ignore[no-any-return]
+        uncond = {key: value[: len(at.x)] for key, value in batch.uncond.items()}
+        return guide(*both_sides(nets["teacher"], at.x, t, at.cond, uncond), at.scale)
+
+    def _solve(self, stage: Stage, nets: Networks, batch: Batch, at: State, grid: Grid, p: Prediction) -> Tensor:
+        """x_s by the teacher's steps from x_t, with its prediction there given."""
+        n, whole = stage.plan.teacher_steps, not grid.t.is_floating_point()
+        for i in range(1, n):
+            between = grid.t + (grid.s - grid.t) * (i / n)
+            between = between.round().long() if whole else between
+            x = ode_step(self.teacher.schedule, p, between)
+            p = self._teacher(nets, batch, at._replace(x=x), between.clamp_min(0))
+        return ode_step(self.teacher.schedule, p, grid.s)
+
+    def _endpoint(self, stage: Stage, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        """What is consistent: f(x_t, t) [B, C, h, w]; x_t itself where t is the end, whatever the network says there."""
+        match stage.plan.endpoint:
+            case "x0":
+                c_skip, c_out = (like(v, p.x0) for v in boundary_scalings(t, self.config.timestep_scaling))
+                return c_skip * x + c_out * p.x0
+            case "x0_plain":
+                jump = p.x0
+            case "phase":
+                jump = ode_step(self.teacher.schedule, p, end)
+        return torch.where(like(t == end, x).bool(), x.to(jump.dtype), jump)

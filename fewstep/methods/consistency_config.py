@@ -1,21 +1,77 @@
 """What can be set for consistency distillation; read, and answered, before torch is loaded."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from annotated_types import Ge
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
+
+Endpoint = Literal["x0", "x0_plain", "phase"]
+States = Literal["noised_data", "trajectory", "student_rollout"]
+GridSize = Annotated[int, Ge(2)]
+
+
+class StageConfig(Strict):
+    """A stretch of the training; what is null is the method's."""
+
+    iterations: PositiveInt | None = None
+    """Iterations of this stage; null, for the last one only, = to the end of the run."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate."""
+    endpoint: Endpoint | None = None
+    """As the method's key."""
+    phases: PositiveInt | None = None
+    """As the method's key."""
+    states: States | None = None
+    """As the method's key."""
+    solver_steps: GridSize | None = None
+    """As the method's key."""
+    teacher_steps: PositiveInt | None = None
+    """As the method's key."""
+
+
+class PlannedStage(Strict):
+    """A stage with nothing left open; `start` is its first iteration."""
+
+    start: int
+    lr: float
+    endpoint: Endpoint
+    phases: int
+    states: States
+    solver_steps: int
+    teacher_steps: int
 
 
 class ConsistencyConfig(Strict):
     optim: OptimConfig
     """Optimizer of the student."""
-    solver_steps: int = Field(50, ge=2)
-    """Points N of the teacher's ODE grid; must divide the teacher's training timesteps."""
+    solver_steps: GridSize = 50
+    """Points N of the teacher's ODE grid; for endpoints x0, it must divide the teacher's training timesteps."""
     steps: int = Field(10, ge=1)
     """Largest number of network evaluations at inference; must divide solver_steps, so that every step count lies on the grid."""
+    endpoint: Endpoint = "x0"
+    """What is consistent: x0 with LCM's c_skip and c_out, x0 itself, or the jump to the end of the phase (PCM, MLCM)."""
+    phases: PositiveInt = 1
+    """Pieces of the trajectory that `endpoint: phase` is consistent within; they end where the sampler's steps do."""
+    sampling: Literal["renoise", "jump"] = "renoise"
+    """Between steps: x0 noised anew, any count up to `steps`; or the ODE's jumps, for which `steps` is the most phases."""
+    states: States = "noised_data"
+    """Where the student is trained: noised images, the teacher's trajectories from noise, or noised samples of its own."""
+    rollout: Literal["shared", "sample"] = "shared"
+    """Trajectories: one evaluation of the teacher moves a state on and is its target; or each state has its own from noise."""
+    rollout_segments: PositiveInt = 8
+    """Steps of a whole trajectory of the teacher; each ends at a random point of its segment."""
+    student_steps: PositiveInt = 4
+    """Steps of the averaged student for `states: student_rollout`."""
+    teacher_steps: PositiveInt = 1
+    """Evaluations of the guided teacher from one grid point to the next."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages one after the other, such as 8, 4, 2, 1 phases; none = one stage."""
     guidance_range: tuple[float, float] | None = (3.0, 15.0)
     """Guidance scales (1 = none), drawn uniformly for the teacher's step and embedded in the student; null = no guidance."""
+    embed_guidance: bool = True
+    """Whether the student is told the guidance scale; if not, it learns the mean over guidance_range."""
     export_guidance_scale: float | None = None
     """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)
@@ -27,10 +83,32 @@ class ConsistencyConfig(Strict):
     timestep_scaling: float = Field(10.0, gt=0)
     """Factor on t in c_skip and c_out; also saved in the exported scheduler."""
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the student has a guidance embedding."""
+        return self.guidance_range is not None and self.embed_guidance
+
+    @property
+    def plan(self) -> tuple[PlannedStage, ...]:
+        """The stages in order, at least one."""
+        start, planned = 0, []
+        for stage in self.stages or (StageConfig(),):
+            planned.append(
+                PlannedStage(
+                    start=start,
+                    lr=stage.lr or self.optim.lr,
+                    endpoint=stage.endpoint or self.endpoint,
+                    phases=stage.phases or self.phases,
+                    states=stage.states or self.states,
+                    solver_steps=stage.solver_steps or self.solver_steps,
+                    teacher_steps=stage.teacher_steps or self.teacher_steps,
+                )
+            )
+            start += stage.iterations or 0
+        return tuple(planned)
+
     @model_validator(mode="after")
     def _possible(self) -> "ConsistencyConfig":
-        if self.solver_steps % self.steps:
-            raise ValueError(f"steps: {self.steps} does not divide solver_steps ({self.solver_steps})")
         scale, span = self.export_guidance_scale, self.guidance_range
         if span is not None and not 1 <= span[0] <= span[1]:
             raise ValueError(f"guidance_range: {list(span)} is not an interval of scales >= 1")
@@ -38,4 +116,32 @@ class ConsistencyConfig(Strict):
             raise ValueError(
                 f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
             )
+        if scale is not None and not self.embed_guidance:
+            raise ValueError(
+                "export_guidance_scale: a student that does not embed guidance has one scale; set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_possible(self) -> "ConsistencyConfig":
+        for i, stage in enumerate(self.stages):
+            if (stage.iterations is None) != (i == len(self.stages) - 1):
+                raise ValueError("stages: every stage but the last needs iterations; the last lasts to the end of the run")
+        plan = self.plan
+        for stage in plan:
+            if stage.solver_steps % self.steps:
+                raise ValueError(f"steps: {self.steps} does not divide solver_steps ({stage.solver_steps})")
+            if stage.endpoint == "phase" and stage.solver_steps % stage.phases:
+                raise ValueError(f"phases: {stage.phases} does not divide solver_steps ({stage.solver_steps})")
+            if stage.endpoint != "phase" and stage.phases != 1:
+                raise ValueError(f"phases: {stage.phases} needs endpoint phase; found endpoint {stage.endpoint}")
+        if self.sampling == "jump":
+            most = max(stage.phases for stage in plan)
+            if plan[-1].endpoint != "phase" or self.steps != most:
+                raise ValueError(
+                    f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
+                    f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
+                )
+        if any(stage.states == "student_rollout" for stage in plan) and self.student_steps > self.steps:
+            raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")
         return self
