@@ -5,7 +5,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from fewstep import checkpoint
-from fewstep.config import RunConfig
+from fewstep.config import ReferenceConfig, RunConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,9 +28,9 @@ def check_surroundings(config: RunConfig[Any]) -> None:
     if config.tracker:
         _check_tracker(config.tracker)
     if config.score.every:
-        _check_reference("score.reference", config.score.reference)
+        _check_reference("score", config.score)
     if config.evaluate:
-        _check_reference("evaluate.reference", config.evaluate.reference)
+        _check_reference("evaluate", config.evaluate)
 
 
 def check_steps(config: RunConfig[Any], method: "Method") -> None:
@@ -66,10 +66,10 @@ def _check_tracker(name: str) -> None:
         raise ValueError(f"tracker: {name} is not installed: pip install {name.replace('_', '-')}")
 
 
-def _check_reference(key: str, reference: str) -> None:
+def _check_reference(key: str, asked: ReferenceConfig) -> None:
     from fewstep.evaluate.reference import resolve
 
     try:
-        resolve(reference)
+        resolve(asked.reference, asked.features, asked.clip, asked.prompts)
     except ValueError as e:
-        raise ValueError(f"{key}: {e}") from None
+        raise ValueError(f"{key}.reference: {e}") from None

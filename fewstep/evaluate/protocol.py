@@ -21,10 +21,12 @@ FOLDER = Path(__file__).parent / "protocols"
 DATA = "FEWSTEP_DATA"
 """Environment variable: the folder with a subfolder of data for each protocol."""
 
-Metric = Literal["fid", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"]
+Metric = Literal[
+    "fid", "fid_infinity", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"
+]
 NEED_FEATURES = {"kid", "cmmd", "precision_recall", "density_coverage"}
 """Scores for which the moments of the real features do not suffice."""
-NEED_REFERENCE = NEED_FEATURES | {"fid"}
+NEED_REFERENCE = NEED_FEATURES | {"fid", "fid_infinity"}
 
 RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward"]
 REWARDS: tuple[RewardName, ...] = get_args(RewardName)
@@ -138,8 +140,8 @@ class Protocol(Strict):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [f"{metric}_{c.name}" for c in self.comparisons for metric in c.metrics]
-        if twice := sorted({n.rstrip("_") for n in names if names.count(n) > 1}):
+        names = [f"{metric}_{c.name}".rstrip("_") for c in self.comparisons for metric in c.metrics]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"comparisons: {', '.join(twice)} would stand twice; give one of them another name")
         if len(set(self.rewards)) < len(self.rewards):
             raise ValueError(f"rewards: {', '.join(self.rewards)}: one stands twice")

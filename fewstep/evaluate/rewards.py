@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.assets import ASSETS
@@ -156,7 +155,7 @@ def reward_weights(name: str) -> Path | None:
 
 
 def _pickscore(path: str) -> tuple[Path, Path]:
-    """The model's folder, and that of its tokenizer and image processor, which its authors take from the CLIP-H they began with."""
+    """The model's folder, and that of its tokenizer and image processor: its authors take those of the CLIP-H they began with."""
     folder = model_folder(path or PICKSCORE, "reward 'pickscore':")
     own = any((folder / f).exists() for f in ("preprocessor_config.json", "processor_config.json"))
     return folder, folder if own else model_folder(PICKSCORE_PROCESSOR, "reward 'pickscore': processor")
