@@ -104,7 +104,7 @@ class DataConfig(Strict):
 
 class ReferenceConfig(Strict):
     reference: str = "fashion"
-    """Reference statistics of FID: an asset's name or a path."""
+    """Reference statistics of FID: an asset's name, a file of statistics or a folder of images."""
     features: str | None = None
     """Features in which the reference was made, as of `fewstep evaluate --features`; null = an asset's own."""
     clip: str | None = None

@@ -45,6 +45,21 @@ def check_steps(config: RunConfig[Any], method: "Method") -> None:
             )
 
 
+def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
+    """Raises ValueError where a score has no prompts for a pipeline that wants them, or labels of no known number."""
+    from fewstep.evaluate.generate import condition_kind, num_labels
+    from fewstep.evaluate.reference import protocol_of, resolve, subjects
+
+    for key, asked in (("score", config.score if config.score.every else None), ("evaluate", config.evaluate)):
+        if asked is None:
+            continue
+        sources = resolve(asked.reference, asked.features, asked.clip, asked.prompts)
+        try:
+            subjects(protocol_of(sources, num_images=2, seed=0), condition_kind(pipeline), num_labels(pipeline))
+        except ValueError as e:
+            raise ValueError(f"{key}.prompts: {e}") from None
+
+
 def _check_folder(folder: "Path") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
