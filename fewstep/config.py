@@ -102,20 +102,27 @@ class DataConfig(Strict):
         return self
 
 
-class ScoreConfig(Strict):
+class ReferenceConfig(Strict):
+    reference: str = "fashion"
+    """Reference statistics of FID: an asset's name, a file of statistics or a folder of images."""
+    features: str | None = None
+    """Features in which the reference was made, as of `fewstep evaluate --features`; null = an asset's own."""
+    clip: str | None = None
+    """CLIPModel of the CLIP score: an asset's name or a folder; `none` = none; null = an asset's own, else none."""
+    prompts: Path | None = None
+    """Prompts, one a line; null = the captions of an asset's reference."""
+
+
+class ScoreConfig(ReferenceConfig):
     every: NonNegativeInt = 0
     """Iterations between two scores of the student during training; 0 = off."""
     steps: PositiveInt = 4
     """Network evaluations per sample."""
     num_images: Annotated[int, Ge(2)] = 500
     """Samples per score."""
-    reference: str = "fashion"
-    """Reference statistics of FID: an asset's name or a path."""
 
 
-class EvaluateConfig(Strict):
-    reference: str = "fashion"
-    """Reference statistics of FID: an asset's name or a path."""
+class EvaluateConfig(ReferenceConfig):
     steps: Counts = (1, 2, 4, 8)
     """Network evaluations per sample at which the student is measured."""
     teacher_steps: Counts = (1, 2, 4, 8, 50)

@@ -33,7 +33,7 @@ def run(method: "type[Method]", config: RunConfig[Any]) -> None:
 def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
-    from fewstep.preflight import check_steps, check_surroundings
+    from fewstep.preflight import check_conditions, check_steps, check_surroundings
     from fewstep.teachers import load_teacher
     from fewstep.trainer import Trainer
 
@@ -42,6 +42,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     source = load_source(config.data, teacher.image_size)
     method = method_class(config.method, teacher)
     check_steps(config, method)
+    check_conditions(config, teacher.pipeline)
     trainer = Trainer(config, method, teacher, source)
     folder = Path(config.output_dir)
     main = trainer.accelerator.is_main_process
@@ -86,16 +87,17 @@ def _evaluate(config: RunConfig[Any], teacher: "Teacher", accelerator: Any) -> N
     folder = Path(config.output_dir)
     with quiet():
         student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
-    common = {
-        "reference": e.reference, "num_images": e.num_images, "batch_size": e.batch_size, "seed": config.seed,
-        "accelerator": accelerator,
+    asked: dict[str, Any] = {
+        "reference": e.reference, "features": e.features, "clip": e.clip, "prompts": e.prompts,
+        "num_images": e.num_images, "batch_size": e.batch_size, "seed": config.seed,
     }  # fmt: skip
+    common = {**asked, "accelerator": accelerator}
     scale = e.teacher_guidance_scale
     scale = recommended_guidance_scale(config.teacher) if scale is None else scale
     results = evaluate(student, name="student", steps=e.steps, guidance_scale=teacher.call_guidance_scale, **common)
     results += evaluate(teacher.pipeline, name="teacher", steps=e.teacher_steps, guidance_scale=scale, **common)
     if accelerator.is_main_process:
-        named = protocol(reference=e.reference, num_images=e.num_images, batch_size=e.batch_size, seed=config.seed)
+        named = protocol(**asked)
         write_report(folder / "evaluation.json", named, results)
         update_card(folder / "pipeline", results, named)
         print(format_table(results))
@@ -109,16 +111,13 @@ def _picture(config: RunConfig[Any], teacher: "Teacher", student: Any, scale: fl
     e = config.evaluate
     assert e is not None  # the caller asked
     rows, labels = [], []
+    shown: dict[str, Any] = {"reference": e.reference, "features": e.features, "prompts": e.prompts}
     for name, pipeline, steps, guidance in (
         ("teacher", teacher.pipeline, e.teacher_steps, scale),
         ("student", student, e.steps, teacher.call_guidance_scale),
     ):
         for n in steps:
-            rows.append(
-                first_images(
-                    pipeline, reference=e.reference, steps=n, count=10, seed=config.seed, guidance_scale=guidance
-                )
-            )
+            rows.append(first_images(pipeline, **shown, steps=n, count=10, seed=config.seed, guidance_scale=guidance))
             labels.append(f"{name} {n}")
     folder = Path(config.output_dir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from fewstep import checkpoint
-from fewstep.config import RunConfig
+from fewstep.config import ReferenceConfig, RunConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,9 +28,9 @@ def check_surroundings(config: RunConfig[Any]) -> None:
     if config.tracker:
         _check_tracker(config.tracker)
     if config.score.every:
-        _check_reference("score.reference", config.score.reference)
+        _check_reference("score", config.score)
     if config.evaluate:
-        _check_reference("evaluate.reference", config.evaluate.reference)
+        _check_reference("evaluate", config.evaluate)
 
 
 def check_steps(config: RunConfig[Any], method: "Method") -> None:
@@ -43,6 +43,21 @@ def check_steps(config: RunConfig[Any], method: "Method") -> None:
             raise ValueError(
                 f"{key}: found {', '.join(map(str, wrong))}; this student is trained for {', '.join(map(str, allowed))}"
             )
+
+
+def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
+    """Raises ValueError where a score has no prompts for a pipeline that wants them, or labels of no known number."""
+    from fewstep.evaluate.generate import condition_kind, num_labels
+    from fewstep.evaluate.reference import protocol_of, resolve, subjects
+
+    for key, asked in (("score", config.score if config.score.every else None), ("evaluate", config.evaluate)):
+        if asked is None:
+            continue
+        sources = resolve(asked.reference, asked.features, asked.clip, asked.prompts)
+        try:
+            subjects(protocol_of(sources, num_images=2, seed=0), condition_kind(pipeline), num_labels(pipeline))
+        except ValueError as e:
+            raise ValueError(f"{key}.prompts: {e}") from None
 
 
 def _check_folder(folder: "Path") -> None:
@@ -66,10 +81,10 @@ def _check_tracker(name: str) -> None:
         raise ValueError(f"tracker: {name} is not installed: pip install {name.replace('_', '-')}")
 
 
-def _check_reference(key: str, reference: str) -> None:
+def _check_reference(key: str, asked: ReferenceConfig) -> None:
     from fewstep.evaluate.reference import resolve
 
     try:
-        resolve(reference)
+        resolve(asked.reference, asked.features, asked.clip, asked.prompts)
     except ValueError as e:
-        raise ValueError(f"{key}: {e}") from None
+        raise ValueError(f"{key}.reference: {e}") from None

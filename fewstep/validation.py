@@ -31,6 +31,7 @@ def small_scores(
         row = evaluate(
             pipeline, name="student", reference=s.reference, steps=(s.steps,), num_images=s.num_images,
             seed=config.seed, accelerator=accelerator, guidance_scale=guidance_scale,
+            features=s.features, clip=s.clip, prompts=s.prompts,
         )[0]  # fmt: skip
     return {"fid": row["fid"], "clip_score": row.get("clip_score"), "images": s.num_images}
 

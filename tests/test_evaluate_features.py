@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inception import random_inception
 from torch import Tensor, nn
 
 from fewstep.evaluate import FrechetDistance, load_features, load_moments
@@ -46,27 +47,7 @@ def local() -> Any:
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights of the FID network, named as the library's download: the graph can be compared without the real ones."""
-    tf: Any = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    import io
-
-    # Its constructor wants weights; an empty module's come from its own initialisation, under another load_state_dict.
-    class Fresh(tf.FeatureExtractorInceptionV3):  # type: ignore[misc, name-defined]
-        def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    torch.manual_seed(0)
-    net = Fresh("inception", ["2048"], empty)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    file = tmp_path_factory.mktemp("inception") / "checkpoints" / FILES[0]
-    file.parent.mkdir()
-    torch.save(net.state_dict(), file)
-    return file
+    return random_inception(tmp_path_factory.mktemp("inception") / "checkpoints" / FILES[0])
 
 
 def test_inception_is_torch_fidelitys_graph_bit_for_bit(inception_file: Path, images: Tensor) -> None:

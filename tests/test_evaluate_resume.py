@@ -1,5 +1,6 @@
 """The same images and scores for every batch size, number of processes, and interruption."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from fewstep.assets import asset_path
-from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_protocol, sample
+from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, sample
 from fewstep.evaluate.generate import batches, remaining_batches
 from fewstep.evaluate.keep import Keeper
 from fewstep.evaluate.reference import collect
@@ -26,8 +28,6 @@ NOT_SCORES = ("model", "guidance_scale", "seconds_per_image", "peak_memory_gib")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A protocol of 13 images, its prompts and its statistics."""
-    from fewstep.evaluate import load_features
-
     path = tmp_path_factory.mktemp("resume")
     (path / "words.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
     save_statistics(
@@ -199,6 +199,87 @@ def test_scores_do_not_depend_on_the_number_of_processes(
     # Fewer images than dimensions: the root of a singular covariance amplifies the order of summation.
     assert rows[0].pop("fid") == pytest.approx(alone.pop("fid"), rel=1e-7)
     assert rows[0] == pytest.approx(alone, rel=1e-9)
+
+
+class Sums(nn.Module):
+    """Features that no order of arithmetic changes: whole numbers, the sums of the pixels of sixteen squares."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0].double().unflatten(2, (4, 8)).unflatten(1, (4, 8)).sum((2, 4)).flatten(1)
+
+
+def sums() -> nn.Module:
+    return Sums()
+
+
+SIZES = (1, 7, 64)
+
+
+def exact_scores(folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """Scores of 70 images drawn in float64, for every batch size, and the SHA-256 of what was kept of them, in order."""
+    protocol = load_protocol(str(folder / "exact.yaml"))[1]
+    rows = []
+    for size in SIZES:
+        row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
+        files = [Keeper.load(file) for file in sorted((folder / f"kept_{size}" / "1_steps").glob("batch_*"))]
+        order = torch.tensor([i for file in files for i in file.indices]).argsort()
+        kept = torch.cat([file.values["0.features"] for file in files])[order]
+        rows.append({**row, "sha256": hashlib.sha256(kept.numpy().tobytes()).hexdigest()})
+    return rows
+
+
+def exact_in_process(rank: int, world: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    torch.set_num_threads(1)
+    rows = exact_scores(Path(folder), accelerator=accelerator)
+    Path(folder, f"{rank}.json").write_text(json.dumps(rows))
+    accelerator.end_training()
+
+
+@pytest.mark.slow
+def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 1e-9, where the network is in float64: in float32 another batch size rounds otherwise, by at most one level."""
+    import socket
+
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    metrics = ["fid", "fid_infinity", "kid", "precision_recall", "density_coverage"]
+    results = []
+    for world in (1, 2, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        (folder / "words.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+        real = torch.from_numpy(load_embedded()[0][::20].copy())
+        save_statistics(collect(real, load_features(f"{__name__}:sums")), folder / "real.npz")
+        c = {"features": f"{__name__}:sums", "reference": str(folder / "real.npz"), "metrics": metrics}
+        settings = {
+            "about": "a test",
+            "images": 70,
+            "conditions": {"source": "prompts", "file": str(folder / "words.jsonl")},
+            "comparisons": [c],
+        }
+        (folder / "exact.yaml").write_text(yaml.safe_dump(settings))
+        if world == 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            results += exact_scores(folder)
+            torch.set_num_threads(threads)
+            continue
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("MASTER_PORT", str(s.getsockname()[1]))
+        torch.multiprocessing.spawn(exact_in_process, (world, str(folder)), nprocs=world)
+        ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+        assert all(rows == ranks[0] for rows in ranks)
+        results += ranks[0]
+    assert results[0]["fid"] > 0 and results[0]["kid"] > 0
+    for row in results[1:]:
+        assert row.pop("sha256") == results[0]["sha256"]
+        assert row == pytest.approx({k: v for k, v in results[0].items() if k != "sha256"}, rel=1e-9)
 
 
 def test_a_file_of_a_batch_is_whole_or_absent(tmp_path: Path) -> None:

@@ -36,6 +36,15 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
         ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; this student is trained for 1, 2, 3, "),
         ({"score": {"every": 1, "reference": "coco"}}, "score.reference: reference 'coco' is neither bundled"),
         ({"score": {"every": 1, "steps": 9}}, "score.steps: found 9; this student is trained for 1, 2, 3, "),
+        ({"evaluate": {"reference": "."}}, "evaluate.reference: reference '.' needs features"),
+        (
+            {"evaluate": {"reference": ".", "features": "fashion"}},
+            "evaluate.prompts: the pipeline wants prompts, and the reference brings no prompts",
+        ),
+        (
+            {"score": {"every": 1, "reference": ".", "features": "fashion", "prompts": "nowhere.txt"}},
+            "score.reference: prompts 'nowhere.txt' is not a file",
+        ),
         ({"data": {"source": "folder", "path": "x"}}, "data.path: found 'x', which is not a folder"),
     ],
 )

@@ -65,6 +65,7 @@ def test_the_hash_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> N
         {"conditions": {"source": "labels", "draw": "random"}},
         {"comparisons": [{**SMALL["comparisons"][0], "view": {"size": 16}}]},
         {"clip": {"model": "fashion"}},
+        {"rewards": ["aesthetic"]},
     ]
     hashes = {load_protocol(write(tmp_path, **change))[1].hash() for change in changes}
     assert len(hashes | {first.hash()}) == len(changes) + 1

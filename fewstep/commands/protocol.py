@@ -28,6 +28,13 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip", metavar="FOLDER", help="transformers CLIPModel of the CLIP score, or none")
     parser.add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="mean reward of the images, one more for each time: pickscore, aesthetic, hpsv2, hpsv2.1, image_reward; "
+        "none switches off the protocol's",
+    )
+    parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl; taken in order and repeated"
     )
     parser.add_argument(
@@ -41,7 +48,7 @@ def protocol_of(args: argparse.Namespace, num_images: int | None) -> "tuple[str,
     """What the options of `add_protocol` ask for."""
     return asked(
         args.protocol, num_images, args.seed, references=args.reference or [], features=args.features, clip=args.clip,
-        prompts=args.prompts, teacher_statistics=args.teacher_statistics,
+        prompts=args.prompts, teacher_statistics=args.teacher_statistics, rewards=args.reward,
     )  # fmt: skip
 
 
@@ -55,6 +62,7 @@ def asked(
     clip: str | None = None,
     prompts: Path | None = None,
     teacher_statistics: str | None = None,
+    rewards: Sequence[str] | None = None,
 ) -> "tuple[str, Protocol, Given]":
     """A named protocol with its changes told in its name, or, for None, the unnamed one; None changes nothing."""
     from fewstep.evaluate import Given, load_protocol, reference
@@ -65,6 +73,7 @@ def asked(
             raise ValueError("--reference COMPARISON=PATH needs a --protocol with that comparison")
         sources = reference.resolve(given_references.get("", "fashion"), features, clip, prompts)
         protocol = reference.protocol_of(sources, num_images=num_images or 2000, seed=seed or 0)
+        protocol = _with_rewards(protocol, rewards or ())
         return _with_teacher("custom", protocol, Given({}), teacher_statistics)
     name, protocol = load_protocol(named)
     if features is not None:
@@ -86,11 +95,29 @@ def asked(
         changes["clip"] = {**settings["clip"], "model": clip}
     elif clip is not None:
         raise ValueError(f"--clip: the CLIP of protocol {name} is fixed; only none is allowed")
+    if rewards is not None:
+        protocol, before = _with_rewards(protocol, rewards), protocol
+        settings = protocol.model_dump(mode="json")
+        if protocol.rewards != before.rewards:
+            changes["rewards"] = protocol.rewards
     if changes:
         protocol = type(protocol).model_validate({**settings, **changes})
         name = f"{name}, changed: {', '.join(changes)}"
     given = Given(given_references, prompts)
     return _with_teacher(name, protocol, given, teacher_statistics)
+
+
+def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":
+    """More rewards than the protocol has; none switches all off."""
+    from fewstep.evaluate.protocol import REWARDS
+
+    if unknown := [name for name in names if name not in (*REWARDS, "none")]:
+        raise ValueError(f"--reward: found {', '.join(unknown)}; allowed: {', '.join(REWARDS)}, none")
+    if "none" in names:
+        if len(names) > 1:
+            raise ValueError("--reward none stands alone")
+        return protocol.model_copy(update={"rewards": ()})
+    return protocol.model_copy(update={"rewards": tuple(dict.fromkeys((*protocol.rewards, *names)))})
 
 
 def _with_teacher(

@@ -14,6 +14,7 @@ from fewstep.evaluate.report import (
     recommended_guidance_scale,
     write_report,
 )
+from fewstep.evaluate.rewards import Reward, load_reward
 from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ImageFeatures",
     "Moments",
     "Protocol",
+    "Reward",
     "describe_protocol",
     "evaluate",
     "evaluate_images",
@@ -35,6 +37,7 @@ __all__ = [
     "load_features",
     "load_moments",
     "load_protocol",
+    "load_reward",
     "protocol",
     "recommended_guidance_scale",
     "sample",

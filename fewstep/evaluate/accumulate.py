@@ -40,6 +40,31 @@ class Kept(Metric):
         return self.features
 
 
+class Mean(Metric):
+    """Mean of one number an image."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    count: Tensor
+    sum: Tensor
+
+    def __init__(self, *, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """[B]; ValueError for one that is not finite."""
+        if not values.isfinite().all():
+            raise ValueError("a reward is not finite")
+        self.count += len(values)
+        self.sum += values.double().sum()
+
+    def compute(self) -> Tensor:
+        return self.sum / self.count
+
+
 class InceptionScore(Metric):
     """exp of the mean KL divergence of an image's class probabilities from those of all: mean and deviation over parts."""
 

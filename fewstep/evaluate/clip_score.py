@@ -48,10 +48,14 @@ class Clip(ClipModule):
         self.name, self.model, self.tokenizer, self.preprocess = name, model, tokenizer, preprocess
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def image_embeddings(self, images: Tensor) -> Tensor:
+    def see(self, images: Tensor) -> Tensor:
+        """uint8 or float [B, 3, H, W] in [0, 255] -> [B, D], with the gradient to the images."""
         pixels = self.preprocess(images.to(self.preprocess.mean.device))
         return _embedding(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.no_grad()
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        return self.see(images)
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:
@@ -95,15 +99,20 @@ def clip_folder(name: str) -> Path:
 
 def load_clip(name: str) -> Clip:
     """`fashion`, or the folder or cached hub id of a transformers CLIPModel with tokenizer and image processor."""
+    folder = clip_folder(name)
+    return load_clip_folder(name, folder, folder)
+
+
+def load_clip_folder(name: str, folder: Path, processor: Path) -> Clip:
+    """The CLIPModel of a folder, with the tokenizer and the image processor of a folder that may be another."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = clip_folder(name)
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(processor, local_files_only=True)
     except (OSError, ValueError) as e:
         raise ValueError(f"clip {name!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
-    return Clip(name, model, tokenizer, load_preprocess(folder))
+    return Clip(name, model, tokenizer, load_preprocess(processor))
 
 
 def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
@@ -118,7 +127,11 @@ def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, weights_only=True)
     except Exception as e:  # its reasons: an unknown name or tag, no network, a broken file
         reason = str(e).strip().splitlines()[0]
-        raise ValueError(f"clip {name!r} with weights {pretrained!r} cannot be loaded by open_clip: {reason}") from None
+        source = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/")
+        where = f"; `hf download {source}` puts them into the hub's cache" if source.count("/") == 1 else ""
+        raise ValueError(
+            f"clip {name!r} with weights {pretrained!r} cannot be loaded by open_clip: {reason}{where}"
+        ) from None
     return OpenClip(f"{name}, {pretrained}", model, open_clip.get_tokenizer(name), preprocess)
 
 

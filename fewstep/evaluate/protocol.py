@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from annotated_types import Ge
@@ -21,10 +21,18 @@ FOLDER = Path(__file__).parent / "protocols"
 DATA = "FEWSTEP_DATA"
 """Environment variable: the folder with a subfolder of data for each protocol."""
 
-Metric = Literal["fid", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"]
+Metric = Literal[
+    "fid", "fid_infinity", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"
+]
 NEED_FEATURES = {"kid", "cmmd", "precision_recall", "density_coverage"}
 """Scores for which the moments of the real features do not suffice."""
-NEED_REFERENCE = NEED_FEATURES | {"fid"}
+NEED_REFERENCE = NEED_FEATURES | {"fid", "fid_infinity"}
+
+RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward"]
+REWARDS: tuple[RewardName, ...] = get_args(RewardName)
+"""Networks that predict what people like; see `fewstep.evaluate.rewards`."""
+WORDLESS_REWARDS = {"aesthetic"}
+"""Those that look at the image alone."""
 
 
 class View(Strict):
@@ -127,20 +135,26 @@ class Protocol(Strict):
     """Scores against real images."""
     clip: ClipScoring | None = None
     """CLIP score; null = none."""
+    rewards: tuple[RewardName, ...] = ()
+    """Means over all images of networks that predict what people like; their weights are the user's to bring."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        names = [f"{metric}_{c.name}" for c in self.comparisons for metric in c.metrics]
-        if twice := sorted({n.rstrip("_") for n in names if names.count(n) > 1}):
+        names = [f"{metric}_{c.name}".rstrip("_") for c in self.comparisons for metric in c.metrics]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"comparisons: {', '.join(twice)} would stand twice; give one of them another name")
-        if not self.comparisons and self.clip is None:
-            raise ValueError("comparisons is empty and clip is null: nothing would be scored")
+        if len(set(self.rewards)) < len(self.rewards):
+            raise ValueError(f"rewards: {', '.join(self.rewards)}: one stands twice")
+        if not self.comparisons and self.clip is None and not self.rewards:
+            raise ValueError("comparisons and rewards are empty and clip is null: nothing would be scored")
         return self
 
     def hash(self) -> str:
         """12 hexadecimal digits over every setting but `about`: equal for equal protocols, whatever their file's layout."""
         settings = self.model_dump(mode="json", exclude={"about": True, "comparisons": {"__all__": {"reference_from"}}})
         settings["conditions"].pop("file_from")
+        if not self.rewards:  # protocols without keep the hash that they had before there were any
+            settings.pop("rewards")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

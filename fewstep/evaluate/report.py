@@ -50,6 +50,12 @@ def _clip_weights(scoring: ClipScoring | None) -> Path | None:
     return clip_folder(scoring.model) / "model.safetensors"
 
 
+def _rewards(protocol: Protocol) -> dict[str, str | None]:
+    from fewstep.evaluate.rewards import reward_weights
+
+    return {name: _weights(reward_weights(name)) for name in protocol.rewards}
+
+
 def _clip_words(scoring: ClipScoring | None) -> str | None:
     if scoring is None:
         return None
@@ -102,6 +108,7 @@ def describe_protocol(
         "clip": None if protocol.clip is None else protocol.clip.model,
         "clip_sha256": _weights(_clip_weights(protocol.clip)),
         "clip_score": _clip_words(protocol.clip),
+        **({"rewards_sha256": _rewards(protocol)} if protocol.rewards else {}),
         "images": protocol.images,
         "seed": protocol.seed,
         "batch_size": batch_size,
@@ -152,6 +159,11 @@ COLUMNS = {
     "cmmd": ("CMMD", 3),
     "diversity": ("diversity", 3),
     "clip_score": ("CLIP score", 2),
+    "pickscore": ("PickScore", 2),
+    "aesthetic": ("aesthetic", 2),
+    "hpsv2": ("HPSv2", 4),
+    "hpsv2.1": ("HPSv2.1", 4),
+    "image_reward": ("ImageReward", 3),
     "peak_memory_gib": ("GiB", 2),
     "seconds_per_image": ("s / image", 4),
 }

@@ -316,9 +316,17 @@ def evaluate(
 
 
 def first_images(
-    pipeline: Any, *, reference: str, steps: int, count: int, seed: int = 0, guidance_scale: float | None = None
+    pipeline: Any,
+    *,
+    reference: str,
+    steps: int,
+    count: int,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    features: str | None = None,
+    prompts: Path | str | None = None,
 ) -> Tensor:
     """The first `count` images of `evaluate` with the same arguments: uint8 [count, 3, H, W]."""
-    protocol = protocol_of(resolve(reference), num_images=max(2, count), seed=seed)
+    protocol = protocol_of(resolve(reference, features, "none", prompts), num_images=max(2, count), seed=seed)
     conditions = subjects(protocol, condition_kind(pipeline), num_labels(pipeline)).conditions[:count]
     return sample(pipeline, conditions, range(count), steps=steps, seed=seed, guidance_scale=guidance_scale)

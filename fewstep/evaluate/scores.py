@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept
+from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept, Mean
 from fewstep.evaluate.clip_score import ClipModule, ClipScore, load_scoring
 from fewstep.evaluate.distances import cmmd, density_coverage, kernel_distance, precision_recall
 from fewstep.evaluate.features import ImageFeatures, load_features
-from fewstep.evaluate.frechet import FrechetDistance, check_width
+from fewstep.evaluate.frechet import FrechetDistance, check_width, frechet_infinity
 from fewstep.evaluate.protocol import NEED_FEATURES, Comparison, Protocol
 from fewstep.evaluate.reference import Given, Subjects, load_reference, reference_path
+from fewstep.evaluate.rewards import Reward, load_reward, reward_weights
 from fewstep.evaluate.statistics import Statistics
 from fewstep.evaluate.view import look
 
@@ -30,6 +31,8 @@ class Instruments:
         """Of each comparison, the number of the first that has its features and view: what they share is computed once."""
         self.statistics: list[Statistics | None] = []
         paths = [reference_path(name, c, given) for c in protocol.comparisons]  # what is missing is told before loading
+        for reward in protocol.rewards:
+            reward_weights(reward)
         for i, (c, path) in enumerate(zip(protocol.comparisons, paths, strict=True)):
             same = [j for j in range(i) if (protocol.comparisons[j].features, protocol.comparisons[j].view) == _lens(c)]
             loaded = next((n for n in self.networks if n.name == c.features), None)
@@ -42,6 +45,7 @@ class Instruments:
                     "FID of %d images in %d dimensions: compare only with the same number", protocol.images, len(m.mean)
                 )
         self.clip: ClipModule | None = None if protocol.clip is None else load_scoring(protocol.clip).to(device)
+        self.rewards: dict[str, Reward] = {name: load_reward(name).to(device) for name in protocol.rewards}
 
     def measure(self, images: Tensor, prompts: Sequence[str] | None) -> dict[str, Tensor]:
         """What the scores need of uint8 images [B, 3, H, W], on the networks' device: [B, ...] each."""
@@ -55,6 +59,9 @@ class Instruments:
                 values |= {f"{i}.{key}": value for key, value in measured.items() if key in wanted}
         if self.clip is not None and prompts is not None:
             values["cosine"] = ClipScore(self.clip, self.protocol.clip).cosines(images, prompts)
+        for name, reward in self.rewards.items():
+            with torch.no_grad():
+                values[f"reward.{name}"] = reward(images.float() / 255, prompts)
         return values
 
     def _of(self, lens: int) -> list[Comparison]:
@@ -86,7 +93,7 @@ class Scores:
                 if "fid" in c.metrics:
                     fid = FrechetDistance(instruments.networks[i], statistics.moments, sync_on_compute=sync)
                     self.metrics[f"{i}.fid"] = fid
-            if NEED_FEATURES & set(c.metrics):
+            if (NEED_FEATURES | {"fid_infinity"}) & set(c.metrics):
                 self.metrics[f"{i}.kept"] = Kept(n, width, sync_on_compute=sync)
             if "diversity" in c.metrics:
                 self.metrics[f"{i}.diversity"] = Diversity(groups, width, sync_on_compute=sync)
@@ -99,6 +106,8 @@ class Scores:
                 )
         if instruments.clip is not None and "cosine" in example:
             self.metrics["clip_score"] = ClipScore(instruments.clip, instruments.protocol.clip, sync_on_compute=sync)
+        for name in instruments.rewards:
+            self.metrics[f"reward.{name}"] = Mean(sync_on_compute=sync)
         self.metrics = {key: metric.to(device) for key, metric in self.metrics.items()}
 
     def update(self, indices: Sequence[int], values: dict[str, Tensor]) -> None:
@@ -106,6 +115,9 @@ class Scores:
         for key, metric in self.metrics.items():
             if key == "clip_score":
                 metric.update(values["cosine"])
+                continue
+            if key.startswith("reward."):
+                metric.update(values[key])
                 continue
             comparison, _, kind = key.partition(".")
             lens = self.instruments.lenses[int(comparison)]
@@ -127,9 +139,15 @@ class Scores:
                     scores[f"{key}{suffix}"] = value
         if "clip_score" in self.metrics:
             scores["clip_score"] = float(self.metrics["clip_score"].compute())
+        for name in self.instruments.rewards:
+            scores[name] = float(self.metrics[f"reward.{name}"].compute())
         return scores
 
     def _compute(self, metric: str, c: Comparison, i: int) -> dict[str, float]:
+        if metric == "fid_infinity":
+            statistics = self.instruments.statistics[i]
+            assert statistics is not None and statistics.moments is not None  # load_reference saw to it
+            return {metric: frechet_infinity(self.metrics[f"{i}.kept"].compute().cpu(), statistics.moments)}
         if metric in NEED_FEATURES:
             generated = self.metrics[f"{i}.kept"].compute().cpu()
             statistics = self.instruments.statistics[i]
