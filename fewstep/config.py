@@ -79,6 +79,9 @@ class DataConfig(Strict):
     """Number of classes: conditions are labels 0 ... num_labels - 1; null = captions where there are any."""
     cache_latents: bool = False
     """Encode every image once, before training, and keep the latents in memory."""
+    cache: Path | None = None
+    """Folder into which `fewstep cache` has put latents and encoded prompts: training reads them, and opens no image and
+    runs no text encoder; null = none."""
     limit: PositiveInt | None = None
     """Use this many samples only, drawn once and always the same; null = all."""
 

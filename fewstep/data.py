@@ -4,6 +4,7 @@ A source answers indices with images [B, 3, H, W] in [-1, 1] and conditions; a s
 among the ranks, that resumes exactly.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ from fewstep.config import DataConfig
 from fewstep.images import class_labels, decode, find_metadata, read_metadata, scaled, square
 
 Conditions = Literal["prompt", "label", "none"]
+NO_IMAGES = "data.source has no images"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -54,6 +56,13 @@ class Source(ABC):
     @abstractmethod
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         """The conditions at `indices`, as `get` has them, without opening an image."""
+
+    @abstractmethod
+    def image_key(self, index: int) -> str:
+        """What the image at `index` is called in every run of this source, however it is shortened; it is not opened.
+
+        Raises ValueError for sources without images.
+        """
 
 
 class Fashion(Source):
@@ -93,6 +102,9 @@ class Fashion(Source):
         indices = list(indices)
         return [self._condition(i, c) for i, c in zip(indices, self.labels[indices].tolist(), strict=True)]
 
+    def image_key(self, index: int) -> str:
+        return f"fashion {index} of {len(self)}"
+
     def _condition(self, index: int, label: int) -> str | int:
         return label if self.num_labels is not None else fashion.caption(label, index % len(fashion.TEMPLATES))
 
@@ -110,7 +122,7 @@ class Folder(Source):
     def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
         if not path.is_dir():
             raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
-        self.image_size = image_size
+        self.path, self.image_size = path, image_size
         self.values: list[Any]
         metadata = find_metadata(path) if num_labels is None else None
         if metadata:
@@ -134,6 +146,11 @@ class Folder(Source):
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return [self.values[i] for i in indices]
+
+    def image_key(self, index: int) -> str:
+        """Path below the folder and size in bytes: neither moving the folder nor adding files changes it."""
+        file = self.files[index]
+        return f"{os.path.relpath(file, self.path)} {file.stat().st_size}"
 
 
 class Parquet(Source):
@@ -188,6 +205,14 @@ class Parquet(Source):
         values = [None if self.values is None else self.values[i].as_py() for i in indices]
         return ["" if v is None else v for v in values] if self.conditions == "prompt" else values
 
+    def image_key(self, index: int) -> str:
+        """Path below the folder and size in bytes of the file, and row in it."""
+        if self.images is None:
+            raise ValueError(NO_IMAGES)
+        file, row = self.images.place(index)
+        name = os.path.relpath(file, self.path) if self.path.is_dir() else file.name
+        return f"{name} {file.stat().st_size} {row}"
+
     def _image(self, index: int) -> NDArray[np.uint8]:
         assert self.images is not None  # get asks only then
         where, cell = f"{self.path}, row {index}", self.images[index]
@@ -216,6 +241,9 @@ class Listed(Source):
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return [self.values[i] for i in indices]
 
+    def image_key(self, index: int) -> str:
+        raise ValueError(NO_IMAGES)
+
 
 class Limited(Source):
     """`size` samples of another source, drawn without replacement and always the same; all if it has no more."""
@@ -235,6 +263,9 @@ class Limited(Source):
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return self.source.conditions_at([self.kept[i] for i in indices])
+
+    def image_key(self, index: int) -> str:
+        return self.source.image_key(self.kept[index])
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -54,6 +54,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         if main:
             print(f"stopped at iteration {trainer.iteration}; go on with resume=latest")
         return
+    teacher.recall(tuple(teacher.parts.away))
     if main:
         export(
             teacher, trainer.exported_weights(), method.scheduler(), folder / "pipeline",

@@ -29,6 +29,7 @@ class LazyColumn:
                 )
         self.groups = [(f, g) for f, m in enumerate(self.metadata) for g in range(m.num_row_groups)]
         self.starts = [0, *accumulate(self.metadata[f].row_group(g).num_rows for f, g in self.groups)]
+        self.file_starts = [0, *accumulate(m.num_rows for m in self.metadata)]
         self.held: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -38,6 +39,11 @@ class LazyColumn:
         """The cell as Python's own types. Raises ValueError for a row group that cannot be read."""
         group = bisect_right(self.starts, row) - 1
         return self._group(group)[row - self.starts[group]].as_py()
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """The file that holds a row, and the row's number in it."""
+        file = bisect_right(self.file_starts, row) - 1
+        return self.files[file], row - self.file_starts[file]
 
     def _group(self, group: int) -> Any:
         if group not in self.held:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from fewstep import checkpoint as ckpt
 from fewstep.batches import Batches
+from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
 from fewstep.initial import start_from
@@ -56,6 +57,10 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
         set_seed(config.seed)  # the same on every process, for weights that are drawn
+        cache = self._open_cache(source)
+        # Before the move, so that what nothing will call never takes the device's memory.
+        teacher.release(teacher.text_parts if cache else ())
+        teacher.release(teacher.image_parts if cache or not method.needs_images else ())
         teacher.to(self.device, torch.float32)
         roles = method.roles()
         if config.init_from is not None:
@@ -67,7 +72,19 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.pictures: Pictures | None = None
         self.stopping = False
-        self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world)
+        self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world, cache)
+        if config.data.cache_latents:
+            teacher.release(teacher.image_parts)
+
+    def _open_cache(self, source: Source) -> Cache | None:
+        """Of `data.cache`, from which the teacher then takes its conditions. Raises ValueError where entries are missing."""
+        if self.config.data.cache is None:
+            return None
+        cache = Cache(self.config.data.cache, self.teacher)
+        cache.open(source, self.method.needs_images)
+        if self.teacher.prompts is not None:
+            self.teacher.prompts.stored = cache.conditions
+        return cache
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
@@ -251,7 +268,8 @@ class Trainer:
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
-        scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
+        with self.teacher.whole():
+            scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
         if fid < self.best.get("fid", math.inf):
@@ -268,7 +286,8 @@ class Trainer:
             steps = self.method.allowed_steps()
             self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps)
         (self.folder / "samples").mkdir(exist_ok=True)
-        self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
+        with self.teacher.whole():
+            self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
