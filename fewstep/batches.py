@@ -37,7 +37,7 @@ class Batches:
         # Latents of the samples at some indices, on the CPU, where no image has to be opened for them.
         self.latents: Callable[[list[int]], Posterior] | None = None
         if needs_images and cache is not None:
-            self.latents = lambda indices: cache.latents(source, indices)
+            self.latents = cache.latents
         if needs_images and config.data.cache_latents:
             whole = self._all_latents(source, quiet=process > 0)
             self.latents = lambda indices: Posterior(*(v[indices] for v in whole))
@@ -72,4 +72,5 @@ class Batches:
 
     def _encode(self, raw: Raw) -> Posterior:
         assert raw.images is not None  # the trainer refuses sources without images where they are needed
-        return self.teacher.encode(raw.images.to(self.device))
+        # In the layout of what is read back: noise that is drawn "like" latents of another would be other noise.
+        return Posterior(*(v.contiguous() for v in self.teacher.encode(raw.images.to(self.device))))

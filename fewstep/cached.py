@@ -34,6 +34,7 @@ class Cache:
         self.encodes_prompts = teacher.conditions == "prompt"
         self.texts = Shards(folder / "prompts" / text_identity(teacher))
         self.images = Shards(folder / "latents" / image_identity(teacher))
+        self.image_keys: list[str] = []
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -44,7 +45,8 @@ class Cache:
         prompts = unique_prompts(source) if self.encodes_prompts else []
         _complain(self.folder, "prompts", prompts, [text_key(p) for p in prompts], self.texts)
         names = [source.image_key(i) for i in range(len(source))] if needs_images else []
-        _complain(self.folder, "images", names, [text_key(n) for n in names], self.images)
+        self.image_keys = [text_key(n) for n in names]
+        _complain(self.folder, "images", names, self.image_keys, self.images)
 
     def conditions(self, prompts: Sequence[str]) -> Cond:
         """Conditions [B, ...] of prompts, on the CPU. Raises ValueError for one that is not there."""
@@ -52,9 +54,9 @@ class Cache:
         _complain(self.folder, "prompts", prompts, keys, self.texts)
         return self.texts.read(keys)
 
-    def latents(self, source: Source, indices: Sequence[int]) -> Posterior:
-        """Of the images at indices of the source, on the CPU."""
-        rows = self.images.read([text_key(source.image_key(i)) for i in indices])
+    def latents(self, indices: Sequence[int]) -> Posterior:
+        """Of the images at indices of the source that was opened, on the CPU."""
+        rows = self.images.read([self.image_keys[i] for i in indices])
         return Posterior(rows["mean"], rows["std"])
 
     # Writing ----------------------------------------------------------------------------------------------------------
@@ -115,9 +117,7 @@ def _complain(folder: Path, what: str, names: Sequence[str], keys: Sequence[str]
     )
 
 
-def _mine(
-    shards: Shards, names: Sequence[str], process: int, processes: int, wait: Callable[[], None]
-) -> list[str]:
+def _mine(shards: Shards, names: Sequence[str], process: int, processes: int, wait: Callable[[], None]) -> list[str]:
     """Of what no file holds yet, this process's part. Every process has looked before any of them writes."""
     if process == 0:
         shards.clean()

@@ -46,7 +46,9 @@ class Shards:
         name = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
         path = self.folder / f"{name}.safetensors"
         partial = path.with_name(path.name + PARTIAL)
-        save_file({k: v.detach().contiguous().cpu() for k, v in rows.items()}, partial, {"keys": json.dumps(list(keys))})
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in rows.items()}, partial, {"keys": json.dumps(list(keys))}
+        )
         partial.rename(path)
 
     def clean(self) -> None:

@@ -22,8 +22,10 @@ def text_identity(teacher: Teacher) -> str:
     """
     components = teacher.pipeline.components
     tokenizers = [v for k, v in sorted(components.items()) if k.startswith("tokenizer") and v is not None]
-    read = [str((t.model_max_length, list(t(PROBE).input_ids))) for t in tokenizers]
-    return _digest([type(teacher.pipeline).__name__, str(teacher.image_size), *read, *_weights(teacher, teacher.text_parts)])
+    read = [str((t.model_max_length, list(t(PROBE, truncation=True).input_ids))) for t in tokenizers]
+    return _digest(
+        [type(teacher.pipeline).__name__, str(teacher.image_size), *read, *_weights(teacher, teacher.text_parts)]
+    )
 
 
 def image_identity(teacher: Teacher) -> str:
