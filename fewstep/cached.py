@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.data import Source
+from fewstep.readable import OnError, without
 from fewstep.shards import Shards
 from fewstep.teachers.base import Cond, Posterior, Teacher
 from fewstep.teachers.identity import image_identity, text_identity, text_key
@@ -38,15 +39,26 @@ class Cache:
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
-    def open(self, source: Source, needs_images: bool) -> None:
-        """Know what is there. Raises ValueError, with how many and which, where anything of the source is missing."""
+    def open(self, source: Source, needs_images: bool, on_error: OnError = "fail", quiet: bool = False) -> Source:
+        """Know what is there. Raises ValueError, with how many and which, where anything of the source is missing.
+
+        on_error: with "skip", the source is returned without those samples whose latents are missing.
+        """
         self.texts.read_index()
         self.images.read_index()
         prompts = unique_prompts(source) if self.encodes_prompts else []
         _complain(self.folder, "prompts", prompts, [text_key(p) for p in prompts], self.texts)
         names = [source.image_key(i) for i in range(len(source))] if needs_images else []
-        self.image_keys = [text_key(n) for n in names]
-        _complain(self.folder, "images", names, self.image_keys, self.images)
+        keys = [text_key(n) for n in names]
+        missing = set(self.images.missing(keys))
+        if on_error == "skip" and missing:
+            gone = [(i, name) for i, name in enumerate(names) if keys[i] in missing]
+            source = without(source, gone, on_error, f"are not in data.cache, {self.folder}", quiet)
+            keys = [key for key in keys if key not in missing]
+        else:
+            _complain(self.folder, "images", names, keys, self.images)
+        self.image_keys = keys
+        return source
 
     def conditions(self, prompts: Sequence[str]) -> Cond:
         """Conditions [B, ...] of prompts, on the CPU. Raises ValueError for one that is not there."""
@@ -55,7 +67,7 @@ class Cache:
         return self.texts.read(keys)
 
     def latents(self, indices: Sequence[int]) -> Posterior:
-        """Of the images at indices of the source that was opened, on the CPU."""
+        """Of the images at indices of the source that `open` returned, on the CPU."""
         rows = self.images.read([self.image_keys[i] for i in indices])
         return Posterior(rows["mean"], rows["std"])
 

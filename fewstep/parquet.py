@@ -29,6 +29,10 @@ class LazyColumn:
                 )
         self.groups = [(f, g) for f, m in enumerate(self.metadata) for g in range(m.num_row_groups)]
         self.starts = [0, *accumulate(self.metadata[f].row_group(g).num_rows for f, g in self.groups)]
+        column = [
+            m.row_group(g).column(c) for m in self.metadata for g in range(m.num_row_groups) for c in _columns(m, name)
+        ]
+        self.compressed_bytes = sum(c.total_compressed_size for c in column)
         self.file_starts = [0, *accumulate(m.num_rows for m in self.metadata)]
         self.held: OrderedDict[int, Any] = OrderedDict()
 
@@ -57,3 +61,8 @@ class LazyColumn:
                 self.held.popitem(last=False)
         self.held.move_to_end(group)
         return self.held[group]
+
+
+def _columns(metadata: Any, name: str) -> list[int]:
+    """Numbers of the leaves of a column, which is several for a struct."""
+    return [c for c in range(metadata.num_columns) if metadata.schema.column(c).path.split(".")[0] == name]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
 from fewstep.initial import start_from
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
+from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.validation import Pictures, small_scores
 
@@ -57,7 +58,7 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
         set_seed(config.seed)  # the same on every process, for weights that are drawn
-        cache = self._open_cache(source)
+        cache, source = self._open(source)
         # Before the move, so that what nothing will call never takes the device's memory.
         teacher.release(teacher.text_parts if cache else ())
         teacher.release(teacher.image_parts if cache or not method.needs_images else ())
@@ -76,15 +77,21 @@ class Trainer:
         if config.data.cache_latents:
             teacher.release(teacher.image_parts)
 
-    def _open_cache(self, source: Source) -> Cache | None:
-        """Of `data.cache`, from which the teacher then takes its conditions. Raises ValueError where entries are missing."""
-        if self.config.data.cache is None:
-            return None
-        cache = Cache(self.config.data.cache, self.teacher)
-        cache.open(source, self.method.needs_images)
+    def _open(self, source: Source) -> tuple[Cache | None, Source]:
+        """The cache of `data.cache`, from which the teacher then takes its conditions, and what can be read of the source.
+
+        Raises ValueError where images are broken, or entries missing.
+        """
+        data, a = self.config.data, self.accelerator
+        if data.cache is None:
+            if self.method.needs_images:
+                source = readable(source, data.on_error, a.process_index, a.num_processes, gather_object)
+            return None, source
+        cache = Cache(data.cache, self.teacher)
+        source = cache.open(source, self.method.needs_images, data.on_error, quiet=not a.is_main_process)
         if self.teacher.prompts is not None:
             self.teacher.prompts.stored = cache.conditions
-        return cache
+        return cache, source
 
     # Roles ------------------------------------------------------------------------------------------------------------
 

@@ -157,6 +157,34 @@ def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: 
     assert scores[0] == scores[1] and len(scores[0]) == 2
 
 
+def test_broken_images_are_left_out_of_both(built: Callable[[str], str], tmp_path: Path) -> None:
+    """A training that skips them sees the same batches with and without a cache; one that does not, begins with neither."""
+    files = captioned(tmp_path / "images")
+    files[3].write_bytes(files[3].read_bytes()[:-20])
+    data = {"source": "folder", "path": str(tmp_path / "images")}
+    with pytest.raises(ValueError, match=r"1 of 10 images cannot be read, such as: .*3\.png .*data\.on_error=skip"):
+        make(built("sd"), tmp_path / "run", data=data)
+    skip = data | {"on_error": "skip"}
+    plain = make(built("sd"), tmp_path / "run", data=skip).batches
+    cache = tmp_path / "cache"
+    arguments = [f"data={json.dumps(data)}", f"data.cache={cache}", f"teacher={built('sd')}", "batch_size=4"]
+    config = str(ROOT / "configs" / "consistency_fashion.yaml")
+    with pytest.raises(SystemExit, match="1 of 10 images cannot be read"):
+        main(["cache", config, *arguments])
+    main(["cache", config, *arguments, "data.on_error=skip"])
+    with pytest.raises(ValueError, match=r"data\.cache: .* lacks 1 of 10 images"):
+        make(built("sd"), tmp_path / "run", data=data | {"cache": str(cache)})
+    cached = make(built("sd"), tmp_path / "run", data=skip | {"cache": str(cache)}).batches
+    assert len(plain.stream.source) == len(cached.stream.source) == 9
+    for i in range(3):
+        found = []
+        for batches in (plain, cached):
+            torch.manual_seed(i)
+            found.append(batches.draw(i, 0))
+        assert torch.equal(found[0].x0, found[1].x0)
+        assert all(torch.equal(found[0].cond[k], found[1].cond[k]) for k in found[0].cond)
+
+
 # What is missing --------------------------------------------------------------------------------------------------------
 
 

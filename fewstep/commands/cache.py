@@ -18,9 +18,11 @@ def cache(args: argparse.Namespace) -> None:
         raise ValueError("data.cache is null; set it in the config, or as data.cache=FOLDER behind it")
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import gather_object
 
     from fewstep.cached import Cache
     from fewstep.data import load_source
+    from fewstep.readable import readable
     from fewstep.teachers import load_teacher
 
     accelerator = Accelerator()
@@ -30,8 +32,12 @@ def cache(args: argparse.Namespace) -> None:
         raise ValueError(
             f"data.source: {config.data.source} gives {source.conditions}s, and the teacher wants {teacher.conditions}s"
         )
-    found = Cache(config.data.cache, teacher)
     images = source.has_images and args.only != "prompts"
+    if images:
+        source = readable(
+            source, config.data.on_error, accelerator.process_index, accelerator.num_processes, gather_object
+        )
+    found = Cache(config.data.cache, teacher)
     teacher.release(() if images else teacher.image_parts)
     teacher.to(accelerator.device, torch.float32)
     found.fill(
