@@ -160,7 +160,7 @@ def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: 
 def test_broken_images_are_left_out_of_both(built: Callable[[str], str], tmp_path: Path) -> None:
     """A training that skips them sees the same batches with and without a cache; one that does not, begins with neither."""
     files = captioned(tmp_path / "images")
-    files[3].write_bytes(files[3].read_bytes()[:-20])
+    files[3].write_bytes(files[3].read_bytes()[:-2000])
     data = {"source": "folder", "path": str(tmp_path / "images")}
     with pytest.raises(ValueError, match=r"1 of 10 images cannot be read, such as: .*3\.png .*data\.on_error=skip"):
         make(built("sd"), tmp_path / "run", data=data)
