@@ -450,6 +450,14 @@ def test_the_whole_pipeline_can_be_called_and_leaves_again(built: Callable[[str]
     assert set(teacher.parts.away) == {"text_encoder", "text_encoder_2"}, "what was there stays"
 
 
+def test_a_students_pipeline_brings_its_parts_back(built: Callable[[str], str]) -> None:
+    for family in ("sd", "sdxl", "dit"):
+        teacher = load_teacher(built(family)).to(CPU, torch.float32)
+        teacher.release(teacher.text_parts + teacher.image_parts)
+        pipeline = teacher.student_pipeline(teacher.denoiser, teacher.jump_scheduler(4))
+        assert pipeline.vae is teacher.pipeline.vae is not None
+
+
 def test_parts_of_a_pipeline_that_comes_from_no_folder_wait_in_memory(built: Callable[[str], str]) -> None:
     teacher = load_teacher(built("sd")).to(CPU, torch.float32)
     teacher.parts.reload = None

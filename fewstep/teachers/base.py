@@ -220,8 +220,8 @@ class Teacher(ABC):
     def release(self, names: Sequence[str]) -> None:
         """Parts that nothing will call for a while leave the device, and main memory where they can be loaded again.
 
-        `condition`, `encode` and `decode` bring back what they need, to stay. Whoever calls the pipeline itself, or makes
-        a student's of it, does so within `whole`.
+        `condition`, `encode`, `decode` and `student_pipeline` bring back what they need, to stay. Whoever calls the pipeline
+        itself does so within `whole`.
         """
         self.parts.release(names)
 

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from fewstep.teachers.base import Cond, Teacher
 
 CACHED = 4096
+"""Prompts whose conditions are kept on the device, if they are small."""
+
+CACHED_BYTES = 2**30
+"""At most; T5's of 4096 prompts would take twenty times as much."""
 
 Stored = Callable[[list[str]], Cond]
 """Conditions [B, ...] of B prompts, on the CPU, that were encoded earlier. Raises ValueError for a prompt that was not."""
@@ -40,7 +44,9 @@ class PromptCache:
             self.known |= {prompt: {key: v[i] for key, v in encoded.items()} for i, prompt in enumerate(new)}
         rows = [self.known[prompt] for prompt in raw]
         cond = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        while len(self.known) > CACHED:
+        # What is stored can be read again at any time.
+        limit = 0 if self.stored is not None else min(CACHED, CACHED_BYTES // sum(v.nbytes for v in rows[0].values()))
+        while len(self.known) > limit:
             del self.known[next(iter(self.known))]
         return cond
 

@@ -150,6 +150,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         """
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
+        self.recall(self.text_parts + self.image_parts)
         unet = self._student_unet(student, guidance_scale)
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
         pipeline = kind(

@@ -68,6 +68,7 @@ class TransformerTeacher(Teacher):
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
     ) -> "DiffusionPipeline":
         """A pipeline of the teacher's class."""
+        self.recall(self.text_parts + self.image_parts)
         net: Any = copy.deepcopy(student.net)
         told.fold(self.time_modules(net), guidance_scale)
         parts = {"transformer": net.requires_grad_(False).eval(), "scheduler": copy.deepcopy(scheduler)}
