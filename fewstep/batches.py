@@ -1,28 +1,24 @@
 """What the losses are given: conditions and latents, in the order of a stream that resumes exactly."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fewstep.cached import Cache
 from fewstep.config import RunConfig
 from fewstep.data import Raw, Source, Stream
 from fewstep.methods.base import Batch
 from fewstep.teachers.base import Posterior, Teacher
 
 
-class _Cache(NamedTuple):
-    """Every sample of a source, on the CPU, as its latents [N, C, h, w] and its condition."""
-
-    posterior: Posterior
-    conditions: list[Any]
-
-
 class Batches:
     """The batches of one process out of `processes`.
 
-    With `data.cache_latents`, images are encoded here, once; without `needs_images`, none is opened.
+    Latents are read from `cache`, if there is one; with `data.cache_latents`, all of them are held in memory, encoded here
+    where they are not read. Without `needs_images`, no image is opened.
     """
 
     def __init__(
@@ -34,24 +30,30 @@ class Batches:
         device: torch.device,
         process: int,
         processes: int,
+        cache: Cache | None = None,
     ) -> None:
         self.teacher, self.needs_images, self.device, self.seed = teacher, needs_images, device, config.seed
         self.stream = Stream(source, config.batch_size, config.seed, process, processes)
-        self.cache = self._encode_all(source, quiet=process > 0) if needs_images and config.data.cache_latents else None
+        # Latents of the samples at some indices, on the CPU, where no image has to be opened for them.
+        self.latents: Callable[[list[int]], Posterior] | None = None
+        if needs_images and cache is not None:
+            self.latents = cache.latents
+        if needs_images and config.data.cache_latents:
+            whole = self._all_latents(source, quiet=process > 0)
+            self.latents = lambda indices: Posterior(*(v[indices] for v in whole))
 
     @torch.no_grad()
     def draw(self, iteration: int, part: int) -> Batch:
         """The next batch of the stream, as micro-batch `part` of an iteration."""
         posterior = None
-        if self.cache is not None:
-            indices = self.stream.next_indices()
-            posterior = Posterior(*(v[indices].to(self.device) for v in self.cache.posterior))
-            conditions = [self.cache.conditions[i] for i in indices]
-        elif self.needs_images:
+        if self.needs_images and self.latents is None:
             raw = next(self.stream)
             conditions, posterior = raw.conditions, self._encode(raw)
         else:
-            conditions = self.stream.source.conditions_at(self.stream.next_indices())
+            indices = self.stream.next_indices()
+            conditions = self.stream.source.conditions_at(indices)
+            if self.latents is not None:
+                posterior = Posterior(*(v.to(self.device) for v in self.latents(indices)))
         latents = None if posterior is None else posterior.sample(torch.randn_like(posterior.mean))
         size = len(conditions)
         cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)
@@ -59,16 +61,16 @@ class Batches:
         return Batch(size, cond, uncond, self.device, iteration, latents, shared)
 
     @torch.no_grad()
-    def _encode_all(self, source: Source, quiet: bool) -> _Cache:
+    def _all_latents(self, source: Source, quiet: bool) -> Posterior:
         parts: list[list[Tensor]] = []
-        conditions: list[Any] = []
-        for start in tqdm(range(0, len(source), 256), "encoding images", disable=quiet, dynamic_ncols=True):
-            raw = source.get(range(start, min(start + 256, len(source))))
-            parts.append([v.cpu() for v in self._encode(raw)])
-            conditions += raw.conditions
-        mean, std = (torch.cat(v) for v in zip(*parts, strict=True))
-        return _Cache(Posterior(mean, std), conditions)
+        doing = "encoding images" if self.latents is None else "reading latents"
+        for start in tqdm(range(0, len(source), 256), doing, disable=quiet, dynamic_ncols=True):
+            indices = list(range(start, min(start + 256, len(source))))
+            posterior = self._encode(source.get(indices)) if self.latents is None else self.latents(indices)
+            parts.append([v.cpu() for v in posterior])
+        return Posterior(*(torch.cat(v) for v in zip(*parts, strict=True)))
 
     def _encode(self, raw: Raw) -> Posterior:
         assert raw.images is not None  # the trainer refuses sources without images where they are needed
-        return self.teacher.encode(raw.images.to(self.device))
+        # In the layout of what is read back: noise that is drawn "like" latents of another would be other noise.
+        return Posterior(*(v.contiguous() for v in self.teacher.encode(raw.images.to(self.device))))

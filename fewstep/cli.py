@@ -1,4 +1,4 @@
-"""The command `fewstep`: draw samples; scores are in `fewstep.commands`."""
+"""The command `fewstep`: draw samples; the other commands are in `fewstep.commands`."""
 
 import argparse
 import os

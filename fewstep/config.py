@@ -79,6 +79,12 @@ class DataConfig(Strict):
     """Number of classes: conditions are labels 0 ... num_labels - 1; null = captions where there are any."""
     cache_latents: bool = False
     """Encode every image once, before training, and keep the latents in memory."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What happens to images that cannot be opened or are cut short, looked for before training (in parquet files larger
+    than memory should hold, with skip only): the run does not begin, or they are left out with a warning."""
+    cache: Path | None = None
+    """Folder into which `fewstep cache` has put latents and encoded prompts: training reads them, and opens no image and
+    runs no text encoder; null = none."""
     limit: PositiveInt | None = None
     """Use this many samples only, drawn once and always the same; null = all."""
 

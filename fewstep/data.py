@@ -4,8 +4,10 @@ A source answers indices with images [B, 3, H, W] in [-1, 1] and conditions; a s
 among the ranks, that resumes exactly.
 """
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -14,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fewstep import fashion
 from fewstep.config import DataConfig
-from fewstep.images import class_labels, decode, find_metadata, read_metadata, scaled, square
+from fewstep.images import check_whole, class_labels, decode, find_metadata, read_metadata, scaled, square
 
 Conditions = Literal["prompt", "label", "none"]
+NO_IMAGES = "data.source has no images"
+SHOWN_FROM = 10_000
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -54,6 +59,20 @@ class Source(ABC):
     @abstractmethod
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         """The conditions at `indices`, as `get` has them, without opening an image."""
+
+    @abstractmethod
+    def image_key(self, index: int) -> str:
+        """What the image at `index` is called in every run of this source, however it is shortened; it is not opened.
+
+        Raises ValueError for sources without images.
+        """
+
+    def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
+        """Of these indices, those whose image is none or is cut short, with what is wrong, as far as `check_whole` finds it.
+
+        thorough: also where that costs the reading of all images.
+        """
+        return {}
 
 
 class Fashion(Source):
@@ -93,6 +112,9 @@ class Fashion(Source):
         indices = list(indices)
         return [self._condition(i, c) for i, c in zip(indices, self.labels[indices].tolist(), strict=True)]
 
+    def image_key(self, index: int) -> str:
+        return f"fashion {index} of {len(self)}"
+
     def _condition(self, index: int, label: int) -> str | int:
         return label if self.num_labels is not None else fashion.caption(label, index % len(fashion.TEMPLATES))
 
@@ -110,7 +132,7 @@ class Folder(Source):
     def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
         if not path.is_dir():
             raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
-        self.image_size = image_size
+        self.path, self.image_size = path, image_size
         self.values: list[Any]
         metadata = find_metadata(path) if num_labels is None else None
         if metadata:
@@ -134,6 +156,18 @@ class Folder(Source):
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return [self.values[i] for i in indices]
+
+    def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
+        with ThreadPoolExecutor(32) as pool:
+            found = pool.map(lambda i: _problem(self.files[i], str(self.files[i])), indices)
+            return {
+                i: problem for i, problem in zip(indices, _shown(found, len(indices), quiet), strict=True) if problem
+            }
+
+    def image_key(self, index: int) -> str:
+        """Path below the folder and size in bytes: neither moving the folder nor adding files changes it."""
+        file = self.files[index]
+        return f"{os.path.relpath(file, self.path)} {file.stat().st_size}"
 
 
 class Parquet(Source):
@@ -188,15 +222,34 @@ class Parquet(Source):
         values = [None if self.values is None else self.values[i].as_py() for i in indices]
         return ["" if v is None else v for v in values] if self.conditions == "prompt" else values
 
+    def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
+        """Where the images are more than HELD_BYTES, only if `thorough`: the training would read them once more."""
+        if self.images is None or (self.images.compressed_bytes > self.HELD_BYTES and not thorough):
+            return {}
+        found = (_problem(*self._content(i)) for i in indices)
+        return {i: problem for i, problem in zip(indices, _shown(found, len(indices), quiet), strict=True) if problem}
+
+    def image_key(self, index: int) -> str:
+        """Path below the folder and size in bytes of the file, and row in it."""
+        if self.images is None:
+            raise ValueError(NO_IMAGES)
+        file, row = self.images.place(index)
+        name = os.path.relpath(file, self.path) if self.path.is_dir() else file.name
+        return f"{name} {file.stat().st_size} {row}"
+
     def _image(self, index: int) -> NDArray[np.uint8]:
-        assert self.images is not None  # get asks only then
+        return decode(*self._content(index), self.image_size)
+
+    def _content(self, index: int) -> tuple[Path | bytes | None, str]:
+        """An image, still encoded, and where it lies."""
+        assert self.images is not None  # its callers ask only then
         where, cell = f"{self.path}, row {index}", self.images[index]
         if isinstance(cell, dict):
             if cell.get("bytes") is None and cell.get("path"):
                 folder = self.path if self.path.is_dir() else self.path.parent
-                return decode(folder / cell["path"], f"{where}, {cell['path']}", self.image_size)
+                return folder / cell["path"], f"{where}, {cell['path']}"
             cell = cell.get("bytes")
-        return decode(cell, where, self.image_size)
+        return cell, where
 
 
 class Listed(Source):
@@ -216,16 +269,16 @@ class Listed(Source):
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return [self.values[i] for i in indices]
 
+    def image_key(self, index: int) -> str:
+        raise ValueError(NO_IMAGES)
 
-class Limited(Source):
-    """`size` samples of another source, drawn without replacement and always the same; all if it has no more."""
 
-    # One seed for every run: runs with other seeds must learn from the same samples.
-    SEED: ClassVar[int] = 0
+class Selected(Source):
+    """The samples of another source at the indices `kept`."""
 
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: Source, kept: list[int]) -> None:
         self.source, self.has_images, self.conditions = source, source.has_images, source.conditions
-        self.kept: list[int] = np.random.default_rng(self.SEED).permutation(len(source))[:size].tolist()
+        self.kept = kept
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -235,6 +288,24 @@ class Limited(Source):
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return self.source.conditions_at([self.kept[i] for i in indices])
+
+    def image_key(self, index: int) -> str:
+        return self.source.image_key(self.kept[index])
+
+    def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
+        outer = {self.kept[i]: i for i in indices}
+        found = self.source.broken(list(outer), thorough, quiet)
+        return {outer[i]: problem for i, problem in found.items()}
+
+
+LIMIT_SEED = 0
+"""One for every run: runs with other seeds must learn from the same samples."""
+
+
+def limited(source: Source, size: int) -> Selected:
+    """`size` samples of a source, drawn without replacement and always the same; all if it has no more."""
+    kept: list[int] = np.random.default_rng(LIMIT_SEED).permutation(len(source))[:size].tolist()
+    return Selected(source, kept)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -257,7 +328,7 @@ def load_source(config: DataConfig, image_size: int) -> Source:
     source = _load(config, image_size)
     if config.cache_latents and not source.has_images:
         raise ValueError(f"data.cache_latents needs images, and {config.path} has none")
-    return source if config.limit is None else Limited(source, config.limit)
+    return source if config.limit is None else limited(source, config.limit)
 
 
 def _load(config: DataConfig, image_size: int) -> Source:
@@ -326,6 +397,19 @@ class Stream(Iterator[Raw]):
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source))
         return int(self._order[offset])
+
+
+def _problem(content: Path | bytes | None, where: str) -> str | None:
+    try:
+        check_whole(content, where)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def _shown(found: Iterable[str | None], total: int, quiet: bool) -> Iterable[str | None]:
+    """With a progress bar, if it will take a while."""
+    return tqdm(found, "checking images", total, disable=quiet or total < SHOWN_FROM, dynamic_ncols=True)
 
 
 def _check_labels(labels: list[Any], num_labels: int | None, path: Path) -> None:

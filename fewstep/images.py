@@ -5,13 +5,16 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
+"""What PIL raises, according to the format and to what is broken."""
 
 
 def scaled(pixels: NDArray[np.uint8]) -> Tensor:
@@ -36,9 +39,37 @@ def decode(content: Path | bytes | None, where: str, size: int) -> NDArray[np.ui
             raise ValueError("no image bytes")
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return square(image, size)
-    # PIL raises all of these, according to the format and to what is broken.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         raise ValueError(f"image {where} cannot be read: {e}") from None
+
+
+def check_whole(content: Path | bytes | None, where: str) -> None:
+    """Raises ValueError, as `decode`, for what is not an image or is cut short. Little is read: the header and the end.
+
+    Whether what lies between is sound, only decoding would tell; it is done where a format has no end to look at.
+    """
+    try:
+        if content is None:
+            raise ValueError("no image bytes")
+        with (
+            io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file,
+            Image.open(file) as image,
+        ):
+            if not _ends_well(file, str(image.format)):
+                image.load()
+    except UNREADABLE as e:
+        raise ValueError(f"image {where} cannot be read: {e}") from None
+
+
+def _ends_well(file: BinaryIO, kind: str) -> bool:
+    """Whether the end of a file shows that nothing is missing; where not, some could still be whole, as with bytes behind."""
+    size = file.seek(0, io.SEEK_END)
+    if kind == "WEBP":  # RIFF: what the header says of the length
+        file.seek(4)
+        return size >= int.from_bytes(file.read(4), "little") + 8
+    file.seek(max(0, size - 12))
+    end = file.read()
+    return (kind == "JPEG" and end.endswith(b"\xff\xd9")) or (kind == "PNG" and b"IEND" in end)
 
 
 def class_labels(names: list[str], num_labels: int, path: Path) -> list[int]:

@@ -29,6 +29,11 @@ class LazyColumn:
                 )
         self.groups = [(f, g) for f, m in enumerate(self.metadata) for g in range(m.num_row_groups)]
         self.starts = [0, *accumulate(self.metadata[f].row_group(g).num_rows for f, g in self.groups)]
+        column = [
+            m.row_group(g).column(c) for m in self.metadata for g in range(m.num_row_groups) for c in _columns(m, name)
+        ]
+        self.compressed_bytes = sum(c.total_compressed_size for c in column)
+        self.file_starts = [0, *accumulate(m.num_rows for m in self.metadata)]
         self.held: OrderedDict[int, Any] = OrderedDict()
 
     def __len__(self) -> int:
@@ -38,6 +43,11 @@ class LazyColumn:
         """The cell as Python's own types. Raises ValueError for a row group that cannot be read."""
         group = bisect_right(self.starts, row) - 1
         return self._group(group)[row - self.starts[group]].as_py()
+
+    def place(self, row: int) -> tuple[Path, int]:
+        """The file that holds a row, and the row's number in it."""
+        file = bisect_right(self.file_starts, row) - 1
+        return self.files[file], row - self.file_starts[file]
 
     def _group(self, group: int) -> Any:
         if group not in self.held:
@@ -51,3 +61,8 @@ class LazyColumn:
                 self.held.popitem(last=False)
         self.held.move_to_end(group)
         return self.held[group]
+
+
+def _columns(metadata: Any, name: str) -> list[int]:
+    """Numbers of the leaves of a column, which is several for a struct."""
+    return [c for c in range(metadata.num_columns) if metadata.schema.column(c).path.split(".")[0] == name]

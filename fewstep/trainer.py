@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fewstep import checkpoint as ckpt
 from fewstep.batches import Batches
+from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
 from fewstep.initial import start_from
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
+from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.validation import Pictures, small_scores
 
@@ -56,6 +58,10 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
         set_seed(config.seed)  # the same on every process, for weights that are drawn
+        cache, source = self._open(source)
+        # Before the move, so that what nothing will call never takes the device's memory.
+        teacher.release(teacher.text_parts if cache else ())
+        teacher.release(teacher.image_parts if cache or not method.needs_images else ())
         teacher.to(self.device, torch.float32)
         roles = method.roles()
         if config.init_from is not None:
@@ -67,7 +73,25 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.pictures: Pictures | None = None
         self.stopping = False
-        self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world)
+        self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world, cache)
+        if config.data.cache_latents:
+            teacher.release(teacher.image_parts)
+
+    def _open(self, source: Source) -> tuple[Cache | None, Source]:
+        """The cache of `data.cache`, from which the teacher then takes its conditions, and what can be read of the source.
+
+        Raises ValueError where images are broken, or entries missing.
+        """
+        data, a = self.config.data, self.accelerator
+        if data.cache is None:
+            if self.method.needs_images:
+                source = readable(source, data.on_error, a.process_index, a.num_processes, gather_object)
+            return None, source
+        cache = Cache(data.cache, self.teacher)
+        source = cache.open(source, self.method.needs_images, data.on_error, quiet=not a.is_main_process)
+        if self.teacher.prompts is not None:
+            self.teacher.prompts.stored = cache.conditions
+        return cache, source
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
@@ -250,7 +274,8 @@ class Trainer:
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
-        scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
+        with self.teacher.whole():
+            scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
         if fid < self.best.get("fid", math.inf):
@@ -267,7 +292,8 @@ class Trainer:
             steps = self.method.allowed_steps()
             self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps)
         (self.folder / "samples").mkdir(exist_ok=True)
-        self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
+        with self.teacher.whole():
+            self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

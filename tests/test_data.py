@@ -12,8 +12,9 @@ from PIL import Image
 
 from fewstep import fashion
 from fewstep.config import DataConfig
-from fewstep.data import Listed, Source, Stream, load_source
+from fewstep.data import Listed, Parquet, Source, Stream, load_source
 from fewstep.parquet import LazyColumn
+from fewstep.readable import readable
 
 
 def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (20, 10)) -> None:
@@ -299,3 +300,72 @@ def test_parquet_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
         data.get([0])
+
+
+# Broken images ----------------------------------------------------------------------------------------------------------
+
+
+def broken_images(folder: Path) -> list[str]:
+    """Six images in the formats that matter, of which the names of three broken ones are returned; and one with a trailer."""
+    folder.mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+    for name in ("a.png", "b.jpg", "c.webp", "d.bmp", "e.png", "f.jpg"):
+        picture.save(folder / name)
+    for name in ("b.jpg", "c.webp"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "e.png").write_text("not an image")
+    with (folder / "f.jpg").open("ab") as f:
+        f.write(b"a trailer, as some cameras write it")
+    return ["b.jpg", "c.webp", "e.png"]
+
+
+def test_broken_images_are_told_before_training(tmp_path: Path) -> None:
+    broken_images(tmp_path / "x")
+    whole = source("folder", size=32, path=tmp_path / "x")
+    with pytest.raises(
+        ValueError, match=r"3 of 6 images cannot be read, such as: .*b\.jpg.*c\.webp.*e\.png.*on_error=skip"
+    ):
+        readable(whole, "fail")
+
+
+def test_broken_images_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken_images(tmp_path / "x")
+    whole = source("folder", size=32, path=tmp_path / "x")
+    left = readable(whole, "skip")
+    assert "warning: 3 of 6 images cannot be read" in capsys.readouterr().out
+    assert [left.image_key(i).split()[0] for i in range(len(left))] == ["a.png", "d.bmp", "f.jpg"]
+    images = left.get(range(3)).images
+    assert images is not None and images.shape == (3, 3, 32, 32)
+    # As many as will be there when each of two processes has looked at its half.
+    halves = [whole.broken(range(r, 6, 2)) for r in range(2)]
+    assert [sorted(h) for h in halves] == [[2, 4], [1]]
+    part = readable(whole, "skip", 1, 2, lambda mine: mine + list(halves[0].items()))
+    assert [part.image_key(i) for i in range(3)] == [left.image_key(i) for i in range(3)]
+
+
+def test_whole_images_leave_the_source_as_it_is(tmp_path: Path) -> None:
+    broken = broken_images(tmp_path / "x")
+    for name in broken:
+        (tmp_path / "x" / name).unlink()
+    whole = source("folder", size=32, path=tmp_path / "x")
+    assert readable(whole, "fail") is whole
+    assert readable(source("fashion", size=32), "fail").has_images
+
+
+def test_broken_cells_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = broken_images(tmp_path / "x")
+    files = sorted((tmp_path / "x").iterdir())
+    pq.write_table(pa.table({"image": [f.read_bytes() for f in files]}), tmp_path / "data.parquet")
+    whole = source("parquet", size=32, path=tmp_path / "data.parquet", limit=6)
+    found = whole.broken(range(6))
+    rows = sorted(int(problem.split("row ")[1].split()[0]) for problem in found.values())
+    assert rows == [i for i, f in enumerate(files) if f.name in names]
+    monkeypatch.setattr(Parquet, "HELD_BYTES", 10)
+    assert whole.broken(range(6)) == {} and whole.broken(range(6), thorough=True).keys() == found.keys()
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"1 of 1 images cannot be read.* None is left"):
+        readable(source("folder", size=32, path=tmp_path), "skip")

@@ -1,7 +1,8 @@
-"""The commands about scores, a file each."""
+"""The commands, a file each."""
 
 from typing import Any
 
+from fewstep.commands.cache import add_cache
 from fewstep.commands.compare import add_compare
 from fewstep.commands.evaluate import add_evaluate
 from fewstep.commands.reference import add_reference
@@ -9,5 +10,5 @@ from fewstep.commands.report import add_report
 
 
 def add_commands(commands: Any) -> None:
-    for add in (add_evaluate, add_reference, add_compare, add_report):
+    for add in (add_evaluate, add_reference, add_compare, add_report, add_cache):
         add(commands)

@@ -1,7 +1,7 @@
 """Teachers: pretrained diffusers pipelines, one file per family."""
 
 import difflib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -56,7 +56,19 @@ def load_teacher(name_or_path: str) -> Teacher:
     pipeline.set_progress_bar_config(disable=True)
     module, name = FAMILIES[kind]
     family: type[Teacher] = getattr(import_module(f"fewstep.teachers.{module}"), name)
-    return family(pipeline)  # type: ignore[call-arg]
+    teacher = family(pipeline)  # type: ignore[call-arg]
+
+    def reload(names: Sequence[str]) -> dict[str, Any]:
+        # What is given is not loaded: only the wanted parts are.
+        present = {key: part for key, part in pipeline.components.items() if key not in names}
+        with quiet():
+            fresh = DiffusionPipeline.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, **(extra | present)
+            )
+        return {name: fresh.components[name] for name in names}
+
+    teacher.parts.reload = reload
+    return teacher
 
 
 def _locate(name_or_path: str) -> str:

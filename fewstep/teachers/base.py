@@ -5,16 +5,21 @@ A new pipeline family is one subclass of Teacher in a file of its own. Methods s
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.process import Prediction, PredictionType, Schedule, read
+from fewstep.teachers.parts import Parts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+
+    from fewstep.teachers.prompts import PromptCache
 
 Cond = dict[str, Tensor]
 """Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""
@@ -107,6 +112,9 @@ class Teacher(ABC):
         call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
             guide by default and nothing in the folder can stop it; None where nothing has to be passed.
         live_guidance: whether that pipeline can pass a guidance scale on to a student that embeds it.
+        text_parts: names of the pipeline's networks that turn prompts into conditions; some of them may be None in it.
+        image_parts: of those that turn images into latents and back.
+        prompts: what keeps conditions of prompts; None for teachers without prompts.
     """
 
     pipeline: "DiffusionPipeline"
@@ -118,6 +126,9 @@ class Teacher(ABC):
     conditions: str
     call_guidance_scale: float | None
     live_guidance: bool
+    text_parts: tuple[str, ...] = ()
+    image_parts: tuple[str, ...] = ()
+    prompts: "PromptCache | None" = None
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -186,7 +197,45 @@ class Teacher(ABC):
         """
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
-        """Move the frozen pipeline; the denoiser follows."""
+        """Move the frozen pipeline, but for parts that are away; the denoiser follows."""
         # A type it has already is not asked for: diffusers would warn of layers that it keeps in float32, and name none.
         self.pipeline.to(device=device, dtype=None if self.pipeline.dtype == dtype else dtype)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is, and conditions and latents with it."""
+        return next(self.denoiser.parameters()).device
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Which of `text_parts` and `image_parts` are away."""
+        return Parts(self.pipeline)
+
+    def part(self, name: str) -> Any:
+        """A part of the pipeline, brought back if it was away."""
+        self.recall((name,))
+        return self.pipeline.components[name]
+
+    def release(self, names: Sequence[str]) -> None:
+        """Parts that nothing will call for a while leave the device, and main memory where they can be loaded again.
+
+        `condition`, `encode`, `decode` and `student_pipeline` bring back what they need, to stay. Whoever calls the pipeline
+        itself does so within `whole`.
+        """
+        self.parts.release(names)
+
+    def recall(self, names: Sequence[str]) -> None:
+        """Those of these parts that are away return to the denoiser's device and dtype."""
+        weight = next(self.denoiser.parameters())
+        self.parts.recall(names, weight.device, weight.dtype)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The pipeline has all of its parts within the block; those that were away leave again after it."""
+        away = tuple(self.parts.away)
+        self.recall(away)
+        try:
+            yield
+        finally:
+            self.release(away)

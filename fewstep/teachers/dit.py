@@ -68,10 +68,10 @@ class DiT(DiscreteGrids, TransformerTeacher):
                 f"the teacher's conditions are labels 0 to {self.num_labels - 1}; found {wrong[0]!r}: set data.source to one "
                 "with labels, and data.num_labels"
             )
-        return {"class_labels": torch.tensor(raw, device=self.pipeline.device)}
+        return {"class_labels": torch.tensor(raw, device=self.device)}
 
     def null_condition(self, size: int) -> Cond:
-        return {"class_labels": torch.full((size,), self.num_labels, device=self.pipeline.device)}
+        return {"class_labels": torch.full((size,), self.num_labels, device=self.device)}
 
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)

@@ -110,6 +110,7 @@ class FlowTeacher(TransformerTeacher):
     """A pipeline of a rectified flow; unconditional is the empty prompt."""
 
     conditions = "prompt"
+    prompts: PromptCache
     schedule: ShiftedFlow
 
     def __init__(self, pipeline: "DiffusionPipeline", image_tokens: int, call: Any) -> None:
@@ -117,7 +118,7 @@ class FlowTeacher(TransformerTeacher):
         schedule = ShiftedFlow(shift_of(config, image_tokens), config.num_train_timesteps)
         self.call, self.feature_map = call(schedule), block_output_as_map
         super().__init__(pipeline, schedule, "flow")
-        self.prompts = PromptCache(self._encode_prompts)
+        self.prompts = PromptCache(self, self._encode_prompts)
 
     @staticmethod
     def time_modules(net: Any) -> Sequence[Any]:
@@ -189,6 +190,7 @@ class StableDiffusion3(FlowTeacher):
     """
 
     call_guidance_scale = 1.0
+    text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         config = pipeline.transformer.config
@@ -196,7 +198,7 @@ class StableDiffusion3(FlowTeacher):
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
         encoded, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.pipeline.device, do_classifier_free_guidance=False,
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False,
             max_sequence_length=self._max_length(),
         )  # fmt: skip
         return {"encoder_hidden_states": encoded, "pooled_projections": pooled}
@@ -220,6 +222,7 @@ class Flux(FlowTeacher):
     """
 
     call_guidance_scale = None
+    text_parts = ("text_encoder", "text_encoder_2")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         super().__init__(pipeline, (self.sizes(pipeline)[0][1] // 2) ** 2, FluxCall)
@@ -231,7 +234,7 @@ class Flux(FlowTeacher):
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
         encoded, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.pipeline.device, max_sequence_length=self._max_length()
+            prompts, None, device=self.device, max_sequence_length=self._max_length()
         )
         cond = {"encoder_hidden_states": encoded, "pooled_projections": pooled}
         if self.pipeline.transformer.config.guidance_embeds:

@@ -43,6 +43,8 @@ class PixArt(DiscreteGrids, TransformerTeacher):
 
     conditions = "prompt"
     call_guidance_scale = 1.0
+    text_parts = ("text_encoder",)
+    prompts: PromptCache
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)
 
@@ -51,7 +53,7 @@ class PixArt(DiscreteGrids, TransformerTeacher):
         super().__init__(pipeline, read_schedule(pipeline.scheduler), kind)
         alpha = type(pipeline).__name__ == "PixArtAlphaPipeline"
         self.sized = alpha and pipeline.transformer.config.sample_size == SIZED
-        self.prompts = PromptCache(self._encode_prompts)
+        self.prompts = PromptCache(self, self._encode_prompts)
 
     @staticmethod
     def time_modules(net: Any) -> Sequence[Any]:

@@ -6,19 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Cond
+from fewstep.teachers.base import Cond, Teacher
 
 CACHED = 4096
+"""Prompts whose conditions are kept on the device, if they are small."""
+
+CACHED_BYTES = 2**30
+"""At most; T5's of 4096 prompts would take twenty times as much."""
+
+Stored = Callable[[list[str]], Cond]
+"""Conditions [B, ...] of B prompts, on the CPU, that were encoded earlier. Raises ValueError for a prompt that was not."""
 
 
 class PromptCache:
     """Conditions of prompts by a pipeline's own encoding, so that padding, truncation and masks are those of sampling.
 
-    encode: B prompts to their conditions, each [B, ...].
+    Attributes:
+        encode: B prompts to their conditions, each [B, ...]; called when the teacher's text encoders are in place.
+        stored: if there is one, it is asked instead, and no prompt is encoded.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Cond]) -> None:
-        self.encode = encode
+    def __init__(self, teacher: Teacher, encode: Callable[[list[str]], Cond]) -> None:
+        self.teacher, self.encode = teacher, encode
+        self.stored: Stored | None = None
         self.known: dict[str, Cond] = {}
 
     def __call__(self, raw: Sequence[Any]) -> Cond:
@@ -30,14 +40,22 @@ class PromptCache:
             )
         new = [prompt for prompt in dict.fromkeys(raw) if prompt not in self.known]
         if new:
-            with torch.no_grad():
-                encoded = self.encode(new)
+            encoded = self._encode(new)
             self.known |= {prompt: {key: v[i] for key, v in encoded.items()} for i, prompt in enumerate(new)}
         rows = [self.known[prompt] for prompt in raw]
         cond = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        while len(self.known) > CACHED:
+        # What is stored can be read again at any time.
+        limit = 0 if self.stored is not None else min(CACHED, CACHED_BYTES // sum(v.nbytes for v in rows[0].values()))
+        while len(self.known) > limit:
             del self.known[next(iter(self.known))]
         return cond
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Cond:
+        if self.stored is not None:
+            return {key: v.to(self.teacher.device) for key, v in self.stored(prompts).items()}
+        self.teacher.recall(self.teacher.text_parts)
+        return self.encode(prompts)
 
     def clear(self) -> None:
         self.known.clear()

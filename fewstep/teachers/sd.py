@@ -92,6 +92,9 @@ class StableDiffusion(DiscreteGrids, Teacher):
     conditions = "prompt"
     call_guidance_scale = None
     live_guidance = True
+    text_parts: tuple[str, ...] = ("text_encoder",)
+    image_parts = ("vae",)
+    prompts: PromptCache
     call: Call = staticmethod(call)
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
@@ -107,13 +110,13 @@ class StableDiffusion(DiscreteGrids, Teacher):
         self.denoiser = Denoiser(unet, self.call, self.schedule, pipeline.scheduler.config.prediction_type)
         side, self.image_size = square_size(unet, pipeline)
         self.latent_shape = (unet.config.in_channels, side, side)
-        self.prompts = PromptCache(self._encode_prompts)
+        self.prompts = PromptCache(self, self._encode_prompts)
 
     def encode(self, images: Tensor) -> Posterior:
-        return encode_images(self.pipeline.vae, images, self.image_size)
+        return encode_images(self.part("vae"), images, self.image_size)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return decode_latents(self.pipeline.vae, x0)
+        return decode_latents(self.part("vae"), x0)
 
     def condition(self, raw: Sequence[Any]) -> Cond:
         return self.prompts(raw)
@@ -147,6 +150,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         """
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
+        self.recall(self.text_parts + self.image_parts)
         unet = self._student_unet(student, guidance_scale)
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
         pipeline = kind(

@@ -1,6 +1,7 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, a pooled prompt, and the image's size as a condition."""
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ class StableDiffusionXL(StableDiffusion):
     Raises ValueError for an autoencoder whose latents have a mean and deviation of their own.
     """
 
+    text_parts = ("text_encoder", "text_encoder_2")
     call: Call = staticmethod(call)
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
@@ -42,7 +44,7 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def vae(self) -> Any:
         """The autoencoder in a type that holds its activations: float32 where its config asks for that (force_upcast)."""
-        own = self.pipeline.vae
+        own = self.part("vae")
         if own.dtype == torch.float32 or not own.config.force_upcast:
             return own
         if self._full is None:
@@ -80,6 +82,7 @@ class StableDiffusionXL(StableDiffusion):
         """
         from diffusers import StableDiffusionXLPipeline
 
+        self.recall(self.text_parts + self.image_parts)
         unet, own = self._student_unet(student, guidance_scale), self.pipeline
         pipeline = StableDiffusionXLPipeline(
             vae=in_dtype(own.vae, unet.dtype),
@@ -98,3 +101,8 @@ class StableDiffusionXL(StableDiffusion):
         super().to(device, dtype)
         self._full = None
         return self
+
+    def release(self, names: Sequence[str]) -> None:
+        super().release(names)
+        if "vae" in names:
+            self._full = None

@@ -25,6 +25,7 @@ class TransformerTeacher(Teacher):
     """
 
     live_guidance = False
+    image_parts = ("vae",)
     call: Call
     feature_map: FeatureMap
 
@@ -48,10 +49,10 @@ class TransformerTeacher(Teacher):
         """The network's modules with a `time_proj` and a `timestep_embedder`."""
 
     def encode(self, images: Tensor) -> Posterior:
-        return encode_images(self.pipeline.vae, images, self.image_size)
+        return encode_images(self.part("vae"), images, self.image_size)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return decode_latents(self.pipeline.vae, x0)
+        return decode_latents(self.part("vae"), x0)
 
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
         net = copy.deepcopy(self.denoiser.net)
@@ -67,6 +68,7 @@ class TransformerTeacher(Teacher):
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
     ) -> "DiffusionPipeline":
         """A pipeline of the teacher's class."""
+        self.recall(self.text_parts + self.image_parts)
         net: Any = copy.deepcopy(student.net)
         told.fold(self.time_modules(net), guidance_scale)
         parts = {"transformer": net.requires_grad_(False).eval(), "scheduler": copy.deepcopy(scheduler)}

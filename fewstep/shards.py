@@ -1,0 +1,92 @@
+"""Rows of tensors under keys, in safetensors files of a folder that only ever grows.
+
+A file names the keys of its rows in its own header, is written aside and renamed: a kill leaves only whole ones.
+`index.json` says where each key is; it is written when all files are, and it is what readers go by.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PARTIAL = ".partial"
+
+
+class Shards:
+    """A folder of rows. Rows are written once, and read in any order; the file system holds what was read last."""
+
+    OPEN_FILES: ClassVar[int] = 128
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, tuple[str, int]] = {}
+        """Key -> file and row in it, of `read_index`."""
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def written(self) -> dict[str, list[str]]:
+        """File -> keys of its rows, of every whole file, indexed or not."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found[path.name] = json.loads(file.metadata()["keys"])
+        return found
+
+    def write(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+        """One file with rows of each name [len(keys), ...]. It is named after its keys, so that no two writers collide."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
+        path = self.folder / f"{name}.safetensors"
+        partial = path.with_name(path.name + PARTIAL)
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in rows.items()}, partial, {"keys": json.dumps(list(keys))}
+        )
+        partial.rename(path)
+
+    def clean(self) -> None:
+        """Delete what interrupted writes left; not while another process writes."""
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
+
+    def write_index(self, about: Mapping[str, Any]) -> None:
+        """`index.json`: what the rows are about, and the keys of every file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"index.json{PARTIAL}"
+        partial.write_text(json.dumps({"about": dict(about), "files": self.written()}))
+        partial.rename(self.folder / "index.json")
+
+    # Reading ----------------------------------------------------------------------------------------------------------
+
+    def read_index(self) -> None:
+        """Know the rows that are indexed; none where there is no index."""
+        path = self.folder / "index.json"
+        files = json.loads(path.read_text())["files"] if path.exists() else {}
+        self.places = {key: (file, row) for file, keys in files.items() for row, key in enumerate(keys)}
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in keys if key not in self.places]
+
+    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Name -> rows [len(keys), ...] on the CPU, of at least one key. Raises KeyError for a key that is not indexed."""
+        rows = []
+        for key in keys:
+            name, row = self.places[key]
+            file = self._file(name)
+            rows.append({k: file.get_slice(k)[row : row + 1] for k in file.keys()})  # noqa: SIM118  # it is no mapping
+        return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            self._open[name] = safe_open(self.folder / name, "pt")
+            if len(self._open) > self.OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name]
