@@ -1,6 +1,8 @@
 """States without images: trajectories of the teacher, samples of the student; stages, resuming, costs."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,7 +100,7 @@ def test_each_states_own_trajectory_takes_the_papers_steps():
         return exact(at.x, t)
 
     index = torch.tensor([39, 38, 35, 34, 17, 4, 0])
-    start = fresh(7)._replace(index=index)
+    start = replace(fresh(7), index=index)
     x = teacher_rollout(counting, SCHEDULE, TIMES, 8, start)
     assert counted == [6, 4, 3, 3, 3, 2, 2, 2]  # L = 0, 1, 1, 2, 5, 8, 8
     assert torch.equal(x[0], start.x[0])
@@ -127,7 +129,7 @@ def test_student_rollout_is_the_samplers_loop(tiny_sd):
         drawn = student_rollout(predict, teacher.schedule, times, noise, renoise=True)
         torch.manual_seed(4)
         x = noise
-        for t, s in zip(times[:3], times[1:], strict=True):
+        for t, s in pairwise(times):
             x = add_noise(teacher.schedule, predict(x, t.expand(2)).x0, torch.randn_like(x), s.expand(2))
         assert torch.allclose(drawn, predict(x, torch.tensor([249, 249])).x0)
 
@@ -163,7 +165,7 @@ def test_the_prediction_that_moves_a_trajectory_is_that_of_the_loss(tiny_sd, tea
 
         times = [(at.t + (at.s - at.t) * i / teacher_steps).round().long() for i in range(teacher_steps + 1)]
         x_s = held.x
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             x_s = ode_step(teacher.schedule, guided(x_s, t), s)
         target = ode_step(teacher.schedule, nets["student"](x_s, at.s, held.cond, held.scale), at.end)
         target = torch.where((at.s == at.end).view(-1, 1, 1, 1), x_s, target)

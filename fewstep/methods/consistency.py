@@ -5,7 +5,7 @@ One loss. What differs between these is where its states come from (consistency_
 (consistency_grid), what the student is consistent in, and how that changes during training (the stages of the config).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -160,14 +160,14 @@ class Consistency(Method):
         t = grid.t.to(batch.device)[fresh.index]
         match stage.plan.states:
             case "noised_data":
-                return fresh._replace(x=add_noise(schedule, batch.x0, fresh.x, t))
+                return replace(fresh, x=add_noise(schedule, batch.x0, fresh.x, t))
             case "student_rollout":
                 told = fresh.scale if self.config.embedded else None
                 x0 = student_rollout(
                     lambda x, u: nets["ema"](x, u, fresh.cond, told), schedule, self.own_timesteps.to(batch.device),
                     fresh.x, self.config.sampling == "renoise",
                 )  # fmt: skip
-                return fresh._replace(x=add_noise(schedule, x0, torch.randn_like(x0), t))
+                return replace(fresh, x=add_noise(schedule, x0, torch.randn_like(x0), t))
 
         def answer(at: State, times: Tensor) -> Prediction:
             return self._teacher(nets, batch, at, times)
@@ -175,7 +175,7 @@ class Consistency(Method):
         if self.config.rollout == "shared":
             return self.trajectories.draw(answer, grid.t, fresh)
         segments = self.config.rollout_segments
-        return fresh._replace(x=teacher_rollout(answer, schedule, grid.t, segments, fresh))
+        return replace(fresh, x=teacher_rollout(answer, schedule, grid.t, segments, fresh))
 
     def _teacher(self, nets: Networks, batch: Batch, at: State, t: Tensor) -> Prediction:
         if at.scale is None:
@@ -190,7 +190,7 @@ class Consistency(Method):
             between = grid.t + (grid.s - grid.t) * (i / n)
             between = between.round().long() if whole else between
             x = ode_step(self.teacher.schedule, p, between)
-            p = self._teacher(nets, batch, at._replace(x=x), between.clamp_min(0))
+            p = self._teacher(nets, batch, replace(at, x=x), between.clamp_min(0))
         return ode_step(self.teacher.schedule, p, grid.s)
 
     def _endpoint(self, stage: Stage, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:

@@ -126,15 +126,17 @@ class ConsistencyConfig(Strict):
     def _stages_possible(self) -> "ConsistencyConfig":
         for i, stage in enumerate(self.stages):
             if (stage.iterations is None) != (i == len(self.stages) - 1):
-                raise ValueError("stages: every stage but the last needs iterations; the last lasts to the end of the run")
+                raise ValueError(
+                    "stages: every stage but the last needs iterations; the last lasts to the end of the run"
+                )
         plan = self.plan
-        for stage in plan:
-            if stage.solver_steps % self.steps:
-                raise ValueError(f"steps: {self.steps} does not divide solver_steps ({stage.solver_steps})")
-            if stage.endpoint == "phase" and stage.solver_steps % stage.phases:
-                raise ValueError(f"phases: {stage.phases} does not divide solver_steps ({stage.solver_steps})")
-            if stage.endpoint != "phase" and stage.phases != 1:
-                raise ValueError(f"phases: {stage.phases} needs endpoint phase; found endpoint {stage.endpoint}")
+        for planned in plan:
+            if planned.solver_steps % self.steps:
+                raise ValueError(f"steps: {self.steps} does not divide solver_steps ({planned.solver_steps})")
+            if planned.endpoint == "phase" and planned.solver_steps % planned.phases:
+                raise ValueError(f"phases: {planned.phases} does not divide solver_steps ({planned.solver_steps})")
+            if planned.endpoint != "phase" and planned.phases != 1:
+                raise ValueError(f"phases: {planned.phases} needs endpoint phase; found endpoint {planned.endpoint}")
         if self.sampling == "jump":
             most = max(stage.phases for stage in plan)
             if plan[-1].endpoint != "phase" or self.steps != most:

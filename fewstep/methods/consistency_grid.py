@@ -1,5 +1,6 @@
 """Where the consistency loss looks: points of the solver's grid, the next cleaner one, and the end that both map to."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def phase_grid(jumps: Tensor, solver_steps: int) -> Grid:
     n, whole = solver_steps // phases, not jumps.is_floating_point()
     # The steps are even down to clean data, also where the sampler's last one stops short of it, at timestep 0.
     cuts = [*jumps[:-1].tolist(), -1]
-    parts = [segment_grid(a, b, n, whole) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [segment_grid(a, b, n, whole) for a, b in pairwise(cuts)]
     t, s = torch.cat([part[:-1] for part in parts]), torch.cat([part[1:] for part in parts])
     s[-1] = jumps[-1]
     grid = Grid(t, s, jumps[1:].repeat_interleave(n).to(t.dtype))

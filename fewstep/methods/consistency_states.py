@@ -1,7 +1,7 @@
 """States that consistency is trained at without an image: along the teacher's trajectories from noise, or the student's."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from fewstep.process import Prediction, Schedule, add_noise, like, ode_step
 from fewstep.teachers.base import Cond
 
 
-class State(NamedTuple):
+@dataclass(frozen=True)
+class State:
     """B states at points of a grid.
 
     Attributes:
@@ -121,7 +122,7 @@ def teacher_rollout(answer: Answer, schedule: Schedule, times: Tensor, segments:
         on = (steps > i).nonzero().flatten()
         if not len(on):
             break
-        part = start._replace(x=x).rows(on)
+        part = replace(start, x=x).rows(on)
         now, after = (_between(top, t[part.index], (i + j) / steps[on]) for j in (0, 1))
         x[on] = ode_step(schedule, answer(part, now), after)
     return x
