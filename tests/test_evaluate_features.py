@@ -203,6 +203,14 @@ def test_open_clips_models_score_as_they_do_by_themselves(images: Tensor, tmp_pa
         load_open_clip("fewstep-tiny", "no_such_tag")
 
 
+def test_open_clips_missing_weights_are_told_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip: Any = pytest.importorskip("open_clip")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "laion2b_s12b_b42k" in open_clip.list_pretrained_tags_by_model("ViT-g-14")
+    with pytest.raises(ValueError, match=r"; `hf download laion/CLIP-ViT-g-14-laion2B-s12B-b42K` puts them into"):
+        load_open_clip("ViT-g-14", "laion2b_s12b_b42k")
+
+
 # Statistics -------------------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,7 @@ def asked(
         protocol = _with_rewards(protocol, rewards or ())
         return _with_teacher("custom", protocol, Given({}), teacher_statistics)
     name, protocol = load_protocol(named)
+    given = Given(given_references, prompts, folder=name)
     if features is not None:
         raise ValueError(f"--features belong to the protocol {name}: copy its YAML file and change them there")
     unknown = set(given_references) - {c.name for c in protocol.comparisons}
@@ -103,7 +104,6 @@ def asked(
     if changes:
         protocol = type(protocol).model_validate({**settings, **changes})
         name = f"{name}, changed: {', '.join(changes)}"
-    given = Given(given_references, prompts)
     return _with_teacher(name, protocol, given, teacher_statistics)
 
 
@@ -135,7 +135,7 @@ def _with_teacher(
     settings["comparisons"] = [*settings["comparisons"], added]
     references: Mapping[str, str] = {**given.references, "to_teacher": teacher_statistics}
     label = name if name == "custom" else f"{name} and fid_to_teacher"
-    return label, type(protocol).model_validate(settings), Given(references, given.prompts)
+    return label, type(protocol).model_validate(settings), Given(references, given.prompts, given.folder)
 
 
 def _named(item: str) -> tuple[str, str]:

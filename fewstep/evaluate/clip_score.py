@@ -126,7 +126,7 @@ def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, weights_only=True)
     except Exception as e:  # its reasons: an unknown name or tag, no network, a broken file
-        reason = str(e).strip().splitlines()[0]
+        reason = str(e).strip().splitlines()[0].rstrip(".")
         source = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/")
         where = f"; `hf download {source}` puts them into the hub's cache" if source.count("/") == 1 else ""
         raise ValueError(

@@ -99,11 +99,13 @@ def protocol_of(sources: Sources, *, num_images: int, seed: int) -> Protocol:
 class Given:
     """Paths that the command line gives in place of a protocol's own: they say where data lie, not what is measured.
 
-    references: by the comparison's name, "" for the unnamed.
+    references: by the comparison's name, "" for the unnamed. folder: the name of the protocol that was changed, by which its own
+    files are found; None for one that was not.
     """
 
     references: Mapping[str, str]
     prompts: Path | None = None
+    folder: str | None = None
 
 
 NOTHING = Given({})
@@ -238,7 +240,11 @@ def reference_path(protocol: str, c: Comparison, given: Given) -> str | None:
     path = given.references.get(c.name, c.reference)
     assert path is not None  # the protocol's own validation
     option = "--reference" + (f" {c.name}=PATH" if c.name else "")
-    return path if path in ASSETS else str(find_data(protocol, path, c.reference_from, option.removesuffix(" PATH")))
+    return (
+        path
+        if path in ASSETS
+        else str(find_data(given.folder or protocol, path, c.reference_from, option.removesuffix(" PATH")))
+    )
 
 
 def stored_moments(asset: str, c: Comparison) -> Moments | None:
@@ -306,7 +312,7 @@ def prompts_file(protocol: str, c: Conditions, given: Given) -> Path | None:
         return given.prompts
     if c.file is None:
         raise ValueError(f"protocol {protocol} needs prompts: give --prompts FILE")
-    return find_data(protocol, c.file, c.file_from, "--prompts")
+    return find_data(given.folder or protocol, c.file, c.file_from, "--prompts")
 
 
 def subjects(
