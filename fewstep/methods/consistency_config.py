@@ -126,9 +126,7 @@ class ConsistencyConfig(Strict):
     def _stages_possible(self) -> "ConsistencyConfig":
         for i, stage in enumerate(self.stages):
             if (stage.iterations is None) != (i == len(self.stages) - 1):
-                raise ValueError(
-                    "stages: every stage but the last needs iterations; the last lasts to the end of the run"
-                )
+                raise ValueError("stages: every stage but the last needs iterations; the last lasts to the end of the run")
         plan = self.plan
         for stage in plan:
             if stage.solver_steps % self.steps:
