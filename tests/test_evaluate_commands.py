@@ -1,7 +1,10 @@
 """`fewstep evaluate`, `reference` and `compare` as a user calls them, and what they say when something does not fit."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +166,28 @@ def test_inception_score_and_cmmd_by_a_protocol(folder: Path, tmp_path: Path) ->
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(SystemExit, match="inception_score needs class logits, and features 'fashion' have none"):
         main(arguments)
+
+
+@pytest.mark.slow
+def test_processes_share_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
+    """One of the three has no batch at all."""
+    rows = []
+    for processes in (1, 3):
+        launch = ["--num_processes", str(processes), "--main_process_port", "0"]
+        output = tmp_path / f"{processes}.json"
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "accelerate.commands.launch", *launch, *(["--multi_gpu"] if processes > 1 else []),
+                "-m", "fewstep.cli", "evaluate", str(folder), "--num-images", "58", "--batch-size", "30",
+                "--output", str(output),
+            ],
+            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows += json.loads(output.read_text())["results"]
+    # Fewer images than dimensions: the root of a singular covariance amplifies the order of summation.
+    assert rows[0].pop("fid") == pytest.approx(rows[1].pop("fid"), rel=1e-7)
+    assert rows[0] == pytest.approx(rows[1], rel=1e-9)
 
 
 def test_what_does_not_fit_is_told_in_one_sentence(

@@ -16,7 +16,7 @@ from fewstep.evaluate.features import features_identity
 from fewstep.evaluate.frechet import moments
 from fewstep.evaluate.inception import FILES, clean_resize
 from fewstep.evaluate.protocol import ClipScoring, Comparison, View
-from fewstep.evaluate.reference import collect, load_reference, real_images
+from fewstep.evaluate.reference import collect, count_images, load_reference, real_images
 from fewstep.evaluate.statistics import Statistics, load_statistics, save_statistics
 from fewstep.fashion import load_embedded
 
@@ -307,6 +307,8 @@ def test_images_of_a_folder_of_parquet_and_of_an_archive_are_the_same(images: Te
     np.savez(tmp_path / "x.npz", arr_0=images[:5].permute(0, 2, 3, 1).numpy())
     for source in (folder, tmp_path / "x.parquet", tmp_path / "x.npz"):
         assert torch.equal(torch.stack(list(real_images(str(source)))), images[:5])
+        assert torch.equal(torch.stack(list(real_images(str(source), {1, 4}))), images[[1, 4]])
+        assert count_images(str(source)) == 5
     assert len(list(real_images("fashion"))) == 2000
     (folder / "9.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"9\.png cannot be read"):

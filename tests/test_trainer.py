@@ -103,7 +103,10 @@ def test_cached_latents_train_too(teacher_path, tmp_path):
         teacher_path, tmp_path, max_iterations=2, data={"source": "fashion", "limit": 16, "cache_latents": True}
     )
     assert trainer.fit()
-    assert trainer.batches.cache is not None and len(trainer.batches.cache.posterior.mean) == 16
+    assert trainer.batches.latents is not None
+    held = trainer.batches.latents([3, 15])
+    encoded = trainer.teacher.encode(trainer.batches.stream.source.get([3, 15]).images)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(held, encoded, strict=True))
 
 
 class Recorder:

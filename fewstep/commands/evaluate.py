@@ -50,6 +50,7 @@ def evaluate(args: argparse.Namespace) -> None:
             name=model,
             batch_size=args.batch_size,
             device=accelerator.device,
+            accelerator=accelerator,
         )
     if accelerator.is_main_process:
         write_report(args.output, {"pipeline": args.pipeline, "dtype": args.dtype, **settings}, rows)

@@ -3,7 +3,8 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,27 +127,56 @@ def _read(file: Path | bytes, where: str) -> Tensor:
         raise ValueError(f"image {where} cannot be read: {e}") from None
 
 
-def _parquet(path: Path) -> Iterator[Tensor]:
+def _parquet_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.rglob("*.parquet"))
+    return [path] if path.suffix == ".parquet" else []
+
+
+def _image_files(path: Path) -> list[Path]:
+    return sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else []
+
+
+def _parquet(path: Path, wanted: Container[int]) -> Iterator[Tensor]:
     import pyarrow.parquet as pq
 
-    row = 0
-    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+    number = 0
+    for file in _parquet_files(path):
         parquet = pq.ParquetFile(file)
         if "image" not in parquet.schema_arrow.names:
             raise ValueError(f"{file} has no column image; it has {', '.join(parquet.schema_arrow.names)}")
         for batch in parquet.iter_batches(256, columns=["image"]):
             for cell in batch.column(0).to_pylist():
-                yield _read(cell["bytes"] if isinstance(cell, dict) else cell, f"{file}, row {row}")
-                row += 1
+                if number in wanted:
+                    yield _read(cell["bytes"] if isinstance(cell, dict) else cell, f"{file}, row {number}")
+                number += 1
 
 
-def real_images(source: str) -> Iterator[Tensor]:
+EVERY = range(sys.maxsize)
+
+
+def count_images(source: str) -> int:
+    """How many images `real_images` gives. Few are read."""
+    path = Path(source)
+    if source in ASSETS or path.suffix == ".npz":
+        return sum(1 for _ in real_images(source))
+    if files := _image_files(path):
+        return len(files)
+    if (files := _parquet_files(path)) and path.exists():
+        import pyarrow.parquet as pq
+
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    return sum(1 for _ in real_images(source))
+
+
+def real_images(source: str, wanted: Container[int] = EVERY) -> Iterator[Tensor]:
     """uint8 [3, H, W] of every image of a folder, of parquet files, of ADM's .npz, or of the 2,000 of `fashion`, in order.
 
+    wanted: numbers of images, of which others are not decoded.
     Raises ValueError for a source without images, and for an image that cannot be read.
     """
     if source in ASSETS:
-        yield from torch.from_numpy(load_embedded()[0])
+        yield from (image for i, image in enumerate(torch.from_numpy(load_embedded()[0])) if i in wanted)
         return
     path = Path(source)
     if not path.exists():
@@ -155,13 +185,12 @@ def real_images(source: str) -> Iterator[Tensor]:
         arrays = load_statistics(path).images
         if arrays is None:
             raise ValueError(f"{path} holds no images (arr_0)")
-        yield from (torch.from_numpy(image).permute(2, 0, 1) for image in arrays)
+        yield from (torch.from_numpy(image).permute(2, 0, 1) for i, image in enumerate(arrays) if i in wanted)
         return
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else []
-    if files:
-        yield from (_read(file, str(file)) for file in files)
-    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-        yield from _parquet(path)
+    if files := _image_files(path):
+        yield from (_read(file, str(file)) for i, file in enumerate(files) if i in wanted)
+    elif _parquet_files(path):
+        yield from _parquet(path, wanted)
     else:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}, .parquet, .npz with arr_0)")
 

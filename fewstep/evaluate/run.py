@@ -21,7 +21,16 @@ from fewstep.evaluate.generate import (
 )
 from fewstep.evaluate.keep import Keeper, Measured, fingerprint
 from fewstep.evaluate.protocol import Protocol
-from fewstep.evaluate.reference import NOTHING, Given, Subjects, protocol_of, real_images, resolve, subjects
+from fewstep.evaluate.reference import (
+    NOTHING,
+    Given,
+    Subjects,
+    count_images,
+    protocol_of,
+    real_images,
+    resolve,
+    subjects,
+)
 from fewstep.evaluate.scores import Instruments, Scores
 
 if TYPE_CHECKING:
@@ -245,36 +254,36 @@ def evaluate_images(
     name: str,
     batch_size: int = 100,
     device: torch.device | None = None,
+    accelerator: "Accelerator | None" = None,
 ) -> list[dict[str, Any]]:
-    """The protocol's scores of the first images of a folder, of parquet files or of ADM's .npz, as one row, by one process.
+    """The protocol's scores of the first images of a folder, of parquet files or of ADM's .npz, as one row.
 
+    With an accelerator of several processes, all of them call this, each measures its share, and all return the same row.
     Prompts are the protocol's, in the order of the images' names. ValueError for too few images, or of another resolution.
     """
     place = device or torch.device("cpu")
     n = protocol.images
     kind: ConditionKind = "none" if protocol.conditions.source in ("labels", "none") else "prompt"
     what = subjects(protocol, kind, None, protocol_name, given)
-    images = itertools.islice(real_images(source), n)
-    instruments: Instruments | None = None
-    scores: Scores | None = None
-    start = 0
-    while part := list(itertools.islice(images, batch_size)):
-        if len({image.shape for image in part}) > 1:
+    found = count_images(source)
+    if found < n:
+        raise ValueError(f"{source} holds {found} images, and {n} are wanted: too few")
+    first = next(real_images(source, (0,)))
+    side = first.shape[-1]
+    if protocol.resolution is not None and first.shape[-2:] != (protocol.resolution,) * 2:
+        raise ValueError(f"protocol {protocol_name} is for images of {protocol.resolution} pixels; {source} has {side}")
+    instruments = Instruments(protocol_name, protocol, given, side, place)
+    example = instruments.measure(first[None].to(place), what.prompts and what.prompts[:1])
+    rank, world = _place(accelerator)
+    scores = Scores(instruments, what, example, sync=world > 1, device=place)
+    shares = batches(n, batch_size, rank, world)
+    images = real_images(source, {i for share in shares for i in share})
+    for share in shares:
+        part = list(itertools.islice(images, len(share)))
+        if any(image.shape != first.shape for image in part):
             raise ValueError(f"{source}: the images are of several sizes; scores want one")
-        stack = torch.stack(part).to(place)
-        side = stack.shape[-1]
-        if protocol.resolution is not None and stack.shape[-2:] != (protocol.resolution,) * 2:
-            raise ValueError(
-                f"protocol {protocol_name} is for images of {protocol.resolution} pixels; {source} has {side}"
-            )
-        prompts = None if what.prompts is None else what.prompts[start : start + len(part)]
-        instruments = instruments or Instruments(protocol_name, protocol, given, side, place)
-        values = instruments.measure(stack, prompts)
-        scores = scores or Scores(instruments, what, values, sync=False, device=place)
-        scores.update(range(start, start + len(part)), values)
-        start += len(part)
-    if start < n or scores is None:
-        raise ValueError(f"{source} holds {start} images, and {n} are wanted: too few")
+        prompts = None if what.prompts is None else [what.prompts[i] for i in share]
+        scores.update(share, instruments.measure(torch.stack(part).to(place), prompts))
     nothing = {"steps": None, "guidance_scale": None, "seconds_per_image": None, "network_evaluations": None}
     return [{"model": name, "images": n, **nothing, **scores.compute()}]
 
