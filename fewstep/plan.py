@@ -1,5 +1,6 @@
 """What a run will need, before it: one round of its iterations by the trainer itself, on networks without values."""
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from torch import nn
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data import Raw, Source
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
-from fewstep.rehearsal import Untroubled, Meter, OnCuda, convertible, held, without_values
+from fewstep.rehearsal import Meter, OnCuda, Untroubled, convertible, held, without_values
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.unweighted import unweighted_teacher
 from fewstep.trainer import Trainer
@@ -110,6 +111,8 @@ def plan(method_class: type[Method], config: RunConfig[Any], device: str = "cuda
         "init_from": None, "resume": None, "tracker": None, "cpu_threads": torch.get_num_threads(),
     }  # fmt: skip
     meter = Meter()
+    # How tensors without values are copied makes torch warn, though it is its own way.
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     with ExitStack() as stack:
         stack.enter_context(Untroubled())
         stack.enter_context(convertible())
