@@ -15,8 +15,9 @@ from fewstep.config import DataConfig, RunConfig
 from fewstep.data import Raw, Source
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
 from fewstep.rehearsal import Meter, OnCuda, Untroubled, convertible, held, without_values
-from fewstep.teachers.base import Teacher
-from fewstep.teachers.unweighted import unweighted_teacher
+from fewstep.teachers.base import Posterior, Teacher
+from fewstep.teachers.prompts import CACHED, CACHED_BYTES
+from fewstep.teachers.unweighted import Within, unweighted_teacher
 from fewstep.trainer import Trainer
 
 GIB = 2**30
@@ -57,6 +58,7 @@ class Plan:
     Attributes:
         parts: what else stays in memory, by the pipeline's names.
         buckets: copies of gradients for their exchange among processes.
+        prompts: to what the kept conditions of prompts may grow in a long run.
         resident: weights and states of optimizers, between iterations.
         peaks: phase -> most bytes during it; all in all.
         forward_tflop: F. elsewhere: operations of encoders and autoencoder, in F.
@@ -73,6 +75,7 @@ class Plan:
     roles: dict[str, RolePlan]
     parts: dict[str, int]
     buckets: int
+    prompts: int
     resident: int
     peaks: dict[str, int]
     forward_tflop: float
@@ -90,7 +93,7 @@ class Plan:
 
     @property
     def fits(self) -> dict[int, bool]:
-        need = self.peak * FRAGMENTED + BESIDE
+        need = (self.peak + self.prompts) * FRAGMENTED + BESIDE
         return {card: need <= card * GIB for card in CARDS}
 
     def as_dict(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def plan(method_class: type[Method], config: RunConfig[Any], device: str = "cuda
     changes = {
         # Autocast of fp16 keeps as much as that of bf16, which needs no GPU.
         "mixed_precision": "no" if precision == "no" else "bf16",
-        "init_from": None, "resume": None, "tracker": None, "cpu_threads": torch.get_num_threads(),
+        "init_from": None, "resume": None, "tracker": None, "compile": False, "cpu_threads": torch.get_num_threads(),
     }  # fmt: skip
     meter = Meter()
     # How tensors without values are copied makes torch warn, though it is its own way.
@@ -131,9 +134,15 @@ class _Rehearsal:
         self.config, self.device, self.meter = config, device, meter
         self.teacher = unweighted_teacher(config.teacher)
         self.method = method_class(config.method, self.teacher)
-        source = _Anything(self.teacher, config.data)
+        source = Anything(self.teacher, config.data, without_values)
+        cached = config.data.cache is not None
+        if cached:
+            self._cache()
+            config = config.model_copy(update={"data": config.data.model_copy(update={"cache": None})})
         with without_values():
             self.trainer = Trainer(config, self.method, self.teacher, source)
+        if cached and self.method.needs_images:
+            self.trainer.batches.latents = self._latents
         self.method.rehearse()
         self.iterations = 0
         self.activations: dict[str, int] = defaultdict(int)
@@ -142,6 +151,19 @@ class _Rehearsal:
             if device == "cuda":  # there, AdamW takes all weights at once by default, and with them the memory for it
                 for group in optimizer.param_groups:
                     group["foreach"] = True
+
+    def _cache(self) -> None:
+        """Conditions and latents as if `data.cache` held them: without encoders, and without a file."""
+        prompts = self.teacher.prompts
+        if prompts is not None:
+            row = self.teacher.condition([""])
+            prompts.clear()
+            prompts.stored = lambda texts: {key: torch.cat([value] * len(texts)) for key, value in row.items()}
+        self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
+
+    def _latents(self, indices: list[int]) -> Posterior:
+        with without_values():
+            return Posterior(*(torch.zeros(len(indices), *self.teacher.latent_shape) for _ in range(2)))
 
     def run(self) -> None:
         """One iteration with all updates, which makes the optimizers' states, and one round of iterations."""
@@ -214,6 +236,7 @@ class _Rehearsal:
             roles=roles,
             parts={name: size for name, size in parts.items() if size},
             buckets=sum(role.gradients for role in roles.values()) if processes > 1 else 0,
+            prompts=self._kept_prompts(),
             resident=sum(r.weights + r.optimizer for r in roles.values()) + sum(parts.values()),
             peaks={phase: size for phase, size in self.meter.peaks.items() if phase not in ("resident", "unit")},
             forward_tflop=unit / 1e12,
@@ -231,26 +254,33 @@ class _Rehearsal:
             teacher.denoiser(torch.zeros(size, *teacher.latent_shape), torch.zeros(size, dtype=torch.long), cond)
         return self.meter.total_flops() - before
 
+    def _kept_prompts(self) -> int:
+        prompts, data = self.teacher.prompts, self.config.data
+        if prompts is None or prompts.stored is not None or data.source == "fashion":
+            return 0
+        each = sum(value.nbytes for value in self.teacher.condition([""]).values())
+        return each * min(CACHED, CACHED_BYTES // each, data.limit or CACHED)
+
     def _timesteps(self) -> dict[int, list[float]]:
         scheduler = self.method.scheduler()
         return {n: self.teacher.jump_grid(scheduler, n)[:-1].tolist() for n in self.method.allowed_steps()}
 
 
-class _Anything(Source):
-    """As many samples as one asks for, of the kind that the config's source gives; images are without values."""
+class Anything(Source):
+    """As many samples as one asks for, of the kind that the config's source gives; images are made `within`."""
 
-    def __init__(self, teacher: Teacher, config: DataConfig) -> None:
-        self.image_size = teacher.image_size
+    def __init__(self, teacher: Teacher, config: DataConfig, within: Within) -> None:
+        self.image_size, self.within = teacher.image_size, within
         self.conditions = teacher.conditions  # type: ignore[assignment]
         self.has_images = config.source in ("fashion", "folder", "parquet")
 
     def __len__(self) -> int:
-        return 4096
+        return 256
 
     def get(self, indices: Sequence[int]) -> Raw:
-        with without_values():
+        with self.within():
             images = torch.zeros(len(indices), 3, self.image_size, self.image_size)
         return Raw(images, self.conditions_at(indices), list(indices))
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
-        return [{"prompt": f"picture {i}", "label": 0, "none": None}[self.conditions] for i in indices]
+        return [{"prompt": str(i), "label": 0, "none": None}[self.conditions] for i in indices]

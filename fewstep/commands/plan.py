@@ -32,8 +32,15 @@ def plan(args: argparse.Namespace) -> None:
     from fewstep.plan import plan as planned
 
     method_class = getattr(import_module(f"fewstep.methods.{module}"), method)
-    found = planned(method_class, config, args.device, args.processes)
-    print(json.dumps(found.as_dict(), indent=2) if args.json else text(found))
+    found = {
+        on: planned(method_class, config.model_copy(update={"gradient_checkpointing": on}), args.device, args.processes)
+        for on in (False, True)
+    }
+    mine = config.model_dump().get("gradient_checkpointing", False)
+    if args.json:
+        print(json.dumps(found[mine].as_dict() | {"peak_checkpointed": {str(on): p.peak for on, p in found.items()}}))
+    else:
+        print(text(found[mine]), checkpointing(found), sep="\n\n")
 
 
 def _named_by(file: Path) -> str:
@@ -42,6 +49,14 @@ def _named_by(file: Path) -> str:
         if file.stem.split("_")[0] == name:
             return name
     raise ValueError(f"{file} does not say by its name which method it is for: pass --method {'|'.join(METHODS)}")
+
+
+def checkpointing(found: "dict[bool, Plan]") -> str:
+    lines = []
+    for on, p in found.items():
+        fits = ", ".join(f"{card} GB" for card, good in p.fits.items() if good) or "none of these cards"
+        lines.append(f"gradient_checkpointing={str(on).lower()}: peak {p.peak / 2**30:.2f} GiB, fits on {fits}")
+    return "\n".join(lines)
 
 
 def text(p: "Plan") -> str:
@@ -64,6 +79,8 @@ def text(p: "Plan") -> str:
     lines += [f"{name:24}{gib(size)}" for name, size in p.parts.items()]
     if p.buckets:
         lines.append(f"{'exchange of gradients':24}{' ' * 10}{gib(p.buckets)}")
+    if p.prompts:
+        lines.append(f"{'kept prompts, at most':24}{gib(p.prompts)}")
     lines += ["", f"between iterations {p.resident / 2**30:.2f} GiB; most while"]
     lines += [f"  {phase:22}{gib(size)}" for phase, size in p.peaks.items()]
     fits = ", ".join(f"{card} GB {'yes' if good else 'no'}" for card, good in p.fits.items())

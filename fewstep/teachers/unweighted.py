@@ -1,5 +1,7 @@
 """A teacher from configs alone: every network without values, as large and of the same modules as the real one."""
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,31 @@ TEXT_FILES = ("*.json", "*.txt", "*.model")
 """What of a pipeline at a hub is read: configs and vocabularies."""
 
 
-def unweighted_teacher(name_or_path: str) -> Teacher:
+Within = Callable[[], AbstractContextManager[Any]]
+"""What networks are made within: tensors without values, or a device."""
+
+
+def unweighted_teacher(name_or_path: str, within: Within = without_values) -> Teacher:
     """The teacher of a folder, hub id or embedded name, whose weights are not read and may be missing.
 
+    within: `lambda: torch.device(...)` gives networks with random weights there instead.
     Raises FileNotFoundError where its configs are not at hand, ValueError where they are of no use.
     """
     folder = _folder(name_or_path)
     with quiet():
-        pipeline = _pipeline(name_or_path, folder)
+        pipeline = _pipeline(name_or_path, folder, within)
     pipeline.set_progress_bar_config(disable=True)
     module, name = FAMILIES[type(pipeline).__name__]
     family: Any = getattr(import_module(f"fewstep.teachers.{module}"), name)
-    return family(pipeline)  # type: ignore[no-any-return]
+    teacher: Teacher = family(pipeline)
+    index = pipeline.config
+
+    def reload(names: Sequence[str]) -> dict[str, Any]:
+        return {name: _part(folder / name, *index[name], within) for name in names}
+
+    # Parts that leave the device do not stay: here it would be the memory of the device.
+    teacher.parts.reload = reload
+    return teacher
 
 
 def _folder(name_or_path: str) -> Path:
@@ -44,7 +59,7 @@ def _folder(name_or_path: str) -> Path:
         ) from None
 
 
-def _pipeline(name: str, folder: Path) -> Any:
+def _pipeline(name: str, folder: Path, within: Within) -> Any:
     import diffusers
 
     try:
@@ -57,7 +72,7 @@ def _pipeline(name: str, folder: Path) -> Any:
     given: dict[str, Any] = {}
     for key, value in index.items():
         if isinstance(value, list | tuple):
-            given[key] = _part(folder / key, *value) if value[0] and key != "safety_checker" else None
+            given[key] = _part(folder / key, *value, within) if value[0] and key != "safety_checker" else None
         elif not key.startswith("_"):
             given[key] = value
     if kind == "StableDiffusionPipeline":
@@ -65,13 +80,13 @@ def _pipeline(name: str, folder: Path) -> Any:
     return getattr(diffusers, kind)(**given)
 
 
-def _part(folder: Path, library: str, name: str) -> Any:
+def _part(folder: Path, library: str, name: str, within: Within) -> Any:
     """One component; only networks are without values: schedulers compute with theirs."""
     try:
         kind = getattr(import_module(library), name)
         if not issubclass(kind, torch.nn.Module):
             return kind.from_pretrained(folder)
-        with without_values():
+        with within():
             if library == "diffusers":
                 return kind.from_config(kind.load_config(folder))
             return kind(kind.config_class.from_pretrained(folder))
