@@ -136,6 +136,9 @@ class Method(ABC):
     def prepare(self, at: Preparation) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Called once before the first iteration, also of a resumed run, on every process."""
 
+    def rehearse(self) -> None:  # noqa: B027  # most methods have nothing to prepare
+        """Stands in for `prepare` where networks have no values and nothing is kept: `fewstep plan`."""
+
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""
         return []

@@ -102,6 +102,12 @@ class DMD2(Method):
         at.wait()
         self.pairs = read_pairs(folder, settings)
 
+    def rehearse(self) -> None:
+        if self.config.pairs is not None:
+            example = {"prompt": "", "label": 0, "none": None}[self.teacher.conditions]
+            one = torch.zeros(1, *self.teacher.latent_shape)
+            self.pairs = Pairs(one, one, [example])
+
     # The student's turn -----------------------------------------------------------------------------------------------
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:

@@ -1,0 +1,184 @@
+"""What `fewstep plan` says of memory against what a run of random weights is measured to take.
+
+    python benchmarks/plan_check.py tiny            # a small Stable Diffusion on the CPU
+    python benchmarks/plan_check.py sdxl [CASE ...]  # the size of SDXL at 1024 pixels on a GPU, nothing is downloaded
+
+Measured are the bytes that torch's allocator has given out: torch.cuda.max_memory_allocated, or on the CPU the allocations in
+torch's profiler. Each case is a process of its own; the plan of one is made while the run of another is measured.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+OPTIM = {"lr": 1e-6}
+CONSISTENCY = {"optim": OPTIM, "solver_steps": 40, "steps": 8, "export_guidance_scale": 8.0}
+DMD2 = {"optim": OPTIM, "student_update_every": 1, "guidance_scale": 8.0, "gan_weight": 5e-3}
+LORA = {"student": "lora"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "consistency_lora_1": ("consistency", {"method": CONSISTENCY, "batch_size": 1, **LORA}),
+    "consistency_lora_4_checkpointed": (
+        "consistency",
+        {"method": CONSISTENCY, "batch_size": 4, "gradient_checkpointing": True, **LORA},
+    ),
+    "dmd2_lora_1_checkpointed": ("dmd2", {"method": DMD2, "batch_size": 1, "gradient_checkpointing": True, **LORA}),
+    "consistency_full_1": (  # for more than 80 GB
+        "consistency",
+        {"method": CONSISTENCY | {"target_decay": None}, "batch_size": 1, "gradient_checkpointing": True},
+    ),
+}
+DEFAULT_CASES = [name for name in CASES if name != "consistency_full_1"]
+TINY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "consistency": ("consistency", {"method": CONSISTENCY, "batch_size": 8}),
+    "dmd2": ("dmd2", {"method": DMD2, "batch_size": 8}),
+    "boot": ("boot", {"method": {"optim": OPTIM, "steps": 2}, "batch_size": 8}),
+}
+
+
+_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
+TINY: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 16, "block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "cross_attention_dim": 64,
+        "transformer_layers_per_block": 1, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    "vae": {"block_out_channels": [32, 32, 32, 32], "sample_size": 128},
+    "text_encoder": _TEXT,
+    "text_encoder_2": _TEXT | {"projection_dim": 32},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=("tiny", "sdxl", "measure"))
+    parser.add_argument("cases", nargs="*")
+    args = parser.parse_args()
+    if args.size == "measure":
+        print(json.dumps(measure(*args.cases)))
+        return
+    known, device = (TINY_CASES, "cpu") if args.size == "tiny" else (CASES, "cuda")
+    names = args.cases or (list(TINY_CASES) if args.size == "tiny" else DEFAULT_CASES)
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = build(Path(folder) / "teacher", args.size)
+        files = {name: _config(Path(folder), name, teacher, known[name], device) for name in names}
+        plans = {name: _start("-m", "fewstep.cli", "plan", str(file), "--json", "--device", device, "--method", known[name][0])
+                 for name, file in files.items()}  # fmt: skip
+        wrong = False
+        for name, file in files.items():
+            measured, seconds = _result(_start(str(Path(__file__)), "measure", known[name][0], str(file), device))
+            planned, _ = _result(plans[name])
+            if measured is None or planned is None:
+                wrong = True
+                continue
+            ratio = planned["peak"] / measured["peak"]
+            wrong |= abs(ratio - 1) > 0.1
+            print(
+                f"{name}: planned {planned['peak'] / 2**30:.3f} GiB, measured {measured['peak'] / 2**30:.3f} GiB, ratio "
+                f"{ratio:.3f}; {measured['iterations']} iterations, {seconds:.0f} s; reserved {measured['reserved'] / 2**30:.3f} GiB",
+                flush=True,
+            )
+    sys.exit(wrong)
+
+
+def _config(folder: Path, name: str, teacher: Path, case: tuple[str, dict[str, Any]], device: str) -> Path:
+    values = {
+        "teacher": str(teacher), "output_dir": str(folder / "run"), "data": {"source": "folder", "path": str(folder)},
+        "max_iterations": 10, "mixed_precision": "bf16" if device == "cuda" else "no", "cpu_threads": 1,
+    }  # fmt: skip
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values | case[1]))
+    return file
+
+
+def _start(*words: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def _result(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, float]:
+    start = time.perf_counter()
+    out, err = process.communicate()
+    if process.returncode:
+        print(f"failed: {' '.join(map(str, process.args))}\n{err[-2000:]}", flush=True)
+        return None, 0.0
+    return json.loads(out.strip().splitlines()[-1]), time.perf_counter() - start
+
+
+# A run --------------------------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, file: str, device: str) -> dict[str, int]:
+    """Peak of a real training's first iterations."""
+    import torch
+
+    if device == "cpu":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            iterations = _train(name, file, device)
+        assert profiler.profiler is not None
+        held = peak = 0
+        events = profiler.profiler.kineto_results.events()
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return {"peak": peak, "reserved": peak, "iterations": iterations}
+    iterations = _train(name, file, device)
+    return {
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "iterations": iterations,
+    }
+
+
+def _train(name: str, file: str, device: str) -> int:
+    from contextlib import nullcontext
+
+    import torch
+
+    from fewstep.commands.plan import METHODS
+    from fewstep.config import RunConfig, load_config
+    from fewstep.plan import Anything
+    from fewstep.teachers.unweighted import unweighted_teacher
+    from fewstep.trainer import Trainer
+
+    module, method_class, settings = METHODS[name]
+    config = load_config(
+        RunConfig[getattr(import_module(f"fewstep.methods.{module}_config"), settings)], ["--config", file]
+    )
+    teacher = unweighted_teacher(config.teacher, lambda: torch.device(device))
+    method = getattr(import_module(f"fewstep.methods.{module}"), method_class)(config.method, teacher)
+    trainer = Trainer(config, method, teacher, Anything(teacher, config.data, nullcontext))
+    iterations = 2
+    for trainer.iteration in range(iterations):
+        batches = [trainer.batches.draw(trainer.iteration, 0)]
+        for step in method.steps():
+            if trainer.iteration % step.every == 0:
+                trainer._update(step, batches)
+    return iterations
+
+
+# A pipeline's folder without weights --------------------------------------------------------------------------------------
+
+
+def build(folder: Path, size: str) -> Path:
+    """The published configs of SDXL; tiny: with fewer channels, blocks and pixels."""
+    shutil.copytree(ROOT / "tests" / "published" / "sdxl", folder)
+    if size == "tiny":
+        for part, changes in TINY.items():
+            file = folder / part / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+if __name__ == "__main__":
+    main()
