@@ -129,6 +129,7 @@ class Teacher(ABC):
         conditions: "prompt", "label" or "none": what `condition` wants.
         call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
             guide by default and nothing in the folder can stop it; None where nothing has to be passed.
+        plain_guidance_scale: the same for the teacher's own pipeline with adapters in it, and with its scheduler replaced.
         live_guidance: whether that pipeline can pass a guidance scale on to a student that embeds it.
         lora_targets: ends of the names of the linear and convolutional modules that adapters are for by default.
         lora: adapters under which networks learn, see `adapt`; None = whole copies learn.
@@ -142,6 +143,7 @@ class Teacher(ABC):
     image_size: int
     conditions: str
     call_guidance_scale: float | None
+    plain_guidance_scale: float | None
     live_guidance: bool
     lora_targets: tuple[str, ...]
     lora: LoraConfig | None = None

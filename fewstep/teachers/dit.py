@@ -34,6 +34,7 @@ class DiT(DiscreteGrids, TransformerTeacher):
 
     conditions = "label"
     call_guidance_scale = 1.0
+    plain_guidance_scale = 1.0
     lora_targets = (*ATTENTION, *FEED_FORWARD, "norm1.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)

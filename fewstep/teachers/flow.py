@@ -193,6 +193,7 @@ class StableDiffusion3(FlowTeacher):
     """
 
     call_guidance_scale = 1.0
+    plain_guidance_scale = 1.0
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
@@ -225,6 +226,7 @@ class Flux(FlowTeacher):
     """
 
     call_guidance_scale = None
+    plain_guidance_scale = None
     lora_targets = (
         *JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out",
     )  # fmt: skip

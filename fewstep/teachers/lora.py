@@ -76,7 +76,8 @@ def plain_copy(denoiser: Denoiser) -> Any:
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, module.get_base_layer())
-        net = net.to(net.dtype)  # embeddings that learn in float32 beside a base of another type
+        for parameter in net.parameters():
+            parameter.data = parameter.data.to(net.dtype)  # embeddings learn in float32 beside a base of any type
     return net.requires_grad_(False).eval()
 
 

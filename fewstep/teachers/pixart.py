@@ -44,6 +44,7 @@ class PixArt(DiscreteGrids, TransformerTeacher):
 
     conditions = "prompt"
     call_guidance_scale = 1.0
+    plain_guidance_scale = 1.0
     lora_targets = (*ATTENTION, *FEED_FORWARD, "adaln_single.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)

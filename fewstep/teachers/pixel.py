@@ -34,6 +34,7 @@ class Pixel(DiscreteGrids, Teacher):
 
     conditions = "none"
     call_guidance_scale = None
+    plain_guidance_scale = None
     live_guidance = False
     lora_targets = tuple(name for name in UNET if name not in (*FEED_FORWARD, "proj_in", "proj_out"))
 

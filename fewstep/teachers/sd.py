@@ -100,6 +100,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
 
     conditions = "prompt"
     call_guidance_scale = None
+    plain_guidance_scale = 1.0
     live_guidance = True
     lora_targets = UNET
     call: Call = staticmethod(call)
