@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.teachers.base import own_tensors
+
 PARTIAL = ".partial"
 
 
@@ -42,11 +44,19 @@ def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def save_module(module: nn.Module, path: Path) -> None:
-    save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, path)
+    """Write the module's own tensors: of a network under adapters, these and what else it learns."""
+    save_file({k: v.detach().contiguous().cpu() for k, v in own_tensors(module).items()}, path)
 
 
 def load_module(module: nn.Module, path: Path) -> None:
-    module.load_state_dict(load_file(path))
+    """Raises ValueError where the file holds other tensors than the module's own."""
+    found = load_file(path)
+    if different := found.keys() ^ own_tensors(module).keys():
+        raise ValueError(
+            f"{path} belongs to another kind of network ({len(different)} tensors differ, first {min(different)}): "
+            "student, lora and what the method embeds have to be those of its run"
+        )
+    module.load_state_dict(found, strict=False)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -66,8 +66,23 @@ class OptimConfig(Strict):
     """Gradients are scaled down to this L2 norm; null = no clipping."""
     warmup_iterations: NonNegativeInt = 0
     """Iterations over which the learning rate rises linearly from zero."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW of torch; or of bitsandbytes, with moments in eight bits."""
     decay: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; cosine falls to zero at the last iteration."""
+
+
+class LoraConfig(Strict):
+    rank: PositiveInt = 64
+    """Rank of each adapter's update of a weight."""
+    alpha: PositiveFloat | None = None
+    """The update counts alpha / rank; null = alpha is the rank, so that it counts 1."""
+    targets: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    """Ends of the names of the modules that get adapters, such as to_q; null = the family's: attention, feed-forward, ..."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    base_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the teacher's weights, which all networks share; other than fp32 it has to be that of mixed_precision."""
 
 
 class DataConfig(Strict):
@@ -149,6 +164,10 @@ class RunConfig(Strict, Generic[M]):
     """Pipeline to distill: an asset's name, a folder, or a hub id."""
     method: M
     """Settings of the method."""
+    student: Literal["full", "lora"] = "full"
+    """What learns: whole networks; or adapters on the teacher's own weights, which all networks share."""
+    lora: LoraConfig | None = None
+    """Settings of student: lora; null = the defaults."""
     data: DataConfig
     """Where images and conditions come from."""
     output_dir: Path
@@ -165,6 +184,10 @@ class RunConfig(Strict, Generic[M]):
     """Decay of the student's weight average, which is exported; 0 = the last weights."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Type of the networks' arithmetic; auto = bf16 where the device has it, else no."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the networks (torch.compile); the first iterations then take minutes."""
     cpu_threads: PositiveInt | None = None
     """Threads of each process on a machine without a GPU; null = the machine's cores, shared among its processes."""
     log_every: PositiveInt = 10
@@ -189,6 +212,25 @@ class RunConfig(Strict, Generic[M]):
     """Measurement of student and teacher after training; null = none."""
     export_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the exported weights."""
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if self.student == "full" and self.lora is not None:
+            raise ValueError(
+                "lora: these are settings of adapters, and student is 'full': set student=lora or lora=null"
+            )
+        dtype = self.adapters.base_dtype
+        if dtype != "fp32" and dtype != self.mixed_precision:
+            raise ValueError(
+                f"lora.base_dtype: weights in {dtype} need arithmetic in {dtype}, and mixed_precision is "
+                f"{self.mixed_precision!r}: set mixed_precision={dtype}"
+            )
+        return self
+
+    @property
+    def adapters(self) -> LoraConfig:
+        """The settings of student: lora."""
+        return self.lora or LoraConfig()
 
 
 C = TypeVar("C", bound=BaseModel)

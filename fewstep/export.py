@@ -100,12 +100,12 @@ def export(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline = teacher.student_pipeline(student, scheduler, guidance_scale)
-    _own(pipeline, DTYPES[dtype])
+    own_copies(pipeline, DTYPES[dtype])
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
-    arguments = _arguments(teacher, card)
+    arguments = arguments_of(teacher, card)
     options = {} if teacher.call_guidance_scale is None else {"guidance_scale": teacher.call_guidance_scale}
-    drawn = _draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
+    drawn = draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
     try:
         with quiet():
             pipeline.save_pretrained(partial, safe_serialization=True)
@@ -120,10 +120,10 @@ def export(
             dtype=dtype,
         )
         (partial / "README.md").write_text(text)
-        tolerance = _tolerance(student, teacher.num_train_timesteps - 1, dtype)
-        found = _ask_stranger(partial, allowed_steps, arguments, options)
-        _compare(drawn, found, allowed_steps, tolerance, refuses(scheduler))
-        _replace(partial, path)
+        tolerance = tolerance_of(student, teacher.num_train_timesteps - 1, dtype)
+        found = ask_stranger(STRANGER, partial, allowed_steps, arguments, options)
+        compare(drawn, found, allowed_steps, tolerance, refuses(scheduler))
+        put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -134,7 +134,7 @@ def refuses(scheduler: Any) -> bool:
     return "original_inference_steps" in scheduler.config
 
 
-def _own(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
+def own_copies(pipeline: "DiffusionPipeline", dtype: torch.dtype) -> None:
     """Copies of the pipeline's networks on the CPU in `dtype`: those it shares with the teacher must not change."""
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     pipeline.register_modules(**{name: _on_cpu(part, dtype) for name, part in modules.items()})
@@ -145,7 +145,7 @@ def _on_cpu(module: Any, dtype: torch.dtype) -> nn.Module:
     return own if own.dtype == dtype else own.to(dtype)
 
 
-def _arguments(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
+def arguments_of(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
     return {"prompt": [card.get("prompt", "a photo")], "label": [[0]], "none": []}[teacher.conditions]
 
 
@@ -174,10 +174,13 @@ def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, o
     )
 
 
-def _ask_stranger(
-    folder: Path, steps: Sequence[int], arguments: list[Any], options: dict[str, Any]
+def ask_stranger(
+    code: str, folder: Path, steps: Sequence[int], arguments: list[Any], options: dict[str, Any], **more: Any
 ) -> dict[str, np.ndarray]:
-    """Timesteps and pixels [1, H, W, C] of the folder in a fresh process that cannot import fewstep."""
+    """Timesteps and pixels [1, H, W, C] of the folder in a fresh process that cannot import fewstep, by STRANGER or its like.
+
+    more: what else its task says.
+    """
     with tempfile.TemporaryDirectory() as elsewhere:
         result = Path(elsewhere) / "result.npz"
         task = {
@@ -187,9 +190,10 @@ def _ask_stranger(
             "options": options,
             "result": str(result),
             "threads": torch.get_num_threads(),
+            **more,
         }
         run = subprocess.run(
-            [sys.executable, "-I", "-c", STRANGER, json.dumps(task)],
+            [sys.executable, "-I", "-c", code, json.dumps(task)],
             cwd=elsewhere,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
@@ -201,7 +205,7 @@ def _ask_stranger(
             return dict(found)
 
 
-def _draw(
+def draw(
     pipeline: "DiffusionPipeline", steps: Sequence[int], arguments: list[Any], options: dict[str, Any], refusing: bool
 ) -> dict[str, np.ndarray]:
     """Timesteps and pixels [1, H, W, C] of the student in memory, under the names that the stranger gives to its own.
@@ -230,7 +234,7 @@ def _draw(
     raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
 
 
-def _compare(
+def compare(
     drawn: dict[str, np.ndarray],
     found: dict[str, np.ndarray],
     steps: Sequence[int],
@@ -254,7 +258,7 @@ def _compare(
         raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
 
 
-def _tolerance(student: Denoiser, last_timestep: int, dtype: str) -> float:
+def tolerance_of(student: Denoiser, last_timestep: int, dtype: str) -> float:
     """The dtype's; for epsilon, times a tenth of sigma / alpha at pure noise, by which x0 enlarges rounding of eps."""
     if student.prediction_type != "epsilon":
         return TOLERANCES[dtype]
@@ -262,7 +266,7 @@ def _tolerance(student: Denoiser, last_timestep: int, dtype: str) -> float:
     return TOLERANCES[dtype] * max(1.0, 0.1 * float(sigma / alpha))
 
 
-def _replace(new: Path, path: Path) -> None:
+def put_in_place(new: Path, path: Path) -> None:
     """Put `new` at `path`; what was there is moved aside first, so that a half-written folder never has that name."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.methods.base import Role
-from fewstep.teachers.base import Denoiser
+from fewstep.teachers.base import Denoiser, own_tensors
 
 NETWORKS = ("unet", "transformer")
 """What pipelines call their denoising network."""
@@ -24,7 +24,7 @@ def start_from(roles: dict[str, Role], folder: Path) -> None:
         _fill(name, roles[name].net, file, weights)
         for role in roles.values():
             if role.follows == name:
-                role.net.load_state_dict(roles[name].net.state_dict())
+                role.net.load_state_dict(own_tensors(roles[name].net), strict=False)
 
 
 def _of_checkpoint(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
@@ -38,6 +38,11 @@ def _of_checkpoint(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path
 def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
     student = roles["student"].net
     assert isinstance(student, Denoiser)
+    if student.shared:
+        raise ValueError(
+            f"init_from: {folder} is a pipeline, whose whole weights are no start for adapters: give a checkpoint of a run "
+            "with student: lora, or make that pipeline the teacher"
+        )
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
     if kind is not None and kind != student.prediction_type:
         raise ValueError(f"init_from: {folder} predicts {kind}, the teacher {student.prediction_type}")
@@ -55,7 +60,7 @@ def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, 
 
 
 def _fill(name: str, net: nn.Module, file: Path, weights: dict[str, Tensor]) -> None:
-    own = net.state_dict()
+    own = own_tensors(net)
     # An embedding that was folded into other weights is left behind as zeros, and does nothing.
     weights = {key: value for key, value in weights.items() if key in own or value.any()}
     wrong = [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]

@@ -33,8 +33,9 @@ def run(method: "type[Method]", config: RunConfig[Any]) -> None:
 def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
+    from fewstep.lora_export import export_lora
     from fewstep.preflight import check_conditions, check_steps, check_surroundings
-    from fewstep.teachers import load_teacher
+    from fewstep.teachers import load_teacher, locate
     from fewstep.trainer import Trainer
 
     check_surroundings(config)
@@ -57,15 +58,26 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         return
     teacher.recall(teacher.text_parts + teacher.image_parts)  # the loop is over, and the pipeline itself will be called
     if main:
+        student = trainer.exported_weights()
+        card = {
+            "method": method.name, "paper": method.paper, "teacher": config.teacher, "data": config.data.source,
+            "iterations": trainer.iteration, "versions": versions(), **_example(source),
+        }  # fmt: skip
         export(
-            teacher, trainer.exported_weights(), method.scheduler(), folder / "pipeline",
+            teacher, student, method.scheduler(), folder / "pipeline",
             allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, dtype=config.export_dtype,
-            card={
-                "method": method.name, "paper": method.paper, "teacher": config.teacher, "data": config.data.source,
-                "iterations": trainer.iteration, "versions": versions(), **_example(source),
-            },
+            card=card,
         )  # fmt: skip
         print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
+        if config.student == "lora":
+            export_lora(
+                teacher, student, method.scheduler(), folder / "lora", base=locate(config.teacher),
+                allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
+                dtype=config.export_dtype, card=card,
+            )  # fmt: skip
+            print(
+                f"exported {folder / 'lora'}: adapters for {config.teacher} in diffusers and in ComfyUI, checked likewise"
+            )
     trainer.accelerator.wait_for_everyone()
     if config.evaluate:
         _evaluate(config, teacher, trainer.accelerator)

@@ -277,6 +277,9 @@ class Anything(Source):
     def __len__(self) -> int:
         return 256
 
+    def image_key(self, index: int) -> str:
+        return str(index)
+
     def get(self, indices: Sequence[int]) -> Raw:
         with self.within():
             images = torch.zeros(len(indices), 3, self.image_size, self.image_size)

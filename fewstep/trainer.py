@@ -1,6 +1,5 @@
 """The one training loop: roles, steps, averages, logs, checkpoints, validation."""
 
-import copy
 import json
 import math
 import os
@@ -22,10 +21,13 @@ from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
 from fewstep.initial import start_from
+from fewstep.learning import Own, new_optimizer, set_up
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
 from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.validation import Pictures, small_scores
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteError(RuntimeError):
@@ -62,7 +64,9 @@ class Trainer:
         # Before the move, so that what nothing will call never takes the device's memory.
         teacher.release(teacher.text_parts if cache else ())
         teacher.release(teacher.image_parts if cache or not method.needs_images else ())
-        teacher.to(self.device, torch.float32)
+        teacher.to(self.device, DTYPES[config.adapters.base_dtype])
+        if config.student == "lora":
+            teacher.adapt(config.adapters)
         roles = method.roles()
         if config.init_from is not None:
             start_from(roles, config.init_from)
@@ -96,20 +100,24 @@ class Trainer:
     # Roles ------------------------------------------------------------------------------------------------------------
 
     def _prepare_roles(self, roles: dict[str, Role]) -> None:
-        average = copy.deepcopy(roles["student"].net)
-        self.roles = roles | {"ema": Role(average, follows="student", decay=self.config.ema_decay)}
+        student = roles["student"].net
+        assert isinstance(student, Denoiser)
+        self.roles = roles | {"ema": Role(student.clone(), follows="student", decay=self.config.ema_decay)}
         self.raw: dict[str, nn.Module] = {}
+        self.own: dict[str, Own] = {}
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         self.updates: dict[str, int] = {}
         for name, role in self.roles.items():
+            own = self.own[name] = Own.of(role.net.to(self.device))
+            set_up(role.net, self.config)
             if role.optim is None:
-                role.net.requires_grad_(False).eval().to(self.device)
+                role.net.requires_grad_(False).eval()
             else:
-                role.net.requires_grad_(True).train()
-                self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(
-                    role.net, _adamw(role.net, role.optim)
-                )
+                own.requires_grad_(True)
+                role.net.train()
+                optimizer = new_optimizer(own.parameters, role.optim)
+                self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(role.net, optimizer)
                 self.updates[name] = 0
             self.raw[name] = role.net
 
@@ -117,11 +125,7 @@ class Trainer:
     def _follow(self, leader: str) -> None:
         for name, role in self.roles.items():
             if role.follows == leader:
-                pairs = zip(self.raw[name].parameters(), self.raw[leader].parameters(), strict=True)
-                followers, leaders = zip(*pairs, strict=True)
-                torch._foreach_lerp_(list(followers), list(leaders), 1 - role.decay)
-                for a, b in zip(self.raw[name].buffers(), self.raw[leader].buffers(), strict=True):
-                    a.copy_(b)
+                self.own[name].follow(self.own[leader], role.decay)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class Trainer:
         net, optimizer = self.wrapped[step.role], self.optimizers[step.role]
         if len(self.optimizers) > 1:
             for name in self.optimizers:
-                self.raw[name].requires_grad_(name == step.role)
+                self.own[name].requires_grad_(name == step.role)
         nets = self.raw | {step.role: net}
         logs: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
@@ -201,7 +205,7 @@ class Trainer:
             for key, value in losses.items():
                 logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
         limit = math.inf if optim.max_grad_norm is None else optim.max_grad_norm  # infinite: the norm is only measured
-        norm = self.accelerator.clip_grad_norm_(net.parameters(), limit)
+        norm = self.accelerator.clip_grad_norm_(self.own[step.role].parameters, limit)
         # The scaler of fp16 skips such updates by itself.
         finite = self.accelerator.mixed_precision == "fp16" or bool(torch.isfinite(norm))
         if finite:
@@ -382,10 +386,6 @@ def lr_factor(optim: OptimConfig, update: int, updates: int) -> float:
         return 1.0
     progress = (update - optim.warmup_iterations) / max(1, updates - optim.warmup_iterations)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _adamw(net: nn.Module, o: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), o.lr, o.betas, o.eps, o.weight_decay)
 
 
 def _precision(name: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from fewstep.assets import ASSETS, asset_path
 from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
 
-__all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher", "quiet"]
+__all__ = ["Call", "Cond", "Denoiser", "Posterior", "Teacher", "load_teacher", "locate", "quiet"]
 
 FAMILIES = {
     "StableDiffusionPipeline": ("sd", "StableDiffusion"),
@@ -36,7 +36,7 @@ def load_teacher(name_or_path: str) -> Teacher:
     """
     from diffusers import DiffusionPipeline
 
-    source = _locate(name_or_path)
+    source = locate(name_or_path)
     with quiet():
         try:
             index = DiffusionPipeline.load_config(source)
@@ -71,7 +71,8 @@ def load_teacher(name_or_path: str) -> Teacher:
     return teacher
 
 
-def _locate(name_or_path: str) -> str:
+def locate(name_or_path: str) -> str:
+    """The folder or hub id that diffusers opens. Raises FileNotFoundError for what can be neither."""
     if name_or_path in ASSETS:
         return str(asset_path(name_or_path) / "pipeline")
     if Path(name_or_path).is_dir():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fewstep.config import LoraConfig
 from fewstep.process import Prediction, PredictionType, Schedule, read
 from fewstep.teachers.parts import Parts
 
@@ -69,7 +70,12 @@ class Denoiser(nn.Module):
 
     `guidance_scale` [B] (1 = none) goes to networks that embed it, `progress` [B] of the target time in its segment, in
     [0, 1], to those that embed that; the others must be given None.
+
+    Attributes:
+        shared: the tensors that `net` has in common with another network, which owns them; usually none.
     """
+
+    shared: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -94,8 +100,25 @@ class Denoiser(nn.Module):
         return read(self.schedule, self.prediction_type, output, x_t, t)
 
     def clone(self) -> "Denoiser":
-        """A trainable copy in training mode; `call` and `schedule` are shared, weights are not."""
-        return self.with_net(copy.deepcopy(self.net)).requires_grad_(True)
+        """A trainable copy; `call`, `schedule` and the tensors that are `shared` stay shared, weights do not."""
+        copied = self.with_net(copy.deepcopy(self.net, {id(tensor): tensor for tensor in self.shared}))
+        copied.shared = self.shared
+        return copied.learnable()
+
+    def learnable(self) -> "Denoiser":
+        """Itself in training mode; what is its own is in float32 and takes gradients, what it shares is left as it is."""
+        shared = {id(tensor) for tensor in self.shared}
+        for parameter in self.parameters():
+            if id(parameter) not in shared:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        return self.train()
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, but for those that the denoisers in `module` share with another network."""
+    shared = {id(tensor) for part in module.modules() if isinstance(part, Denoiser) for tensor in part.shared}
+    return {name: v for name, v in module.state_dict(keep_vars=True).items() if id(v) not in shared}
 
 
 class Teacher(ABC):
@@ -111,10 +134,13 @@ class Teacher(ABC):
         conditions: "prompt", "label" or "none": what `condition` wants.
         call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
             guide by default and nothing in the folder can stop it; None where nothing has to be passed.
+        plain_guidance_scale: the same for the teacher's own pipeline with adapters in it, and with its scheduler replaced.
         live_guidance: whether that pipeline can pass a guidance scale on to a student that embeds it.
         text_parts: names of the pipeline's networks that turn prompts into conditions; some of them may be None in it.
         image_parts: of those that turn images into latents and back.
         prompts: what keeps conditions of prompts; None for teachers without prompts.
+        lora_targets: ends of the names of the linear and convolutional modules that adapters are for by default.
+        lora: adapters under which networks learn, see `adapt`; None = whole copies learn.
     """
 
     pipeline: "DiffusionPipeline"
@@ -125,10 +151,13 @@ class Teacher(ABC):
     image_size: int
     conditions: str
     call_guidance_scale: float | None
+    plain_guidance_scale: float | None
     live_guidance: bool
     text_parts: tuple[str, ...] = ()
     image_parts: tuple[str, ...] = ()
     prompts: "PromptCache | None" = None
+    lora_targets: tuple[str, ...]
+    lora: LoraConfig | None = None
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -145,6 +174,24 @@ class Teacher(ABC):
     @abstractmethod
     def null_condition(self, size: int) -> Cond:
         """What classifier-free guidance calls unconditional, for `size` samples."""
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """From now on `learner` and `student` give the teacher's own weights, frozen, under adapters (Hu et al. 2021).
+
+        Raises ValueError where `lora.targets` name no module of the network, or peft is not installed.
+        """
+        from fewstep.teachers.lora import adapted_modules
+
+        adapted_modules(self.denoiser.net, lora.targets or self.lora_targets)
+        self.lora = lora
+
+    def learner(self) -> Denoiser:
+        """A trainable network that starts as the teacher's: a copy; or, after `adapt`, its weights under adapters."""
+        if self.lora is None:
+            return self.denoiser.clone()
+        from fewstep.teachers.lora import under_adapters
+
+        return under_adapters(self.denoiser, self.lora, self.lora.targets or self.lora_targets)
 
     @abstractmethod
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
@@ -184,6 +231,14 @@ class Teacher(ABC):
         step ends: [steps + 1], whole numbers unless the pipeline's are not.
 
         -1 stands for clean data, as everywhere.
+        """
+
+    @abstractmethod
+    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> nn.Module:
+        """A frozen copy of the student's network as diffusers has it, adapters merged.
+
+        What the student is told beside the time is part of its weights: the end of a segment and, where one is given, the
+        guidance scale.
         """
 
     @abstractmethod

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewstep.teachers import told
 from fewstep.teachers.base import Call, Cond, Denoiser, FeatureMap, tokens_as_map
+from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 from fewstep.teachers.transformer import TransformerTeacher
 
@@ -33,6 +34,8 @@ class DiT(DiscreteGrids, TransformerTeacher):
 
     conditions = "label"
     call_guidance_scale = 1.0
+    plain_guidance_scale = 1.0
+    lora_targets = (*ATTENTION, *FEED_FORWARD, "norm1.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)
 

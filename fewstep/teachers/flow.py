@@ -18,11 +18,15 @@ from fewstep.process import ShiftedFlow
 from fewstep.teachers import told
 from fewstep.teachers.base import Cond, Denoiser, tokens_as_map
 from fewstep.teachers.flow_schedulers import even_grid_scheduler, shift_of, shifted_scheduler
+from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.prompts import PromptCache
 from fewstep.teachers.transformer import TransformerTeacher
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
+
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of attention over image and text together."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,8 @@ class StableDiffusion3(FlowTeacher):
 
     call_guidance_scale = 1.0
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    plain_guidance_scale = 1.0
+    lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         config = pipeline.transformer.config
@@ -223,6 +229,10 @@ class Flux(FlowTeacher):
 
     call_guidance_scale = None
     text_parts = ("text_encoder", "text_encoder_2")
+    plain_guidance_scale = None
+    lora_targets = (
+        *JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out",
+    )  # fmt: skip
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         super().__init__(pipeline, (self.sizes(pipeline)[0][1] // 2) ** 2, FluxCall)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.teachers import told
 from fewstep.teachers.base import Call, Cond, FeatureMap, tokens_as_map
+from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.prompts import PromptCache
 from fewstep.teachers.schedulers import DiscreteGrids, read_schedule, tcd_scheduler
 from fewstep.teachers.transformer import TransformerTeacher
@@ -45,6 +46,8 @@ class PixArt(DiscreteGrids, TransformerTeacher):
     call_guidance_scale = 1.0
     text_parts = ("text_encoder",)
     prompts: PromptCache
+    plain_guidance_scale = 1.0
+    lora_targets = (*ATTENTION, *FEED_FORWARD, "adaln_single.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.lora import FEED_FORWARD, UNET, plain_copy
 from fewstep.teachers.progress import attach_progress, fold_progress
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 
@@ -33,7 +34,9 @@ class Pixel(DiscreteGrids, Teacher):
 
     conditions = "none"
     call_guidance_scale = None
+    plain_guidance_scale = None
     live_guidance = False
+    lora_targets = tuple(name for name in UNET if name not in (*FEED_FORWARD, "proj_in", "proj_out"))
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         config = pipeline.unet.config
@@ -76,10 +79,10 @@ class Pixel(DiscreteGrids, Teacher):
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
         if guidance_embedding:
             raise ValueError("an unconditional UNet2DModel has no guidance to embed: switch the guidance embedding off")
-        student = self.denoiser.clone()
+        student = self.learner()
         if progress_embedding:
             attach_progress(student.net)
-        return student.float().train()
+        return student.learnable()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
@@ -87,16 +90,19 @@ class Pixel(DiscreteGrids, Teacher):
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)
 
+    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+        if guidance_scale is not None:
+            raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
+        unet = plain_copy(student)
+        fold_progress(unet)
+        return unet
+
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
     ) -> "DiffusionPipeline":
         """DDPMPipeline, whose loop runs any stock scheduler; its default of 1000 steps raises with a few-step grid."""
         from diffusers import DDPMPipeline
 
-        if guidance_scale is not None:
-            raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
-        unet = copy.deepcopy(student.net).requires_grad_(False).eval()
-        fold_progress(unet)
-        pipeline = DDPMPipeline(unet=unet, scheduler=copy.deepcopy(scheduler))
+        pipeline = DDPMPipeline(unet=self.folded(student, guidance_scale), scheduler=copy.deepcopy(scheduler))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

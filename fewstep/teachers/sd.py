@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
+from fewstep.teachers.lora import UNET, plain_copy
 from fewstep.teachers.progress import attach_progress, fold_progress
 from fewstep.teachers.prompts import PromptCache, freeze
 from fewstep.teachers.schedulers import DiscreteGrids, read_schedule, tcd_scheduler
@@ -68,6 +69,14 @@ def with_guidance_embedding(unet: Any) -> Any:
     return in_dtype(wider, unet.dtype).to(unet.device)
 
 
+def attach_guidance(unet: Any) -> None:
+    """Give a UNet2DConditionModel a zero-initialised guidance embedding, in place: the same function for any scale."""
+    embedding = unet.time_embedding
+    embedding.cond_proj = nn.Linear(EMBEDDING_DIM, embedding.linear_1.in_features, bias=False).to(unet.device)
+    nn.init.zeros_(embedding.cond_proj.weight)
+    unet.register_to_config(time_cond_proj_dim=EMBEDDING_DIM)
+
+
 def fold_guidance(unet: Any, guidance_scale: float) -> None:
     """Bake one guidance scale into the UNet, in place; its embedding then has no effect.
 
@@ -91,10 +100,12 @@ class StableDiffusion(DiscreteGrids, Teacher):
 
     conditions = "prompt"
     call_guidance_scale = None
+    plain_guidance_scale = 1.0
     live_guidance = True
     text_parts: tuple[str, ...] = ("text_encoder",)
     image_parts = ("vae",)
     prompts: PromptCache
+    lora_targets = UNET
     call: Call = staticmethod(call)
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
@@ -129,10 +140,15 @@ class StableDiffusion(DiscreteGrids, Teacher):
         return self.condition([""] * size)
 
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
-        net = with_guidance_embedding(self.denoiser.net) if guidance_embedding else copy.deepcopy(self.denoiser.net)
+        if guidance_embedding and self.lora is None:
+            student = self.denoiser.with_net(with_guidance_embedding(self.denoiser.net))
+        else:
+            student = self.learner()
+            if guidance_embedding:
+                attach_guidance(student.net)
         if progress_embedding:
-            attach_progress(net)
-        return self.denoiser.with_net(net).float().requires_grad_(True).train()
+            attach_progress(student.net)
+        return student.learnable()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         return denoiser.net.get_submodule("mid_block")
@@ -151,7 +167,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
         self.recall(self.text_parts + self.image_parts)
-        unet = self._student_unet(student, guidance_scale)
+        unet = self._stock_unet(student, guidance_scale)
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
         pipeline = kind(
             vae=in_dtype(self.pipeline.vae, unet.dtype),
@@ -166,16 +182,21 @@ class StableDiffusion(DiscreteGrids, Teacher):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def _student_unet(self, student: Denoiser, guidance_scale: float | None) -> Any:
-        """A frozen copy of the student's UNet with everything folded that a stock pipeline would not give it."""
-        unet: Any = copy.deepcopy(student.net)
+    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+        unet = plain_copy(student)
         fold_progress(unet)
-        if unet.config.time_cond_proj_dim is None:
-            if guidance_scale is not None:
-                raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
-            unet = with_guidance_embedding(unet)
-        elif guidance_scale is not None:
+        embeds = unet.config.time_cond_proj_dim is not None
+        if guidance_scale is not None and not embeds:
+            raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
+        if guidance_scale is not None:
             fold_guidance(unet, guidance_scale)
+        return unet
+
+    def _stock_unet(self, student: Denoiser, guidance_scale: float | None) -> Any:
+        """The folded network with an embedding of the guidance scale, if only of zeros."""
+        unet = self.folded(student, guidance_scale)
+        if unet.config.time_cond_proj_dim is None:
+            unet = with_guidance_embedding(unet)
         return unet.requires_grad_(False).eval()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":

@@ -83,7 +83,7 @@ class StableDiffusionXL(StableDiffusion):
         from diffusers import StableDiffusionXLPipeline
 
         self.recall(self.text_parts + self.image_parts)
-        unet, own = self._student_unet(student, guidance_scale), self.pipeline
+        unet, own = self._stock_unet(student, guidance_scale), self.pipeline
         pipeline = StableDiffusionXLPipeline(
             vae=in_dtype(own.vae, unet.dtype),
             text_encoder=in_dtype(own.text_encoder, unet.dtype),

@@ -40,13 +40,16 @@ class ToldEmbedding(TimestepEmbedding):  # type: ignore[misc]  # diffusers is no
     def __init__(self, plain: TimestepEmbedding, progress: bool, guidance: bool) -> None:
         width, dim = plain.linear_1.in_features, plain.linear_2.out_features
         super().__init__(width, dim)
-        self.load_state_dict(plain.state_dict())
+        # The very modules, which may be another network's, too.
+        self.linear_1, self.linear_2 = plain.linear_1, plain.linear_2
         self.width = width
         self.progress = ProgressEmbedding(dim) if progress else None
         self.guidance = nn.Linear(EMBEDDING_DIM, dim, bias=False) if guidance else None
         if self.guidance is not None:
             nn.init.zeros_(self.guidance.weight)
-        self.to(plain.linear_1.weight.device, plain.linear_1.weight.dtype)
+        for added in (self.progress, self.guidance):
+            if added is not None:
+                added.to(plain.linear_1.weight.device, plain.linear_1.weight.dtype)
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         embedded: Tensor = super().forward(sample[:, : self.width], condition)

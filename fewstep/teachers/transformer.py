@@ -11,6 +11,7 @@ from fewstep.process import PredictionType, Schedule
 from fewstep.teachers import told
 from fewstep.teachers.base import Call, Denoiser, FeatureMap, Posterior, Teacher
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
+from fewstep.teachers.lora import ATTENTION, FEED_FORWARD, plain_copy
 from fewstep.teachers.prompts import freeze
 from fewstep.teachers.sd import in_dtype
 
@@ -26,6 +27,7 @@ class TransformerTeacher(Teacher):
 
     live_guidance = False
     image_parts = ("vae",)
+    lora_targets: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD)
     call: Call
     feature_map: FeatureMap
 
@@ -55,23 +57,27 @@ class TransformerTeacher(Teacher):
         return decode_latents(self.part("vae"), x0)
 
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
-        net = copy.deepcopy(self.denoiser.net)
+        student = self.learner()
         if guidance_embedding or progress_embedding:
-            told.attach(self.time_modules(net), progress_embedding, guidance_embedding)
-        return self.denoiser.with_net(net).float().requires_grad_(True).train()
+            told.attach(self.time_modules(student.net), progress_embedding, guidance_embedding)
+        return student.learnable()
 
     def feature_module(self, denoiser: Denoiser) -> nn.Module:
         blocks: Any = denoiser.net.get_submodule("transformer_blocks")
         return blocks[len(blocks) // 2]  # type: ignore[no-any-return]
+
+    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+        net = plain_copy(student)
+        told.fold(self.time_modules(net), guidance_scale)
+        return net.requires_grad_(False).eval()
 
     def student_pipeline(
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
     ) -> "DiffusionPipeline":
         """A pipeline of the teacher's class."""
         self.recall(self.text_parts + self.image_parts)
-        net: Any = copy.deepcopy(student.net)
-        told.fold(self.time_modules(net), guidance_scale)
-        parts = {"transformer": net.requires_grad_(False).eval(), "scheduler": copy.deepcopy(scheduler)}
+        net = self.folded(student, guidance_scale)
+        parts = {"transformer": net, "scheduler": copy.deepcopy(scheduler)}
         others = {key: part for key, part in self.pipeline.components.items() if key not in parts}
         own = {key: in_dtype(v, net.dtype) if isinstance(v, nn.Module) else v for key, v in others.items()}
         pipeline = type(self.pipeline)(**parts, **own)

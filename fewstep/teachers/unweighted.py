@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fewstep.rehearsal import without_values
-from fewstep.teachers import FAMILIES, _locate, quiet
+from fewstep.teachers import FAMILIES, locate, quiet
 from fewstep.teachers.base import Teacher
 
 TEXT_FILES = ("*.json", "*.txt", "*.model")
@@ -36,7 +36,7 @@ def unweighted_teacher(name_or_path: str, within: Within = without_values) -> Te
     index = pipeline.config
 
     def reload(names: Sequence[str]) -> dict[str, Any]:
-        return {name: _part(folder / name, *index[name], within) for name in names}
+        return {name: _part(folder / name, index[name], within) for name in names}
 
     # Parts that leave the device do not stay: here it would be the memory of the device.
     teacher.parts.reload = reload
@@ -44,7 +44,7 @@ def unweighted_teacher(name_or_path: str, within: Within = without_values) -> Te
 
 
 def _folder(name_or_path: str) -> Path:
-    source = _locate(name_or_path)
+    source = locate(name_or_path)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -72,7 +72,7 @@ def _pipeline(name: str, folder: Path, within: Within) -> Any:
     given: dict[str, Any] = {}
     for key, value in index.items():
         if isinstance(value, list | tuple):
-            given[key] = _part(folder / key, *value, within) if value[0] and key != "safety_checker" else None
+            given[key] = _part(folder / key, value, within) if value[0] and key != "safety_checker" else None
         elif not key.startswith("_"):
             given[key] = value
     if kind == "StableDiffusionPipeline":
@@ -80,8 +80,9 @@ def _pipeline(name: str, folder: Path, within: Within) -> Any:
     return getattr(diffusers, kind)(**given)
 
 
-def _part(folder: Path, library: str, name: str, within: Within) -> Any:
+def _part(folder: Path, library_and_name: Sequence[str], within: Within) -> Any:
     """One component; only networks are without values: schedulers compute with theirs."""
+    library, name = library_and_name
     try:
         kind = getattr(import_module(library), name)
         if not issubclass(kind, torch.nn.Module):

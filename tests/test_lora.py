@@ -1,0 +1,416 @@
+"""Students under adapters: one base for all networks, exact resume, files stock diffusers loads, and what else saves memory."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_ddpm, build_sd
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_families import BUILDERS, METHODS, noise, raw
+from test_trainer import ROOT, environment
+from torch import Tensor, nn
+
+from fewstep import checkpoint as ckpt
+from fewstep.config import LoraConfig, OptimConfig, RunConfig
+from fewstep.data import load_source
+from fewstep.export import export
+from fewstep.learning import new_optimizer
+from fewstep.lora_export import FILE, KOHYA_FILE, export_lora, update_of
+from fewstep.methods.critic import features, named_layers
+from fewstep.methods.dmd2 import DMD2Config
+from fewstep.teachers import Denoiser, load_teacher
+from fewstep.teachers.base import own_tensors
+from fewstep.teachers.lora import adapted_modules, adapters
+from fewstep.trainer import Trainer
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {"sd": build_sd, "ddpm": build_ddpm, **BUILDERS}
+UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
+MATRIX = [(family, method) for family in FAMILIES for method in METHODS]
+QUICK = {("sd", "dmd2"), ("ddpm", "boot"), ("dit", "consistency"), ("sd3", "dmd2")}
+EXPORTED = {("sd", "dmd2"), ("sdxl", "consistency"), ("dit", "dmd2")}
+
+
+def marked(quick: set[tuple[str, str]]) -> list[Any]:
+    return [pytest.param(f, m, marks=() if (f, m) in quick else pytest.mark.slow) for f, m in MATRIX]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = FAMILIES[family](tmp_path_factory.mktemp("lora") / family)
+        return built[family]
+
+    return folder
+
+
+def make(folder: Path, output: Path, method: str, iterations: int = 2, **changes: Any) -> Trainer:
+    kind, config_kind, settings = METHODS[method]
+    teacher = load_teacher(str(folder))
+    if teacher.conditions == "none":
+        settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
+    data = {"source": "fashion", "limit": 8} | ({"num_labels": 10} if teacher.conditions == "label" else {})
+    values = {
+        "teacher": str(folder), "output_dir": str(output), "data": data, "max_iterations": iterations, "cpu_threads": 1,
+        "batch_size": 1, "checkpoint_every": 1, "log_every": 1, "mixed_precision": "no", "student": "lora",
+        "lora": {"rank": 4, "alpha": 8.0}, "method": {"optim": {"lr": 1e-3}} | settings,
+    } | changes  # fmt: skip
+    config = RunConfig[config_kind].model_validate(values)
+    return Trainer(config, kind(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def stirred(net: Denoiser) -> Denoiser:
+    """Every own tensor with some size: adapters start as nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in own_tensors(net).values():
+            value.add_(torch.randn(value.shape, generator=generator), alpha=0.05)
+    return net
+
+
+# Adapters ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("sd", 79), ("sdxl", 79), ("ddpm", 44), ("dit", 14), ("pixart", 21), ("sd3", 25), ("flux", 20)],
+)
+def test_targets_are_the_familys(family: str, count: int, folders: Callable[[str], Path]) -> None:
+    """79 modules of a UNet with an attention block on each side: what LCM-LoRA's list gives there. Each network starts as the
+    teacher."""
+    teacher = load_teacher(str(folders(family)))
+    names = adapted_modules(teacher.denoiser.net, teacher.lora_targets)
+    assert len(names) == count
+    assert not [name for name in names if name in ("proj_out", "conv_in", "conv_out")]
+    teacher.adapt(LoraConfig(rank=2))
+    student = teacher.student()
+    assert sorted(name for name, _ in adapters(student.net)) == sorted(names)
+    assert len(own_tensors(student)) == 2 * count
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    assert torch.equal(student(x, t, cond).x0, teacher.denoiser(x, t, cond).x0)
+
+
+def test_unknown_targets_are_refused(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("sd")))
+    with pytest.raises(ValueError, match=r"lora\.targets: .* ends in 'to_qq'; did you mean 'to_q'"):
+        teacher.adapt(LoraConfig(targets=("to_v", "to_qq")))
+
+
+def test_all_networks_share_one_base(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Storages counted: the teacher's, and the adapters (and heads) of each role."""
+    trainer = make(folders("sdxl"), tmp_path, "dmd2")
+    before = tensors(trainer.teacher.denoiser)
+
+    def storages(*modules: nn.Module) -> dict[int, int]:
+        parts = [v for module in modules for v in (*module.parameters(), *module.buffers())]
+        return {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in parts}
+
+    base = storages(trainer.teacher.denoiser)
+    learnt = {name: own_tensors(trainer.raw[name]) for name in ("student", "critic", "ema")}
+    expected = sum(v.numel() * 4 for own in learnt.values() for v in own.values())
+    assert sum(storages(*trainer.raw.values()).values()) == sum(base.values()) + expected
+    adapter = sum(v.numel() * 4 for v in learnt["student"].values())
+    assert adapter == sum(v.numel() * 4 for v in learnt["ema"].values()) < sum(base.values()) / 4
+    trainer.fit()
+    assert all(torch.equal(before[key], v) for key, v in trainer.teacher.denoiser.state_dict().items())
+    saved = load_file(tmp_path / "checkpoints" / "2" / "student.safetensors")
+    assert len(saved) == 2 * 79 and all("lora_" in key for key in saved)
+    critic = load_file(tmp_path / "checkpoints" / "2" / "critic.safetensors")
+    assert {key.split(".")[0] for key in critic} == {"denoiser", "heads"}
+    assert all("lora_" in key for key in critic if key.startswith("denoiser"))
+
+
+@pytest.mark.parametrize(("family", "method"), marked(QUICK))
+def test_methods_train_and_resume(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two iterations; and one, then another in a new Trainer, to the same bits; the teacher stays as it was."""
+    whole = make(folders(family), tmp_path / "whole", method)
+    before, start = tensors(whole.teacher.denoiser), tensors(whole.raw["student"])
+    assert whole.fit()
+    assert all(torch.equal(before[key], v) for key, v in whole.teacher.denoiser.state_dict().items())
+    moved = [key for key, v in whole.raw["student"].state_dict().items() if not torch.equal(v, start[key])]
+    assert moved and all(key in own_tensors(whole.raw["student"]) for key in moved)
+    assert make(folders(family), tmp_path / "parts", method, iterations=1).fit()
+    second = make(folders(family), tmp_path / "parts", method)
+    second.resume("latest")
+    assert second.fit()
+    for name in ("student", "ema", "student_optimizer"):
+        one, two = (
+            load_file(tmp_path / part / "checkpoints" / "2" / f"{name}.safetensors") for part in ("whole", "parts")
+        )
+        assert one.keys() == two.keys()
+        assert not [k for k in one if not torch.equal(one[k], two[k])]
+
+
+def test_whole_weights_are_no_adapters(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    assert make(folders("sd"), tmp_path / "full", "dmd2", iterations=1, student="full", lora=None).fit()
+    checkpoint = tmp_path / "full" / "checkpoints" / "1"
+    trainer = make(folders("sd"), tmp_path / "lora", "dmd2")
+    before = tensors(trainer.teacher.denoiser)
+    with pytest.raises(ValueError, match="belongs to another kind of network"):
+        trainer.resume(str(checkpoint))
+    with pytest.raises(ValueError, match="does not fit the student"):
+        make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(checkpoint))
+    with pytest.raises(ValueError, match=r"init_from: .* no start for adapters"):
+        trainer.teacher.student_pipeline(
+            trainer.teacher.student(), trainer.method.scheduler()
+        ).save_pretrained(tmp_path / "pipeline")  # fmt: skip
+        make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(tmp_path / "pipeline"))
+    assert all(torch.equal(before[key], v) for key, v in trainer.teacher.denoiser.state_dict().items())
+
+
+def test_adapters_start_from_those_of_an_earlier_run(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    assert make(folders("sd"), tmp_path / "first", "dmd2", iterations=1).fit()
+    checkpoint = tmp_path / "first" / "checkpoints" / "1"
+    second = make(folders("sd"), tmp_path / "second", "dmd2", init_from=str(checkpoint))
+    for name, role in (("student", "student"), ("critic", "critic")):
+        saved = load_file(checkpoint / f"{name}.safetensors")
+        assert all(torch.equal(saved[key], v) for key, v in own_tensors(second.raw[role]).items())
+
+
+@pytest.mark.slow
+def test_two_processes_agree_and_resume_exactly(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    def command(output: Path, *overrides: str) -> list[str]:
+        return [
+            sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--main_process_port",
+            "0", "train/dmd2.py", "--config", "configs/dmd2_fashion.yaml", f"teacher={folders('sd')}", f"output_dir={output}",
+            "data.limit=16", "batch_size=2", "max_iterations=4", "checkpoint_every=2", "validate_every=0", "evaluate=null",
+            "log_every=1", "cpu_threads=1", "student=lora", "lora.rank=4", "gradient_checkpointing=true",
+            "score.every=0", *overrides,
+        ]  # fmt: skip
+
+    for name, overrides in (("whole", ()), ("parts", ("max_iterations=2",)), ("parts", ("resume=latest",))):
+        done = subprocess.run(
+            command(tmp_path / name, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("student", "critic", "ema", "critic_optimizer"):
+        one, two = (
+            load_file(tmp_path / part / "checkpoints" / "4" / f"{name}.safetensors") for part in ("whole", "parts")
+        )
+        assert not [k for k in one if not torch.equal(one[k], two[k])]
+    assert ckpt.read_json(tmp_path / "whole" / "checkpoints" / "4" / "state.json")["num_processes"] == 2
+    assert (tmp_path / "whole" / "lora" / FILE).exists()
+
+
+# Files ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "method"), marked(EXPORTED))
+def test_methods_export(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Both exports compare what a process without fewstep draws, beside and merged, with the student in memory."""
+    trainer = make(folders(family), tmp_path / "run", method, iterations=1)
+    teacher, own = trainer.teacher, trainer.method
+    student = trainer.exported_weights()
+    stirred(student)
+    common: dict[str, Any] = {
+        "allowed_steps": own.allowed_steps(), "guidance_scale": own.export_guidance_scale,
+        "card": {"method": own.name, "prompt": "a bag"},
+    }  # fmt: skip
+    export(teacher, student, own.scheduler(), tmp_path / "pipeline", **common)
+    path = export_lora(teacher, student, own.scheduler(), tmp_path / "lora", base=str(folders(family)), **common)
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", KOHYA_FILE, FILE, "scheduler"]
+    with safe_open(path / FILE, "pt") as file:
+        assert '"lora_alpha": 8.0' in (file.metadata() or {})["lora_adapter_metadata"].replace("unet.", "").replace(
+            "transformer.", ""
+        )
+
+
+LOADS = """
+import sys; sys.modules["fewstep"] = None
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+folder, file, part, inputs, result = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline.load_lora_weights(file.rpartition("/")[0], weight_name=file.rpartition("/")[2])
+net = getattr(pipeline, part)
+given = torch.load(inputs, weights_only=True)
+with torch.no_grad():
+    beside = net(**given, return_dict=False)[0]
+    count = sum(isinstance(module, LoraLayer) for module in net.modules())
+    pipeline.fuse_lora()
+    fused = net(**given, return_dict=False)[0]
+torch.save({"beside": beside, "fused": fused, "count": torch.tensor(count)}, result)
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("sd", FILE), ("sd", KOHYA_FILE), ("sdxl", FILE), ("sdxl", KOHYA_FILE), ("sd3", FILE), ("flux", FILE)],
+)
+def test_stock_diffusers_loads_every_module(
+    family: str, layout: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In a process without fewstep: every module counted, outputs equal to the student's, beside and fused, alpha not rank."""
+    from safetensors.torch import save_file
+
+    teacher = load_teacher(str(folders(family)))
+    teacher.adapt(LoraConfig(rank=4, alpha=6.0))
+    student = stirred(teacher.student()).eval()
+    part = "unet" if family in ("sd", "sdxl") else "transformer"
+    update = update_of(teacher, student)
+    tensors, metadata = update.diffusers(part, torch.float32)
+    if layout == FILE:
+        save_file(tensors, tmp_path / layout, metadata=metadata)
+    else:
+        save_file(update.kohya(part, torch.float32), tmp_path / layout)
+    given: list[dict[str, Any]] = []
+    hook = student.net.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(dict(kwargs, _args=args)), with_kwargs=True
+    )
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    captured: list[Tensor] = []
+    out = student.net.register_forward_hook(lambda _, __, output: captured.append(output.sample))
+    with torch.no_grad():
+        student(x, t, cond)
+    hook.remove(), out.remove()
+    inputs = {k: v for k, v in given[0].items() if k != "_args" and v is not None}
+    inputs |= dict(zip(("sample", "timestep"), given[0]["_args"], strict=False))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [
+        sys.executable,
+        "-c",
+        LOADS,
+        str(folders(family)),
+        str(tmp_path / layout),
+        part,
+        str(tmp_path / "inputs.pt"),
+    ]
+    done = subprocess.run(
+        [*command, str(tmp_path / "result.pt")], env=environment(), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert int(found["count"]) == len(update.up) == len(list(adapters(student.net)))
+    size = float(captured[0].abs().max())
+    with torch.no_grad():
+        plain = teacher.denoiser.net(**inputs, return_dict=False)[0]
+    assert (plain - captured[0]).abs().max() > 1e-2 * size
+    assert (found["beside"] - captured[0]).abs().max() <= 1e-6 * max(size, 1)
+    assert (found["fused"] - captured[0]).abs().max() <= 5e-6 * max(size, 1)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_kohya_names_are_those_that_comfyui_knows(family: str, folders: Callable[[str], Path]) -> None:
+    """lora_unet_ or lora_transformer_, and diffusers' name with underscores; the update is alpha / rank up @ down."""
+    teacher = load_teacher(str(folders(family)))
+    teacher.adapt(LoraConfig(rank=4, alpha=6.0))
+    student = stirred(teacher.student())
+    part = "unet" if family == "sdxl" else "transformer"
+    file = update_of(teacher, student).kohya(part, torch.float32)
+    weights = teacher.denoiser.net.state_dict()
+    known = {f"lora_{part}_{k.removesuffix('.weight').replace('.', '_')}": k for k in weights if k.endswith(".weight")}
+    patches = {key.partition(".")[0] for key in file}
+    assert patches <= known.keys()
+    after = teacher.folded(student).state_dict()
+    changed = {known[name] for name in patches}
+    for name in patches:
+        up, down, alpha = (file[f"{name}.{kind}"] for kind in ("lora_up.weight", "lora_down.weight", "alpha"))
+        delta = (up.flatten(1) @ down.flatten(1)).reshape(weights[known[name]].shape) * alpha / down.shape[0]
+        torch.testing.assert_close(weights[known[name]] + delta, after[known[name]], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(after[k], v) for k, v in weights.items() if k not in changed)
+
+
+def test_live_guidance_has_no_place_in_a_file_of_adapters(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("sd")))
+    teacher.adapt(LoraConfig(rank=4))
+    student = stirred(teacher.student(guidance_embedding=True))
+    with pytest.raises(ValueError, match=r"set method\.export_guidance_scale"):
+        update_of(teacher, student)
+    assert set(update_of(teacher, student, 2.0).shift) == {"time_embedding.linear_1"}
+
+
+# Memory and time --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_checkpointed_gradients_are_the_same(family: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Also of the discriminator, whose features end the network's call early."""
+    runs = {}
+    for on in (False, True):
+        trainer = make(folders(family), tmp_path / str(on), "dmd2", iterations=1, gradient_checkpointing=on)
+        assert trainer.fit()
+        runs[on] = {
+            name: load_file(tmp_path / str(on) / "checkpoints" / "1" / f"{name}.safetensors")
+            for name in ("student", "critic")
+        }
+    for name, one in runs[False].items():
+        for key, value in one.items():
+            torch.testing.assert_close(runs[True][name][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_saves_activations(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("sd")))
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    saved = {}
+    for on in (False, True):
+        student: Any = teacher.student()
+        if on:
+            student.net.enable_gradient_checkpointing()
+        kept: dict[int, int] = {}
+
+        def pack(v: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            student(x, t, cond)
+        saved[on] = sum(kept.values())
+    assert saved[True] < saved[False]
+
+
+def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    trainer = make(
+        folders("sd"), tmp_path, "consistency", mixed_precision="bf16", lora={"rank": 4, "base_dtype": "bf16"}
+    )
+    assert trainer.teacher.denoiser.net.dtype == torch.bfloat16
+    assert {v.dtype for v in own_tensors(trainer.raw["student"]).values()} == {torch.float32}
+    assert trainer.fit()
+    pipeline: Any = trainer._pipeline()
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
+
+
+def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes"):
+        new_optimizer([nn.Parameter(torch.zeros(2))], OptimConfig(lr=1.0, optimizer="adamw8bit"))
+
+
+def test_settings_of_adapters_belong_to_adapters() -> None:
+    values = {
+        "teacher": "fashion", "output_dir": "runs/x", "data": {"source": "fashion"}, "max_iterations": 1, "batch_size": 1,
+        "method": {"optim": {"lr": 1e-3}},
+    }  # fmt: skip
+    for wrong, message in (
+        ({"lora": {"rank": 4}}, "student is 'full'"),
+        ({"student": "lora", "lora": {"base_dtype": "bf16"}}, "set mixed_precision=bf16"),
+        ({"student": "lora", "lora": {"rank": 0}}, "greater than 0"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            RunConfig[DMD2Config].model_validate(values | wrong)
+    assert RunConfig[DMD2Config].model_validate(values | {"student": "lora"}).adapters.rank == 64
+
+
+@pytest.mark.slow
+def test_compiled_networks_learn_the_same(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    runs = {}
+    for on in (False, True):
+        trainer = make(folders("sd"), tmp_path / str(on), "dmd2", iterations=1, compile=on)
+        assert trainer.fit()
+        runs[on] = load_file(tmp_path / str(on) / "checkpoints" / "1" / "critic.safetensors")
+        layers = named_layers(trainer.teacher, None)
+        assert layers and features
+    for key, value in runs[False].items():
+        torch.testing.assert_close(runs[True][key], value, rtol=1e-2, atol=1e-5)
