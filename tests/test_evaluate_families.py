@@ -66,7 +66,12 @@ def scored(folder: Path, source: str, *options: str, protocol: str = "small") ->
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "dit"])
 def test_a_folder_of_every_family_is_scored(
-    family: str, folder: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    folder: Path,
+    tiny_sd: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("FEWSTEP_DATA", str(folder / "data"))
     source = tiny_sd
@@ -76,6 +81,7 @@ def test_a_folder_of_every_family_is_scored(
     protocol = "labels" if family == "dit" else "small"
     report = scored(folder, str(source), "--steps", "1", "2", "--batch-size", "4", protocol=protocol)
     assert report["protocol"]["name"] == protocol and report["protocol"]["uint8"] == "truncate"
+    assert "FID of 6 images in 128 dimensions: compare only with the same number" in caplog.text
     rows = report["results"]
     assert [row["steps"] for row in rows] == [1, 2] and all(row["images"] == 6 for row in rows)
     for row in rows:
