@@ -295,6 +295,3 @@ class Anything(Source):
 
     def conditions_at(self, indices: Sequence[int]) -> list[Any]:
         return [{"prompt": str(i), "label": 0, "none": None}[self.conditions] for i in indices]
-
-    def image_key(self, index: int) -> str:
-        return str(index)
