@@ -84,8 +84,8 @@ def main() -> None:
             wrong |= abs(ratio - 1) > 0.1
             print(
                 f"{name}: planned {planned['peak'] / 2**30:.3f} GiB, measured {measured['peak'] / 2**30:.3f} GiB, ratio "
-                f"{ratio:.3f}; {measured['iterations']} iterations, {seconds:.0f} s; "
-                f"reserved {measured['reserved'] / 2**30:.3f} GiB",
+                f"{ratio:.3f}; reserved {measured['reserved'] / 2**30:.3f} GiB; run of {measured['iterations']} iterations "
+                f"{seconds:.0f} s",
                 flush=True,
             )
     sys.exit(wrong)

@@ -101,8 +101,16 @@ class Plan:
         return asdict(self) | {"peak": self.peak, "fits": self.fits, "per_iteration": total}
 
 
-def plan(method_class: type[Method], config: RunConfig[Any], device: str = "cuda", processes: int = 1) -> Plan:
+def plan(
+    method_class: type[Method],
+    config: RunConfig[Any],
+    device: str = "cuda",
+    processes: int = 1,
+    whole_round: bool = True,
+) -> Plan:
     """The plan of a run on "cuda" or "cpu"; only configs and vocabularies are read, nothing is written.
+
+    whole_round: rehearse a round, as a count of operations wants it; else one iteration with all updates, enough for memory.
 
     Has to be called where accelerate takes the CPU (ACCELERATE_USE_CPU), with one mixed_precision per program.
     """
@@ -123,7 +131,7 @@ def plan(method_class: type[Method], config: RunConfig[Any], device: str = "cuda
             stack.enter_context(OnCuda())
         stack.enter_context(meter)
         rehearsal = _Rehearsal(method_class, config.model_copy(update=changes), device, meter)
-        rehearsal.run()
+        rehearsal.run(whole_round)
         return rehearsal.plan(precision, processes)
 
 
@@ -165,13 +173,13 @@ class _Rehearsal:
         with without_values():
             return Posterior(*(torch.zeros(len(indices), *self.teacher.latent_shape) for _ in range(2)))
 
-    def run(self) -> None:
-        """One iteration with all updates, which makes the optimizers' states, and one round of iterations."""
+    def run(self, whole_round: bool) -> None:
+        """One iteration with all updates, which makes the optimizers' states, and one round of iterations, or its first."""
         steps = [replace(step, loss=self._marked(step)) for step in self.method.steps()]
         with self.meter.watched(self.trainer.raw):
             self._iterate(steps)
             self.meter.flops.clear()
-            for _ in range(max(step.every for step in steps)):
+            for _ in range(max(step.every for step in steps) if whole_round else 1):
                 self._iterate(steps)
                 self.iterations += 1
                 self.trainer.iteration += 1

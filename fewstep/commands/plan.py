@@ -32,15 +32,22 @@ def plan(args: argparse.Namespace) -> None:
     from fewstep.plan import plan as planned
 
     method_class = getattr(import_module(f"fewstep.methods.{module}"), method)
+    whole = planned(method_class, config, args.device, args.processes)
+    other = config.model_copy(update={"gradient_checkpointing": not config.gradient_checkpointing})
     found = {
-        on: planned(method_class, config.model_copy(update={"gradient_checkpointing": on}), args.device, args.processes)
-        for on in (False, True)
+        config.gradient_checkpointing: whole,
+        other.gradient_checkpointing: planned(method_class, other, args.device, args.processes, whole_round=False),
     }
-    mine = config.model_dump().get("gradient_checkpointing", False)
     if args.json:
-        print(json.dumps(found[mine].as_dict() | {"peak_checkpointed": {str(on): p.peak for on, p in found.items()}}))
+        peaks = {str(on).lower(): p.peak for on, p in found.items()}
+        print(
+            json.dumps(
+                whole.as_dict()
+                | {"gradient_checkpointing": config.gradient_checkpointing, "peaks_by_checkpointing": peaks}
+            )
+        )
     else:
-        print(text(found[mine]), checkpointing(found), sep="\n\n")
+        print(text(whole), checkpointing(found), sep="\n\n")
 
 
 def _named_by(file: Path) -> str:
@@ -53,7 +60,7 @@ def _named_by(file: Path) -> str:
 
 def checkpointing(found: "dict[bool, Plan]") -> str:
     lines = []
-    for on, p in found.items():
+    for on, p in sorted(found.items()):
         fits = ", ".join(f"{card} GB" for card, good in p.fits.items() if good) or "none of these cards"
         lines.append(f"gradient_checkpointing={str(on).lower()}: peak {p.peak / 2**30:.2f} GiB, fits on {fits}")
     return "\n".join(lines)
