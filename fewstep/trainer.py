@@ -20,6 +20,7 @@ from fewstep.batches import Batches
 from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
+from fewstep.evaluate.rewards import load_reward
 from fewstep.initial import start_from
 from fewstep.learning import Own, new_optimizer, set_up
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
@@ -174,7 +175,7 @@ class Trainer:
         source, a = self.batches.stream.source, self.accelerator
         return Preparation(
             self.folder, source.conditions_at, len(source), self.config.seed, self.device, a.process_index,
-            a.num_processes, a.wait_for_everyone,
+            a.num_processes, a.wait_for_everyone, lambda name: load_reward(name).to(self.device),
         )  # fmt: skip
 
     def _events(self, bar: Any) -> None:

@@ -124,14 +124,14 @@ def test_student_rollout_is_the_samplers_loop(tiny_sd):
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps[:3]:
             x = scheduler.step(teacher.denoiser.net(x, t, **cond).sample, int(t), x, eta=0.0).prev_sample
-        assert torch.allclose(drawn, predict(x, torch.tensor([249, 249])).x0, atol=1e-4)
+        assert torch.allclose(drawn, x, atol=1e-4)
         torch.manual_seed(4)
         drawn = student_rollout(predict, teacher.schedule, times, noise, renoise=True)
         torch.manual_seed(4)
         x = noise
         for t, s in pairwise(times):
             x = add_noise(teacher.schedule, predict(x, t.expand(2)).x0, torch.randn_like(x), s.expand(2))
-        assert torch.allclose(drawn, predict(x, torch.tensor([249, 249])).x0)
+        assert torch.allclose(drawn, x)
 
 
 # The loss at them ---------------------------------------------------------------------------------------------------------

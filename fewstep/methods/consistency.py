@@ -8,16 +8,26 @@ One loss. What differs between these is where its states come from (consistency_
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.losses import l2, pseudo_huber
-from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import (
+    NO_LIVE_GUIDANCE,
+    Batch,
+    Losses,
+    Method,
+    Networks,
+    Preparation,
+    Reward,
+    Role,
+    Step,
+)
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.guidance import both_sides
+from fewstep.teachers.guidance import both_sides, concatenate
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
 
@@ -51,7 +61,8 @@ class Consistency(Method):
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
-        if any(stage.plan.states == "student_rollout" for stage in self.stages):
+        self.reward: Reward | None = None
+        if config.rolls_out:
             self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
 
     def _grid(self, plan: PlannedStage) -> Grid:
@@ -94,6 +105,13 @@ class Consistency(Method):
             return tuple(range(self.stages[-1].plan.phases, self.config.steps + 1))
         return self.teacher.renoise_counts(self.config.steps)
 
+    def prepare(self, at: Preparation) -> None:
+        if self.config.reward is not None:
+            try:
+                self.reward = at.load_reward(self.config.reward)
+            except ValueError as error:
+                raise ValueError(f"method.reward: {error}") from None
+
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()
 
@@ -123,7 +141,8 @@ class Consistency(Method):
             at = self._states(stage, nets, batch, fresh)
         grid = stage.grid.to(batch.device).at(at.index)
         told = at.scale if c.embedded else None
-        student = nets["student"](at.x, grid.t, at.cond, told)
+        rewarded = self._rewarded(nets, batch, fresh) if stage.plan.reward_weight else None
+        student, sample = self._student(nets["student"], at, grid.t, rewarded)
         with torch.no_grad():
             first = self._teacher(nets, batch, at, grid.t)
             x_s = self._solve(stage, nets, batch, at, grid, first)
@@ -135,9 +154,51 @@ class Consistency(Method):
         prediction = self._endpoint(stage, student, at.x, grid.t, grid.end)
         if len(self.stages) > 1:
             batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
-        if c.distance == "l2":
-            return {"consistency": l2(prediction, target)}
-        return {"consistency": pseudo_huber(prediction, target, c.huber_c)}
+        distance = l2(prediction, target) if c.distance == "l2" else pseudo_huber(prediction, target, c.huber_c)
+        if sample is None:
+            return {"consistency": distance}
+        return {"consistency": distance, "reward": stage.plan.reward_weight * self._displeasure(batch, sample.x0)}
+
+    def _student(
+        self, net: nn.Module, at: State, t: Tensor, more: tuple[State, Tensor] | None
+    ) -> tuple[Prediction, Prediction | None]:
+        """The student at states and their timesteps; with `more` of both, as distributed training wants it, in one call."""
+        embedded = self.config.embedded
+        if more is None:
+            return net(at.x, t, at.cond, at.scale if embedded else None), None
+        (own, u), n = more, len(at.x)
+        scale = (
+            torch.cat([at.scale, own.scale]) if embedded and at.scale is not None and own.scale is not None else None
+        )
+        both = net(torch.cat([at.x, own.x]), torch.cat([t, u]), concatenate(at.cond, own.cond), scale)
+        return Prediction(*(v[:n] for v in both)), Prediction(*(v[n:] for v in both))
+
+    def _rewarded(self, nets: Networks, batch: Batch, fresh: State) -> tuple[State, Tensor]:
+        """Inputs of one step of the student's sampler, and their timesteps: only through this step the reward teaches."""
+        rows = torch.arange(min(self.config.reward_samples, batch.size), device=batch.device)
+        noise = torch.randn(len(rows), *self.teacher.latent_shape, device=batch.device)
+        start = replace(fresh, x=noise).rows(rows)
+        # The same on every process, which else would wait for the longest.
+        stop = int(torch.randint(len(self.own_timesteps), (), generator=batch.generator))
+        times = self.own_timesteps[: stop + 1].to(batch.device)
+        return replace(start, x=self._rollout(nets, start, times)), times[-1].expand(len(rows))
+
+    def _displeasure(self, batch: Batch, x0: Tensor) -> Tensor:
+        """What the reward is short of its ceiling, or less the reward; gradients go through decoder and reward."""
+        if self.reward is None:
+            raise ValueError("the reward is not there yet: call prepare first")
+        images = (self.teacher.decode(x0) / 2 + 0.5).clamp(0, 1)
+        prompts = list(batch.raw[: len(x0)]) if self.teacher.conditions == "prompt" else None
+        reward, ceiling = self.reward(images, prompts), self.config.reward_ceiling
+        batch.health["reward_value"] = reward.detach().mean()
+        return -reward.mean() if ceiling is None else (ceiling - reward).relu().mean()
+
+    def _rollout(self, nets: Networks, start: State, times: Tensor) -> Tensor:
+        told = start.scale if self.config.embedded else None
+        return student_rollout(
+            lambda x, t: nets["ema"](x, t, start.cond, told), self.teacher.schedule, times, start.x,
+            self.config.sampling == "renoise",
+        )  # fmt: skip
 
     def _fresh(
         self, stage: Stage, batch: Batch, index: Tensor | None, noise: Tensor | None, scale: Tensor | None
@@ -162,11 +223,9 @@ class Consistency(Method):
             case "noised_data":
                 return replace(fresh, x=add_noise(schedule, batch.x0, fresh.x, t))
             case "student_rollout":
-                told = fresh.scale if self.config.embedded else None
-                x0 = student_rollout(
-                    lambda x, u: nets["ema"](x, u, fresh.cond, told), schedule, self.own_timesteps.to(batch.device),
-                    fresh.x, self.config.sampling == "renoise",
-                )  # fmt: skip
+                told, times = fresh.scale if self.config.embedded else None, self.own_timesteps.to(batch.device)
+                x = self._rollout(nets, fresh, times)
+                x0 = nets["ema"](x, times[-1].expand(batch.size), fresh.cond, told).x0
                 return replace(fresh, x=add_noise(schedule, x0, torch.randn_like(x0), t))
 
         def answer(at: State, times: Tensor) -> Prediction:

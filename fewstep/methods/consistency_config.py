@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
 
@@ -29,6 +29,8 @@ class StageConfig(Strict):
     """As the method's key."""
     teacher_steps: PositiveInt | None = None
     """As the method's key."""
+    reward_weight: NonNegativeFloat | None = None
+    """As the method's key."""
 
 
 class PlannedStage(Strict):
@@ -41,6 +43,7 @@ class PlannedStage(Strict):
     states: States
     solver_steps: int
     teacher_steps: int
+    reward_weight: float
 
 
 class ConsistencyConfig(Strict):
@@ -66,6 +69,14 @@ class ConsistencyConfig(Strict):
     """Steps of the averaged student for `states: student_rollout`."""
     teacher_steps: PositiveInt = 1
     """Evaluations of the guided teacher from one grid point to the next."""
+    reward: str | None = None
+    """What the student's own samples are to please, as `fewstep evaluate --reward` names it, such as clip@fashion; null = nothing."""
+    reward_weight: NonNegativeFloat = 0.0
+    """Weight of the reward beside the consistency loss."""
+    reward_samples: PositiveInt = 16
+    """Samples of the student per micro-batch that are decoded and rewarded."""
+    reward_ceiling: float | None = None
+    """Reward from which on a sample is good enough, against pleasing the reward alone (TLCM's hinge); null = none."""
     stages: tuple[StageConfig, ...] = ()
     """Stages one after the other, such as 8, 4, 2, 1 phases; none = one stage."""
     guidance_range: tuple[float, float] | None = (3.0, 15.0)
@@ -89,6 +100,11 @@ class ConsistencyConfig(Strict):
         return self.guidance_range is not None and self.embed_guidance
 
     @property
+    def rolls_out(self) -> bool:
+        """Whether the student samples during training."""
+        return any(stage.states == "student_rollout" or stage.reward_weight > 0 for stage in self.plan)
+
+    @property
     def plan(self) -> tuple[PlannedStage, ...]:
         """The stages in order, at least one."""
         start, planned = 0, []
@@ -102,6 +118,7 @@ class ConsistencyConfig(Strict):
                     states=stage.states or self.states,
                     solver_steps=stage.solver_steps or self.solver_steps,
                     teacher_steps=stage.teacher_steps or self.teacher_steps,
+                    reward_weight=self.reward_weight if stage.reward_weight is None else stage.reward_weight,
                 )
             )
             start += stage.iterations or 0
@@ -144,6 +161,8 @@ class ConsistencyConfig(Strict):
                     f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
                     f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
                 )
-        if any(stage.states == "student_rollout" for stage in plan) and self.student_steps > self.steps:
+        if self.rolls_out and self.student_steps > self.steps:
             raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")
+        if self.reward is None and any(stage.reward_weight > 0 for stage in plan):
+            raise ValueError("reward_weight: needs a reward, which is null; such as reward=clip@fashion")
         return self
