@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fewstep.losses import l2, pseudo_huber
+from fewstep.losses import discriminator_loss, generator_loss, l2, pseudo_huber
 from fewstep.methods.base import (
     NO_LIVE_GUIDANCE,
     Batch,
@@ -22,9 +22,12 @@ from fewstep.methods.base import (
     Role,
     Step,
 )
+from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.critic import named_layers
+from fewstep.methods.dmd2_health import accuracies
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.guidance import both_sides, concatenate
@@ -62,6 +65,7 @@ class Consistency(Method):
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
         self.reward: Reward | None = None
+        self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         if config.rolls_out:
             self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
 
@@ -85,10 +89,13 @@ class Consistency(Method):
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
         if c.target_decay is not None:
             roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
+        if c.gan_weight:
+            roles["discriminator"] = Role(new_discriminator(self.teacher, self.layers), optim=c.gan_optim or c.optim)
         return roles
 
     def steps(self) -> tuple[Step, ...]:
-        return (Step("student", self.loss, lr_scale=lambda i: self.stage(i).plan.lr / self.config.optim.lr),)
+        student = Step("student", self.loss, lr_scale=lambda i: self.stage(i).plan.lr / self.config.optim.lr)
+        return (student, Step("discriminator", self.discriminator_loss)) if self.config.gan_weight else (student,)
 
     def stage(self, iteration: int) -> Stage:
         """The stage that an iteration belongs to."""
@@ -155,9 +162,28 @@ class Consistency(Method):
         if len(self.stages) > 1:
             batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
         distance = l2(prediction, target) if c.distance == "l2" else pseudo_huber(prediction, target, c.huber_c)
-        if sample is None:
-            return {"consistency": distance}
-        return {"consistency": distance, "reward": stage.plan.reward_weight * self._displeasure(batch, sample.x0)}
+        losses = {"consistency": distance}
+        if sample is not None:
+            losses["reward"] = stage.plan.reward_weight * self._displeasure(batch, sample.x0)
+        if c.gan_weight:
+            ends = Ends(prediction, target, grid.end, at.cond)
+            batch.carried |= ends.carried()
+            logits = nets["discriminator"](self._heard(stage, ends.fake, ends))
+            losses["gan"] = c.gan_weight * generator_loss(c.gan_loss, logits)
+        return losses
+
+    def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """Telling the student's ends of phases from the targets, in one call."""
+        stage, ends = self.stage(batch.iteration), Ends.from_carried(batch.carried)
+        with torch.no_grad():
+            given = [self._heard(stage, x, ends) for x in (ends.real, ends.fake)]
+        on_real, on_fake = nets["discriminator"]([torch.cat(pair) for pair in zip(*given, strict=True)]).chunk(2)
+        batch.health |= accuracies(on_real, on_fake)
+        return {"discriminator": discriminator_loss(self.config.gan_loss, on_real, on_fake)}
+
+    def _heard(self, stage: Stage, x: Tensor, ends: Ends) -> list[Tensor]:
+        span = self.teacher.num_train_timesteps // stage.plan.phases
+        return judge(self.teacher, self.layers, x, ends, span)
 
     def _student(
         self, net: nn.Module, at: State, t: Tensor, more: tuple[State, Tensor] | None

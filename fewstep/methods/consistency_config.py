@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
@@ -70,13 +70,21 @@ class ConsistencyConfig(Strict):
     teacher_steps: PositiveInt = 1
     """Evaluations of the guided teacher from one grid point to the next."""
     reward: str | None = None
-    """What the student's own samples are to please, as `fewstep evaluate --reward` names it, such as clip@fashion; null = nothing."""
+    """What the student's own samples are to please, such as clip@fashion (see `fewstep evaluate`); null = nothing."""
     reward_weight: NonNegativeFloat = 0.0
     """Weight of the reward beside the consistency loss."""
     reward_samples: PositiveInt = 16
     """Samples of the student per micro-batch that are decoded and rewarded."""
     reward_ceiling: float | None = None
     """Reward from which on a sample is good enough, against pleasing the reward alone (TLCM's hinge); null = none."""
+    gan_weight: NonNegativeFloat = 0.0
+    """Weight of the adversarial loss on the ends of phases (PCM); 0 = none."""
+    gan_optim: OptimConfig | None = None
+    """Optimizer of the discriminator's heads; null = the student's."""
+    gan_loss: Literal["softplus", "hinge"] = "hinge"
+    """Kind of adversarial loss."""
+    gan_layers: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    """Modules of the frozen teacher on whose outputs the discriminator listens, by name; null = the family's middle."""
     stages: tuple[StageConfig, ...] = ()
     """Stages one after the other, such as 8, 4, 2, 1 phases; none = one stage."""
     guidance_range: tuple[float, float] | None = (3.0, 15.0)
@@ -163,6 +171,10 @@ class ConsistencyConfig(Strict):
                 )
         if self.rolls_out and self.student_steps > self.steps:
             raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")
+        if self.gan_weight and any(stage.endpoint != "phase" for stage in plan):
+            raise ValueError(
+                "gan_weight: the adversarial loss is on the ends of phases; needs endpoint phase throughout"
+            )
         if self.reward is None and any(stage.reward_weight > 0 for stage in plan):
             raise ValueError("reward_weight: needs a reward, which is null; such as reward=clip@fashion")
         return self
