@@ -119,6 +119,8 @@ class Method(ABC):
     """Whether losses read `Batch.x0`; a method may decide it from its config."""
     export_guidance_scale: float | None = None
     """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
+    keeps_guidance: bool = False
+    """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""
 
     def __init__(self, config: Any, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher

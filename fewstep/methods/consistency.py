@@ -29,7 +29,7 @@ from fewstep.methods.consistency_states import State, Trajectories, student_roll
 from fewstep.methods.critic import named_layers
 from fewstep.methods.dmd2_health import accuracies
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
-from fewstep.teachers.base import Teacher
+from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
@@ -60,7 +60,9 @@ class Consistency(Method):
             raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
         if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
             raise ValueError(NO_LIVE_GUIDANCE)
-        self.export_guidance_scale = config.export_guidance_scale
+        if config.keep_guidance and teacher.conditions == "none":
+            raise ValueError("method.keep_guidance: an unconditional teacher has no guidance; set it to false")
+        self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
@@ -240,7 +242,14 @@ class Consistency(Method):
         if scale is None and self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             scale = low + (high - low) * torch.rand(batch.size, device=device)
-        return State(noise, index, batch.cond, scale)
+        return State(noise, index, self._conditions(batch), scale)
+
+    def _conditions(self, batch: Batch) -> Cond:
+        """The batch's; those of a share null_share without, where the student is to be guided."""
+        if not self.config.keep_guidance:
+            return batch.cond
+        empty = torch.rand(batch.size, device=batch.device) < self.config.null_share
+        return {key: torch.where(like(empty, v).bool(), batch.uncond[key], v) for key, v in batch.cond.items()}
 
     def _states(self, stage: Stage, nets: Networks, batch: Batch, fresh: State) -> State:
         schedule, grid = self.teacher.schedule, stage.grid

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Lt, MinLen
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
@@ -91,6 +91,10 @@ class ConsistencyConfig(Strict):
     """Guidance scales (1 = none), drawn uniformly for the teacher's step and embedded in the student; null = no guidance."""
     embed_guidance: bool = True
     """Whether the student is told the guidance scale; if not, it learns the mean over guidance_range."""
+    keep_guidance: bool = False
+    """PCM without guidance in the teacher's step: the exported student is guided by its caller, negative prompts included."""
+    null_share: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of samples whose condition is the null one, for keep_guidance."""
     export_guidance_scale: float | None = None
     """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)
@@ -141,6 +145,8 @@ class ConsistencyConfig(Strict):
             raise ValueError(
                 f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
             )
+        if self.keep_guidance and span is not None:
+            raise ValueError("keep_guidance: the teacher's steps must not be guided then; set guidance_range to null")
         if scale is not None and not self.embed_guidance:
             raise ValueError(
                 "export_guidance_scale: a student that does not embed guidance has one scale; set it to null"
