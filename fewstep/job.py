@@ -34,7 +34,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
     from fewstep.lora_export import export_lora
-    from fewstep.preflight import check_conditions, check_steps, check_surroundings
+    from fewstep.preflight import check_conditions, check_guidance, check_steps, check_surroundings
     from fewstep.teachers import load_teacher, locate
     from fewstep.trainer import Trainer
 
@@ -43,6 +43,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     source = load_source(config.data, teacher.image_size)
     method = method_class(config.method, teacher)
     check_steps(config, method)
+    check_guidance(config, method)
     check_conditions(config, teacher.pipeline)
     trainer = Trainer(config, method, teacher, source)
     folder = Path(config.output_dir)

@@ -273,3 +273,16 @@ def test_every_stage_has_its_learning_rate(tiny_sd, tmp_path):
     trainer.method.warnings = lambda figures: seen.append(optimizer.param_groups[0]["lr"]) or []  # type: ignore[method-assign]
     trainer.fit()
     assert seen == pytest.approx([1e-4] * 3 + [5e-5] * 3 + [1e-4] * 2)
+
+
+def test_stages_of_adapters(tiny_sd, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a coat\na bag\n")
+    trainer = trainer_for(run_config(tiny_sd, tmp_path / "run", prompts, student="lora"))
+    before = {key: value.clone() for key, value in trainer.teacher.denoiser.state_dict().items()}
+    assert trainer.fit()
+    after = trainer.teacher.denoiser.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items() if "lora" not in key)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in log] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert all(torch.isfinite(torch.tensor(line["consistency"])) for line in log)
