@@ -58,7 +58,7 @@ class Batches:
         size = len(conditions)
         cond, uncond = self.teacher.condition(conditions), self.teacher.null_condition(size)
         shared = torch.Generator().manual_seed(((self.seed << 40) + (iteration << 12) + part) % 2**63)
-        return Batch(size, cond, uncond, self.device, iteration, latents, shared)
+        return Batch(size, cond, uncond, self.device, iteration, latents, shared, raw=conditions)
 
     @torch.no_grad()
     def _all_latents(self, source: Source, quiet: bool) -> Posterior:

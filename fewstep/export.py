@@ -61,6 +61,11 @@ np.savez(task["result"], **found)
 """What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else that the
 card does not ask for."""
 
+LIVE_GUIDANCE = (
+    "Guidance: none is part of the weights. `guidance_scale` and `negative_prompt` do what they do in the teacher's pipeline, "
+    "with two evaluations of the network a step; `guidance_scale=1.0` is none."
+)
+
 _TOO_MANY = (
     "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
     "allowed_steps do not belong together"
@@ -79,6 +84,7 @@ def export(
     *,
     allowed_steps: Sequence[int],
     guidance_scale: float | None = None,
+    keeps_guidance: bool = False,
     dtype: str = "fp32",
     card: dict[str, Any],
 ) -> Path:
@@ -88,6 +94,7 @@ def export(
     and compared with the student in memory, timesteps and pixels; only then does it replace what was at `path`.
 
     guidance_scale: folded into a student with a guidance embedding; None leaves the embedding to the caller.
+    keeps_guidance: whether the caller guides the student as its teacher.
     card: see `fewstep.card.render`; its `prompt` is the one of the example and of the comparison.
     Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays
     as it was. Some schedulers run any count (`refuses`): then the card says so instead.
@@ -99,17 +106,22 @@ def export(
     path = path.resolve()
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline = teacher.student_pipeline(student, scheduler, guidance_scale)
+    if keeps_guidance:
+        pipeline = teacher.guided_pipeline(student, scheduler)
+    else:
+        pipeline = teacher.student_pipeline(student, scheduler, guidance_scale)
     own_copies(pipeline, DTYPES[dtype])
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = arguments_of(teacher, card)
-    options = {} if teacher.call_guidance_scale is None else {"guidance_scale": teacher.call_guidance_scale}
+    passed = None if keeps_guidance else teacher.call_guidance_scale
+    options = {} if passed is None else {"guidance_scale": passed}
     drawn = draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
     try:
         with quiet():
             pipeline.save_pretrained(partial, safe_serialization=True)
-        guidance = _guidance_text(student, guidance_scale, type(pipeline).__name__, options)
+        kind = type(pipeline).__name__
+        guidance = LIVE_GUIDANCE if keeps_guidance else _guidance_text(student, guidance_scale, kind, options)
         text = model_card.render(
             card,
             allowed_steps=allowed_steps,

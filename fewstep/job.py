@@ -34,7 +34,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     from fewstep.data import load_source
     from fewstep.export import export
     from fewstep.lora_export import export_lora
-    from fewstep.preflight import check_conditions, check_steps, check_surroundings
+    from fewstep.preflight import check_conditions, check_guidance, check_steps, check_surroundings
     from fewstep.teachers import load_teacher, locate
     from fewstep.trainer import Trainer
 
@@ -43,6 +43,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     source = load_source(config.data, teacher.image_size)
     method = method_class(config.method, teacher)
     check_steps(config, method)
+    check_guidance(config, method)
     check_conditions(config, teacher.pipeline)
     trainer = Trainer(config, method, teacher, source)
     folder = Path(config.output_dir)
@@ -65,8 +66,8 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         }  # fmt: skip
         export(
             teacher, student, method.scheduler(), folder / "pipeline",
-            allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, dtype=config.export_dtype,
-            card=card,
+            allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
+            keeps_guidance=method.keeps_guidance, dtype=config.export_dtype, card=card,
         )  # fmt: skip
         print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
         if config.student == "lora":
@@ -80,7 +81,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
             )
     trainer.accelerator.wait_for_everyone()
     if config.evaluate:
-        _evaluate(config, teacher, trainer.accelerator)
+        _evaluate(config, teacher, trainer.accelerator, method.keeps_guidance)
 
 
 def _example(source: "Source") -> dict[str, str]:
@@ -88,12 +89,13 @@ def _example(source: "Source") -> dict[str, str]:
     return {"prompt": source.conditions_at([0])[0]} if source.conditions == "prompt" else {}
 
 
-def _evaluate(config: RunConfig[Any], teacher: "Teacher", accelerator: Any) -> None:
+def _evaluate(config: RunConfig[Any], teacher: "Teacher", accelerator: Any, keeps_guidance: bool) -> None:
     from diffusers import DiffusionPipeline
 
     from fewstep.evaluate import evaluate, format_table, protocol, recommended_guidance_scale, write_report
     from fewstep.export import update_card
     from fewstep.teachers import quiet
+    from fewstep.validation import student_guidance_scale
 
     e = config.evaluate
     assert e is not None  # the caller asked
@@ -107,17 +109,18 @@ def _evaluate(config: RunConfig[Any], teacher: "Teacher", accelerator: Any) -> N
     common = {**asked, "accelerator": accelerator}
     scale = e.teacher_guidance_scale
     scale = recommended_guidance_scale(config.teacher) if scale is None else scale
-    results = evaluate(student, name="student", steps=e.steps, guidance_scale=teacher.call_guidance_scale, **common)
+    own = student_guidance_scale(config, teacher, keeps_guidance)
+    results = evaluate(student, name="student", steps=e.steps, guidance_scale=own, **common)
     results += evaluate(teacher.pipeline, name="teacher", steps=e.teacher_steps, guidance_scale=scale, **common)
     if accelerator.is_main_process:
         named = protocol(**asked)
         write_report(folder / "evaluation.json", named, results)
         update_card(folder / "pipeline", results, named)
         print(format_table(results))
-        _picture(config, teacher, student, scale)
+        _picture(config, teacher, student, scale, own)
 
 
-def _picture(config: RunConfig[Any], teacher: "Teacher", student: Any, scale: float | None) -> None:
+def _picture(config: RunConfig[Any], teacher: "Teacher", student: Any, scale: float | None, own: float | None) -> None:
     """Teacher and student side by side, from the same noises: samples/comparison.png."""
     from fewstep.evaluate import first_images, grid
 
@@ -127,7 +130,7 @@ def _picture(config: RunConfig[Any], teacher: "Teacher", student: Any, scale: fl
     shown: dict[str, Any] = {"reference": e.reference, "features": e.features, "prompts": e.prompts}
     for name, pipeline, steps, guidance in (
         ("teacher", teacher.pipeline, e.teacher_steps, scale),
-        ("student", student, e.steps, teacher.call_guidance_scale),
+        ("student", student, e.steps, own),
     ):
         for n in steps:
             rows.append(first_images(pipeline, **shown, steps=n, count=10, seed=config.seed, guidance_scale=guidance))

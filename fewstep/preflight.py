@@ -60,6 +60,14 @@ def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
             raise ValueError(f"{key}.prompts: {e}") from None
 
 
+def check_guidance(config: RunConfig[Any], method: "Method") -> None:
+    """Raises ValueError for adapters that would be written as if they were not to be guided."""
+    if method.keeps_guidance and config.student == "lora":
+        raise ValueError(
+            "method.keep_guidance: a file of adapters cannot be checked under guidance yet; set student=full"
+        )
+
+
 def _check_folder(folder: "Path") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,18 @@ def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return alpha * x0 + sigma * eps
 
 
+def more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """x_t from x_s of less noise, t >= s, by the process itself: x_t is distributed as `add_noise` of the same x0 is.
+
+    x_t = r x_s + sqrt(sigma(t)^2 - r^2 sigma(s)^2) eps, r = alpha(t) / alpha(s): for every schedule, not for those that keep
+    the variance only. eps must be independent of x_s.
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = ((a.double(), b.double()) for a, b in (schedule(s), schedule(t)))
+    ratio = alpha_t / alpha_s
+    deviation = (sigma_t**2 - (ratio * sigma_s) ** 2).clamp_min(0).sqrt()
+    return like(ratio, x_s) * x_s + like(deviation, x_s) * eps
+
+
 def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
     """Read a network output [B, ...] at (x_t, t) as (x0, eps), in float32 (float64 stays).
 

@@ -20,12 +20,13 @@ from fewstep.batches import Batches
 from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
+from fewstep.evaluate.rewards import load_reward
 from fewstep.initial import start_from
 from fewstep.learning import Own, new_optimizer, set_up
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
 from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
-from fewstep.validation import Pictures, small_scores
+from fewstep.validation import Pictures, small_scores, student_guidance_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -174,7 +175,7 @@ class Trainer:
         source, a = self.batches.stream.source, self.accelerator
         return Preparation(
             self.folder, source.conditions_at, len(source), self.config.seed, self.device, a.process_index,
-            a.num_processes, a.wait_for_everyone,
+            a.num_processes, a.wait_for_everyone, lambda name: load_reward(name).to(self.device),
         )  # fmt: skip
 
     def _events(self, bar: Any) -> None:
@@ -274,12 +275,17 @@ class Trainer:
     def _pipeline(self) -> Any:
         ema = self.raw["ema"]
         assert isinstance(ema, Denoiser)
+        if self.method.keeps_guidance:
+            return self.teacher.guided_pipeline(ema, self.method.scheduler())
         return self.teacher.student_pipeline(ema, self.method.scheduler(), self.method.export_guidance_scale)
+
+    def _call_scale(self) -> float | None:
+        return student_guidance_scale(self.config, self.teacher, self.method.keeps_guidance)
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
         with self.teacher.whole():
-            scores = small_scores(self._pipeline(), self.config, self.accelerator, self.teacher.call_guidance_scale)
+            scores = small_scores(self._pipeline(), self.config, self.accelerator, self._call_scale())
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
         if fid < self.best.get("fid", math.inf):
@@ -294,7 +300,7 @@ class Trainer:
             return
         if self.pictures is None:
             steps = self.method.allowed_steps()
-            self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps)
+            self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps, self._call_scale())
         (self.folder / "samples").mkdir(exist_ok=True)
         with self.teacher.whole():
             self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")

@@ -36,11 +36,26 @@ def small_scores(
     return {"fid": row["fid"], "clip_score": row.get("clip_score"), "images": s.num_images}
 
 
+def student_guidance_scale(config: "RunConfig[Any]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
+    """What a student's pipeline is called with: the teacher's scale, if it keeps guidance; None = nothing has to be passed."""
+    if not keeps_guidance:
+        return teacher.call_guidance_scale
+    scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
+    return recommended_guidance_scale(config.teacher) if scale is None else scale
+
+
 class Pictures:
     """Grids of eight samples, from the same noises and conditions every time; the teacher's rows are drawn once."""
 
-    def __init__(self, config: "RunConfig[Any]", teacher: "Teacher", source: "Source", steps: tuple[int, ...]) -> None:
-        self.teacher, self.seed = teacher, config.seed
+    def __init__(
+        self,
+        config: "RunConfig[Any]",
+        teacher: "Teacher",
+        source: "Source",
+        steps: tuple[int, ...],
+        student_scale: float | None = None,
+    ) -> None:
+        self.teacher, self.seed, self.student_scale = teacher, config.seed, student_scale
         # A method for one count alone is shown at that one.
         self.steps = [n for n in PICTURED_STEPS if n in steps] or [max(steps)]
         self.indices = list(range(8))
@@ -56,7 +71,7 @@ class Pictures:
         with torch.random.fork_rng():
             if not self.teacher_rows:
                 self.teacher_rows = [self._row(self.teacher.pipeline, n, self.guidance_scale) for n in counts]
-            rows = self.teacher_rows + [self._row(student, n, self.teacher.call_guidance_scale) for n in self.steps]
+            rows = self.teacher_rows + [self._row(student, n, self.student_scale) for n in self.steps]
         return grid(rows, [f"teacher {n}" for n in counts] + [f"student {n}" for n in self.steps])
 
     def _row(self, pipeline: Any, steps: int, guidance_scale: float | None) -> "Tensor":

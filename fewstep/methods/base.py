@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 Networks = Mapping[str, nn.Module]
+Reward = Callable[[Tensor, Sequence[str] | None], Tensor]
+"""images [B, 3, H, W] in [0, 1] and their prompts to [B], higher for better, differentiable in the images."""
 Losses = dict[str, Tensor]
 """Log name -> scalar term; their sum is descended."""
 
@@ -32,6 +34,7 @@ class Batch:
     All steps of an iteration are given the same batch.
 
     Attributes:
+        raw: the prompts, labels or Nones that `cond` encodes, [size].
         generator: on the CPU, in the same state on every process: for draws that all of them must share.
         carried: what one step leaves for the later steps of its iteration.
         health: scalars for the log that are not descended.
@@ -46,6 +49,7 @@ class Batch:
     generator: torch.Generator = field(default_factory=torch.Generator)
     carried: dict[str, Tensor] = field(default_factory=dict)
     health: dict[str, Tensor] = field(default_factory=dict)
+    raw: Sequence[Any] = ()
 
     @property
     def x0(self) -> Tensor:
@@ -92,6 +96,7 @@ class Preparation:
         conditions: gives the source's prompts, labels or Nones at some of the indices 0 ... choices - 1.
         process, processes: number of this process, and how many there are.
         wait: returns when every process has called it.
+        load_reward: a reward by name; ValueError, in one sentence, for one that is not at hand.
     """
 
     folder: Path
@@ -102,6 +107,7 @@ class Preparation:
     process: int
     processes: int
     wait: Callable[[], None]
+    load_reward: Callable[[str], Reward]
 
 
 class Method(ABC):
@@ -113,6 +119,8 @@ class Method(ABC):
     """Whether losses read `Batch.x0`; a method may decide it from its config."""
     export_guidance_scale: float | None = None
     """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
+    keeps_guidance: bool = False
+    """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""
 
     def __init__(self, config: Any, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher

@@ -8,16 +8,29 @@ One loss. What differs between these is where its states come from (consistency_
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.losses import l2, pseudo_huber
-from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
+from fewstep.losses import discriminator_loss, generator_loss, l2, pseudo_huber
+from fewstep.methods.base import (
+    NO_LIVE_GUIDANCE,
+    Batch,
+    Losses,
+    Method,
+    Networks,
+    Preparation,
+    Reward,
+    Role,
+    Step,
+)
+from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.critic import named_layers
+from fewstep.methods.dmd2_health import accuracies
 from fewstep.process import Prediction, add_noise, guide, like, ode_step
-from fewstep.teachers.base import Teacher
-from fewstep.teachers.guidance import both_sides
+from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.guidance import both_sides, concatenate
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
 
@@ -47,11 +60,15 @@ class Consistency(Method):
             raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
         if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
             raise ValueError(NO_LIVE_GUIDANCE)
-        self.export_guidance_scale = config.export_guidance_scale
+        if config.keep_guidance and teacher.conditions == "none":
+            raise ValueError("method.keep_guidance: an unconditional teacher has no guidance; set it to false")
+        self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
-        if any(stage.plan.states == "student_rollout" for stage in self.stages):
+        self.reward: Reward | None = None
+        self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
+        if config.rolls_out:
             self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
 
     def _grid(self, plan: PlannedStage) -> Grid:
@@ -74,10 +91,13 @@ class Consistency(Method):
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
         if c.target_decay is not None:
             roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
+        if c.gan_weight:
+            roles["discriminator"] = Role(new_discriminator(self.teacher, self.layers), optim=c.gan_optim or c.optim)
         return roles
 
     def steps(self) -> tuple[Step, ...]:
-        return (Step("student", self.loss, lr_scale=lambda i: self.stage(i).plan.lr / self.config.optim.lr),)
+        student = Step("student", self.loss, lr_scale=lambda i: self.stage(i).plan.lr / self.config.optim.lr)
+        return (student, Step("discriminator", self.discriminator_loss)) if self.config.gan_weight else (student,)
 
     def stage(self, iteration: int) -> Stage:
         """The stage that an iteration belongs to."""
@@ -93,6 +113,13 @@ class Consistency(Method):
         if self.config.sampling == "jump":
             return tuple(range(self.stages[-1].plan.phases, self.config.steps + 1))
         return self.teacher.renoise_counts(self.config.steps)
+
+    def prepare(self, at: Preparation) -> None:
+        if self.config.reward is not None:
+            try:
+                self.reward = at.load_reward(self.config.reward)
+            except ValueError as error:
+                raise ValueError(f"method.reward: {error}") from None
 
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()
@@ -123,7 +150,8 @@ class Consistency(Method):
             at = self._states(stage, nets, batch, fresh)
         grid = stage.grid.to(batch.device).at(at.index)
         told = at.scale if c.embedded else None
-        student = nets["student"](at.x, grid.t, at.cond, told)
+        rewarded = self._rewarded(nets, batch, fresh) if stage.plan.reward_weight else None
+        student, sample = self._student(nets["student"], at, grid.t, rewarded)
         with torch.no_grad():
             first = self._teacher(nets, batch, at, grid.t)
             x_s = self._solve(stage, nets, batch, at, grid, first)
@@ -135,9 +163,70 @@ class Consistency(Method):
         prediction = self._endpoint(stage, student, at.x, grid.t, grid.end)
         if len(self.stages) > 1:
             batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
-        if c.distance == "l2":
-            return {"consistency": l2(prediction, target)}
-        return {"consistency": pseudo_huber(prediction, target, c.huber_c)}
+        distance = l2(prediction, target) if c.distance == "l2" else pseudo_huber(prediction, target, c.huber_c)
+        losses = {"consistency": distance}
+        if sample is not None:
+            losses["reward"] = stage.plan.reward_weight * self._displeasure(batch, sample.x0)
+        if c.gan_weight:
+            ends = Ends(prediction, target, grid.end, at.cond)
+            batch.carried |= ends.carried()
+            logits = nets["discriminator"](self._heard(stage, ends.fake, ends))
+            losses["gan"] = c.gan_weight * generator_loss(c.gan_loss, logits)
+        return losses
+
+    def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """Telling the student's ends of phases from the targets, in one call."""
+        stage, ends = self.stage(batch.iteration), Ends.from_carried(batch.carried)
+        with torch.no_grad():
+            given = [self._heard(stage, x, ends) for x in (ends.real, ends.fake)]
+        on_real, on_fake = nets["discriminator"]([torch.cat(pair) for pair in zip(*given, strict=True)]).chunk(2)
+        batch.health |= accuracies(on_real, on_fake)
+        return {"discriminator": discriminator_loss(self.config.gan_loss, on_real, on_fake)}
+
+    def _heard(self, stage: Stage, x: Tensor, ends: Ends) -> list[Tensor]:
+        span = self.teacher.num_train_timesteps // stage.plan.phases
+        return judge(self.teacher, self.layers, x, ends, span)
+
+    def _student(
+        self, net: nn.Module, at: State, t: Tensor, more: tuple[State, Tensor] | None
+    ) -> tuple[Prediction, Prediction | None]:
+        """The student at states and their timesteps; with `more` of both, as distributed training wants it, in one call."""
+        embedded = self.config.embedded
+        if more is None:
+            return net(at.x, t, at.cond, at.scale if embedded else None), None
+        (own, u), n = more, len(at.x)
+        scale = (
+            torch.cat([at.scale, own.scale]) if embedded and at.scale is not None and own.scale is not None else None
+        )
+        both = net(torch.cat([at.x, own.x]), torch.cat([t, u]), concatenate(at.cond, own.cond), scale)
+        return Prediction(*(v[:n] for v in both)), Prediction(*(v[n:] for v in both))
+
+    def _rewarded(self, nets: Networks, batch: Batch, fresh: State) -> tuple[State, Tensor]:
+        """Inputs of one step of the student's sampler, and their timesteps: only through this step the reward teaches."""
+        rows = torch.arange(min(self.config.reward_samples, batch.size), device=batch.device)
+        noise = torch.randn(len(rows), *self.teacher.latent_shape, device=batch.device)
+        start = replace(fresh, x=noise).rows(rows)
+        # The same on every process, which else would wait for the longest.
+        stop = int(torch.randint(len(self.own_timesteps), (), generator=batch.generator))
+        times = self.own_timesteps[: stop + 1].to(batch.device)
+        return replace(start, x=self._rollout(nets, start, times)), times[-1].expand(len(rows))
+
+    def _displeasure(self, batch: Batch, x0: Tensor) -> Tensor:
+        """What the reward is short of its ceiling, or less the reward; gradients go through decoder and reward."""
+        if self.reward is None:
+            raise ValueError("the reward is not there yet: call prepare first")
+        images = (self.teacher.decode(x0) / 2 + 0.5).clamp(0, 1)
+        prompts = list(batch.raw[: len(x0)]) if self.teacher.conditions == "prompt" else None
+        reward, ceiling = self.reward(images, prompts), self.config.reward_ceiling
+        batch.health["reward_value"] = reward.detach().mean()
+        return -reward.mean() if ceiling is None else (ceiling - reward).relu().mean()
+
+    def _rollout(self, nets: Networks, start: State, times: Tensor) -> Tensor:
+        told = start.scale if self.config.embedded else None
+        return student_rollout(
+            lambda x, t: nets["ema"](x, t, start.cond, told), self.teacher.schedule, times, start.x,
+            self.config.sampling == "renoise",
+        )  # fmt: skip
 
     def _fresh(
         self, stage: Stage, batch: Batch, index: Tensor | None, noise: Tensor | None, scale: Tensor | None
@@ -153,7 +242,14 @@ class Consistency(Method):
         if scale is None and self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             scale = low + (high - low) * torch.rand(batch.size, device=device)
-        return State(noise, index, batch.cond, scale)
+        return State(noise, index, self._conditions(batch), scale)
+
+    def _conditions(self, batch: Batch) -> Cond:
+        """The batch's; those of a share null_share without, where the student is to be guided."""
+        if not self.config.keep_guidance:
+            return batch.cond
+        empty = torch.rand(batch.size, device=batch.device) < self.config.null_share
+        return {key: torch.where(like(empty, v).bool(), batch.uncond[key], v) for key, v in batch.cond.items()}
 
     def _states(self, stage: Stage, nets: Networks, batch: Batch, fresh: State) -> State:
         schedule, grid = self.teacher.schedule, stage.grid
@@ -162,11 +258,9 @@ class Consistency(Method):
             case "noised_data":
                 return replace(fresh, x=add_noise(schedule, batch.x0, fresh.x, t))
             case "student_rollout":
-                told = fresh.scale if self.config.embedded else None
-                x0 = student_rollout(
-                    lambda x, u: nets["ema"](x, u, fresh.cond, told), schedule, self.own_timesteps.to(batch.device),
-                    fresh.x, self.config.sampling == "renoise",
-                )  # fmt: skip
+                told, times = fresh.scale if self.config.embedded else None, self.own_timesteps.to(batch.device)
+                x = self._rollout(nets, fresh, times)
+                x0 = nets["ema"](x, times[-1].expand(batch.size), fresh.cond, told).x0
                 return replace(fresh, x=add_noise(schedule, x0, torch.randn_like(x0), t))
 
         def answer(at: State, times: Tensor) -> Prediction:

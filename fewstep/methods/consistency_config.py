@@ -2,8 +2,8 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from annotated_types import Ge, Lt, MinLen
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
 
@@ -29,6 +29,8 @@ class StageConfig(Strict):
     """As the method's key."""
     teacher_steps: PositiveInt | None = None
     """As the method's key."""
+    reward_weight: NonNegativeFloat | None = None
+    """As the method's key."""
 
 
 class PlannedStage(Strict):
@@ -41,6 +43,7 @@ class PlannedStage(Strict):
     states: States
     solver_steps: int
     teacher_steps: int
+    reward_weight: float
 
 
 class ConsistencyConfig(Strict):
@@ -66,12 +69,32 @@ class ConsistencyConfig(Strict):
     """Steps of the averaged student for `states: student_rollout`."""
     teacher_steps: PositiveInt = 1
     """Evaluations of the guided teacher from one grid point to the next."""
+    reward: str | None = None
+    """What the student's own samples are to please, such as clip@fashion (see `fewstep evaluate`); null = nothing."""
+    reward_weight: NonNegativeFloat = 0.0
+    """Weight of the reward beside the consistency loss."""
+    reward_samples: PositiveInt = 16
+    """Samples of the student per micro-batch that are decoded and rewarded."""
+    reward_ceiling: float | None = None
+    """Reward from which on a sample is good enough, against pleasing the reward alone (TLCM's hinge); null = none."""
+    gan_weight: NonNegativeFloat = 0.0
+    """Weight of the adversarial loss on the ends of phases (PCM); 0 = none."""
+    gan_optim: OptimConfig | None = None
+    """Optimizer of the discriminator's heads; null = the student's."""
+    gan_loss: Literal["softplus", "hinge"] = "hinge"
+    """Kind of adversarial loss."""
+    gan_layers: Annotated[tuple[str, ...], MinLen(1)] | None = None
+    """Modules of the frozen teacher on whose outputs the discriminator listens, by name; null = the family's middle."""
     stages: tuple[StageConfig, ...] = ()
     """Stages one after the other, such as 8, 4, 2, 1 phases; none = one stage."""
     guidance_range: tuple[float, float] | None = (3.0, 15.0)
     """Guidance scales (1 = none), drawn uniformly for the teacher's step and embedded in the student; null = no guidance."""
     embed_guidance: bool = True
     """Whether the student is told the guidance scale; if not, it learns the mean over guidance_range."""
+    keep_guidance: bool = False
+    """PCM without guidance in the teacher's step: the exported student is guided by its caller, negative prompts included."""
+    null_share: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """Share of samples whose condition is the null one, for keep_guidance."""
     export_guidance_scale: float | None = None
     """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)
@@ -89,6 +112,11 @@ class ConsistencyConfig(Strict):
         return self.guidance_range is not None and self.embed_guidance
 
     @property
+    def rolls_out(self) -> bool:
+        """Whether the student samples during training."""
+        return any(stage.states == "student_rollout" or stage.reward_weight > 0 for stage in self.plan)
+
+    @property
     def plan(self) -> tuple[PlannedStage, ...]:
         """The stages in order, at least one."""
         start, planned = 0, []
@@ -102,6 +130,7 @@ class ConsistencyConfig(Strict):
                     states=stage.states or self.states,
                     solver_steps=stage.solver_steps or self.solver_steps,
                     teacher_steps=stage.teacher_steps or self.teacher_steps,
+                    reward_weight=self.reward_weight if stage.reward_weight is None else stage.reward_weight,
                 )
             )
             start += stage.iterations or 0
@@ -116,6 +145,8 @@ class ConsistencyConfig(Strict):
             raise ValueError(
                 f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
             )
+        if self.keep_guidance and span is not None:
+            raise ValueError("keep_guidance: the teacher's steps must not be guided then; set guidance_range to null")
         if scale is not None and not self.embed_guidance:
             raise ValueError(
                 "export_guidance_scale: a student that does not embed guidance has one scale; set it to null"
@@ -144,6 +175,12 @@ class ConsistencyConfig(Strict):
                     f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
                     f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
                 )
-        if any(stage.states == "student_rollout" for stage in plan) and self.student_steps > self.steps:
+        if self.rolls_out and self.student_steps > self.steps:
             raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")
+        if self.gan_weight and any(stage.endpoint != "phase" for stage in plan):
+            raise ValueError(
+                "gan_weight: the adversarial loss is on the ends of phases; needs endpoint phase throughout"
+            )
+        if self.reward is None and any(stage.reward_weight > 0 for stage in plan):
+            raise ValueError("reward_weight: needs a reward, which is null; such as reward=clip@fashion")
         return self

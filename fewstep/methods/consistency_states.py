@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,14 +132,12 @@ def teacher_rollout(answer: Answer, schedule: Schedule, times: Tensor, segments:
 def student_rollout(
     predict: Callable[[Tensor, Tensor], Prediction], schedule: Schedule, timesteps: Tensor, noise: Tensor, renoise: bool
 ) -> Tensor:
-    """The student's samples x0 [B, ...] from noise by its own steps at `timesteps` [q]."""
+    """Where the student's own steps take noise [B, ...] from the first to the last of `timesteps` [q], without gradient."""
     x = noise
-    for i, t in enumerate(timesteps):
-        p = predict(x, t.expand(len(x)))
-        if i + 1 == len(timesteps):
-            return p.x0
-        after = timesteps[i + 1].expand(len(x))
-        x = add_noise(schedule, p.x0, torch.randn_like(x), after) if renoise else ode_step(schedule, p, after)
+    with torch.no_grad():
+        for t, s in pairwise(timesteps):
+            p, s = predict(x, t.expand(len(x))), s.expand(len(x))
+            x = add_noise(schedule, p.x0, torch.randn_like(p.x0), s) if renoise else ode_step(schedule, p, s)
     return x
 
 

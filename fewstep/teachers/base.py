@@ -251,6 +251,13 @@ class Teacher(ABC):
         whatever the caller passes is ignored; None leaves the embedding live, as the caller's `guidance_scale`.
         """
 
+    def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
+        """The stock pipeline that guides `student` as the caller asks, with two evaluations a step.
+
+        Raises ValueError for a family that has none.
+        """
+        raise ValueError("method.keep_guidance: for Stable Diffusion and SDXL only; set it to false")
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
         """Move the frozen pipeline, but for parts that are away; the denoiser follows."""
         # A type it has already is not asked for: diffusers would warn of layers that it keeps in float32, and name none.

@@ -166,10 +166,17 @@ class StableDiffusion(DiscreteGrids, Teacher):
         """
         from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
-        self.recall(self.text_parts + self.image_parts)
-        unet = self._stock_unet(student, guidance_scale)
         kind = LatentConsistencyModelPipeline if isinstance(scheduler, LCMScheduler) else StableDiffusionPipeline
-        pipeline = kind(
+        return self._assembled(kind, self._stock_unet(student, guidance_scale), scheduler)
+
+    def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
+        from diffusers import StableDiffusionPipeline
+
+        return self._assembled(StableDiffusionPipeline, self.folded(student).requires_grad_(False).eval(), scheduler)
+
+    def _assembled(self, kind: Any, unet: Any, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
+        self.recall(self.text_parts + self.image_parts)
+        pipeline: DiffusionPipeline = kind(
             vae=in_dtype(self.pipeline.vae, unet.dtype),
             text_encoder=in_dtype(self.pipeline.text_encoder, unet.dtype),
             tokenizer=self.pipeline.tokenizer,

@@ -82,9 +82,17 @@ class StableDiffusionXL(StableDiffusion):
         """
         from diffusers import StableDiffusionXLPipeline
 
+        return self._assembled(StableDiffusionXLPipeline, self._stock_unet(student, guidance_scale), scheduler)
+
+    def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
+        from diffusers import StableDiffusionXLPipeline
+
+        return self._assembled(StableDiffusionXLPipeline, self.folded(student).requires_grad_(False).eval(), scheduler)
+
+    def _assembled(self, kind: Any, unet: Any, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
         self.recall(self.text_parts + self.image_parts)
-        unet, own = self._stock_unet(student, guidance_scale), self.pipeline
-        pipeline = StableDiffusionXLPipeline(
+        own = self.pipeline
+        pipeline: DiffusionPipeline = kind(
             vae=in_dtype(own.vae, unet.dtype),
             text_encoder=in_dtype(own.text_encoder, unet.dtype),
             text_encoder_2=in_dtype(own.text_encoder_2, unet.dtype),

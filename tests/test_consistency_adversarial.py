@@ -1,0 +1,119 @@
+"""PCM's adversarial loss: the exact kernel, what the heads are shown, a short training."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from test_consistency import batch_for, config, nets_for
+
+from fewstep.config import DataConfig, RunConfig
+from fewstep.data import load_source
+from fewstep.methods.consistency import Consistency
+from fewstep.methods.consistency_adversarial import Ends, judge
+from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.critic import Noised, features
+from fewstep.process import RectifiedFlow, ShiftedFlow, VariancePreserving, more_noise
+from fewstep.teachers import load_teacher
+from fewstep.trainer import Trainer
+
+PHASED = {"solver_steps": 40, "steps": 4, "endpoint": "phase", "phases": 4, "sampling": "jump", "gan_weight": 0.1}
+ALPHAS = DDPMScheduler().alphas_cumprod.double()
+
+
+@pytest.mark.parametrize(
+    "schedule", [VariancePreserving(ALPHAS), RectifiedFlow(), ShiftedFlow(3.0)], ids=["vp", "rf", "sd3"]
+)
+def test_more_noise_is_what_the_process_adds(schedule):
+    """Moments: mean alpha(t) x0 and deviation sigma(t), from a state of a known x0 and from clean data (-1)."""
+    t = torch.tensor([999, 750, 400, 300, 250])
+    for s in (torch.tensor([500, 500, 250, 250, 250]), torch.full((5,), -1)):
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = ((a.double(), b.double()) for a, b in (schedule(s), schedule(t)))
+        one, zero = torch.ones(5, 1, dtype=torch.float64), torch.zeros(5, 1, dtype=torch.float64)
+        mean = more_noise(schedule, alpha_s[:, None] * one, zero, s, t)
+        added = more_noise(schedule, zero, one, s, t)
+        kept = more_noise(schedule, sigma_s[:, None] * one, zero, s, t)
+        assert torch.allclose(mean[:, 0], alpha_t, atol=1e-6)
+        assert torch.allclose((added**2 + kept**2)[:, 0].sqrt(), sigma_t, atol=1e-6)
+    assert not added.isnan().any()
+
+
+def test_the_flow_kernel_that_pcm_released_is_not_copied():
+    """At an end of 0.5 and a time of 0.75 its noise is 0.5 strong; the process's is 0.707."""
+    x, one = torch.zeros(1, 1), torch.ones(1, 1)
+    added = more_noise(RectifiedFlow(), x, one, torch.tensor([500]), torch.tensor([750]))
+    assert added.item() == pytest.approx(0.5**0.5, rel=1e-4)
+
+
+def test_the_heads_see_the_teachers_features_of_noised_ends(tiny_sd):
+    teacher = load_teacher(str(tiny_sd))
+    layers, g = ("net.mid_block",), torch.Generator().manual_seed(0)
+    fake, real = torch.randn(2, 3, 4, 8, 8, generator=g)
+    ends = Ends(fake, real, torch.tensor([0, 249, 749]), teacher.condition(["a coat", "a bag", ""]))
+    torch.manual_seed(1)
+    t = torch.tensor([100, 249, 999])
+    given = judge(teacher, layers, fake, ends, 250, t)
+    torch.manual_seed(1)
+    x_t = more_noise(teacher.schedule, fake, torch.randn_like(fake), ends.t, t)
+    assert torch.equal(x_t[1], fake[1])  # nothing is added at the end itself
+    expected = features(teacher.denoiser, layers, Noised(x_t, t, ends.cond))
+    assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
+
+
+def test_drawn_times_stay_within_the_phase(tiny_sd):
+    teacher = load_teacher(str(tiny_sd))
+    seen: list[torch.Tensor] = []
+    teacher.denoiser.net.register_forward_pre_hook(lambda net, args: seen.append(args[1]))
+    end = torch.tensor([0, 249, 499, 749]).repeat(25)
+    ends = Ends(*torch.randn(2, 100, 4, 8, 8), end, teacher.condition(["a coat"] * 100))
+    judge(teacher, ("net.mid_block",), ends.fake, ends, 250)
+    assert ((seen[0] >= end) & (seen[0] < end + 250)).all() and len(seen[0].unique()) > 50
+
+
+def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):
+    teacher = load_teacher(str(tiny_sd))
+    method = Consistency(config(**PHASED), teacher)
+    nets, batch = nets_for(method), batch_for(teacher)
+    assert list(nets) == ["teacher", "student", "target", "discriminator"]
+    nets["discriminator"].requires_grad_(False)
+    losses = method.loss(nets, batch)
+    losses["gan"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in nets["student"].parameters())
+    assert all(p.grad is None for p in teacher.denoiser.parameters())
+    nets["discriminator"].requires_grad_(True)
+    method.discriminator_loss(nets, batch)["discriminator"].backward()
+    assert all(p.grad is not None for p in nets["discriminator"].parameters())
+    assert all(p.grad is None for p in teacher.denoiser.parameters())
+
+
+def test_needs_phases():
+    with pytest.raises(ValidationError, match=r"gan_weight: .* needs endpoint phase"):
+        config(gan_weight=0.1)
+
+
+def test_trains_and_resumes(tiny_sd, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a coat\na bag\na shirt\na boot\na dress\na hat\n")
+
+    def trained(folder, iterations, resume=False):
+        run = RunConfig[ConsistencyConfig](
+            teacher=str(tiny_sd), method=config(**PHASED, states="trajectory"), output_dir=tmp_path / folder,
+            data=DataConfig(source="prompts", path=prompts), max_iterations=iterations, batch_size=4,
+            checkpoint_every=2, log_every=1, mixed_precision="no",
+        )  # fmt: skip
+        teacher = load_teacher(run.teacher)
+        trainer = Trainer(run, Consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))
+        if resume:
+            trainer.resume("latest")
+        assert trainer.fit()
+
+    trained("whole", 4)
+    trained("half", 2)
+    trained("half", 4, resume=True)
+    for name in ("student", "discriminator", "discriminator_optimizer"):
+        a, b = (load_file(tmp_path / run / "checkpoints" / "4" / f"{name}.safetensors") for run in ("whole", "half"))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    line = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"consistency", "gan", "discriminator", "real_accuracy", "fake_accuracy"} <= set(line)
