@@ -45,7 +45,7 @@ def set_up(net: nn.Module, config: RunConfig[Any]) -> None:
             if config.gradient_checkpointing:
                 own.enable_gradient_checkpointing()
             if config.compile:
-                own.compile()
+                part.compile_net()
 
 
 def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:

@@ -132,6 +132,8 @@ def update_of(teacher: Teacher, student: Denoiser, guidance_scale: float | None 
     before, after = teacher.denoiser.net.state_dict(), teacher.folded(student, guidance_scale).state_dict()
     merged = {f"{name}.weight" for name in layers}
     changed = [k for k, v in after.items() if k not in merged and not (k in before and torch.equal(v, before[k]))]
+    # What was folded elsewhere is left behind as zeros, and does nothing.
+    changed = [name for name in changed if name in before or after[name].any()]
     wrong = [name for name in changed if name not in before or not name.endswith(".bias")]
     if wrong:
         raise ValueError(

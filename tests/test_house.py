@@ -22,6 +22,7 @@ MODELS: dict[str, type[Strict]] = {
     "boot": RunConfig[BootConfig],
     "consistency": RunConfig[ConsistencyConfig],
     "dmd2": RunConfig[DMD2Config],
+    "lcm": RunConfig[ConsistencyConfig],
     "mlcm": RunConfig[ConsistencyConfig],
     "pcm": RunConfig[ConsistencyConfig],
     "teacher": TeacherTraining,

@@ -1,4 +1,4 @@
-"""Students under adapters: one base for all networks, exact resume, files stock diffusers loads, and what else saves memory."""
+"""Students under adapters: one base for all networks, exact resume, files for stock diffusers; what else saves memory."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import build_ddpm, build_sd
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -22,7 +23,6 @@ from fewstep.data import load_source
 from fewstep.export import export
 from fewstep.learning import new_optimizer
 from fewstep.lora_export import FILE, KOHYA_FILE, export_lora, update_of
-from fewstep.methods.critic import features, named_layers
 from fewstep.methods.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.base import own_tensors
@@ -85,7 +85,7 @@ def stirred(net: Denoiser) -> Denoiser:
 
 @pytest.mark.parametrize(
     ("family", "count"),
-    [("sd", 79), ("sdxl", 79), ("ddpm", 44), ("dit", 14), ("pixart", 21), ("sd3", 25), ("flux", 20)],
+    [("sd", 79), ("sdxl", 79), ("ddpm", 47), ("dit", 14), ("pixart", 21), ("sd3", 25), ("flux", 20)],
 )
 def test_targets_are_the_familys(family: str, count: int, folders: Callable[[str], Path]) -> None:
     """79 modules of a UNet with an attention block on each side: what LCM-LoRA's list gives there. Each network starts as the
@@ -372,6 +372,7 @@ def test_checkpointing_saves_activations(folders: Callable[[str], Path]) -> None
 
 
 def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    AcceleratorState._reset_state()  # of another precision, in tests before
     trainer = make(
         folders("sd"), tmp_path, "consistency", mixed_precision="bf16", lora={"rank": 4, "base_dtype": "bf16"}
     )
@@ -380,6 +381,7 @@ def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[st
     assert trainer.fit()
     pipeline: Any = trainer._pipeline()
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
+    AcceleratorState._reset_state()
 
 
 def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +412,5 @@ def test_compiled_networks_learn_the_same(folders: Callable[[str], Path], tmp_pa
         trainer = make(folders("sd"), tmp_path / str(on), "dmd2", iterations=1, compile=on)
         assert trainer.fit()
         runs[on] = load_file(tmp_path / str(on) / "checkpoints" / "1" / "critic.safetensors")
-        layers = named_layers(trainer.teacher, None)
-        assert layers and features
     for key, value in runs[False].items():
         torch.testing.assert_close(runs[True][key], value, rtol=1e-2, atol=1e-5)

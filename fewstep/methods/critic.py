@@ -72,7 +72,7 @@ def features(denoiser: Denoiser, names: Sequence[str], at: Noised) -> list[Tenso
 
         return hook
 
-    with ExitStack() as stack, suppress(_Heard):
+    with ExitStack() as stack, suppress(_Heard), denoiser.eagerly():
         for index, name in enumerate(names):
             stack.callback(denoiser.get_submodule(name).register_forward_hook(listen(index)).remove)
         denoiser(*at)

@@ -6,7 +6,7 @@ A new pipeline family is one subclass of Teacher in a file of its own. Methods s
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -73,9 +73,11 @@ class Denoiser(nn.Module):
 
     Attributes:
         shared: the tensors that `net` has in common with another network, which owns them; usually none.
+        compiled: whether `net` runs compiled.
     """
 
     shared: tuple[Tensor, ...] = ()
+    compiled: bool = False
 
     def __init__(
         self,
@@ -88,6 +90,16 @@ class Denoiser(nn.Module):
         super().__init__()
         self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
         self.feature_map = feature_map
+
+    def compile_net(self) -> None:
+        """Let the network run compiled from its next call on."""
+        # nn.Module.compile works in place: the network's class, names and copies stay plain.
+        self.net.compile()
+        self.compiled = True
+
+    def eagerly(self) -> AbstractContextManager[Any]:
+        """Where the network runs as written, so that hooks on its modules are called."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def with_net(self, net: nn.Module) -> "Denoiser":
         """The same reading of another network."""
