@@ -23,6 +23,7 @@ from fewstep.data import load_source
 from fewstep.export import export
 from fewstep.learning import new_optimizer
 from fewstep.lora_export import FILE, KOHYA_FILE, export_lora, update_of
+from fewstep.methods.critic import Noised, features, named_layers
 from fewstep.methods.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.base import own_tensors
@@ -406,11 +407,20 @@ def test_settings_of_adapters_belong_to_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_networks_learn_the_same(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    runs = {}
-    for on in (False, True):
-        trainer = make(folders("sd"), tmp_path / str(on), "dmd2", iterations=1, compile=on)
-        assert trainer.fit()
-        runs[on] = load_file(tmp_path / str(on) / "checkpoints" / "1" / "critic.safetensors")
-    for key, value in runs[False].items():
-        torch.testing.assert_close(runs[True][key], value, rtol=1e-2, atol=1e-5)
+def test_compiled_networks_are_the_same(folders: Callable[[str], Path]) -> None:
+    """Outputs, gradients of adapters, and features, which are heard where the network runs as written."""
+    teacher = load_teacher(str(folders("sd")))
+    teacher.adapt(LoraConfig(rank=4))
+    plain = stirred(teacher.student())
+    compiled = plain.clone()
+    compiled.compile_net()
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    for student in (plain, compiled):
+        student(x, t, cond).eps.square().mean().backward()
+    for (name, one), two in zip(own_tensors(plain).items(), own_tensors(compiled).values(), strict=True):
+        assert one.grad is not None and two.grad is not None and one.grad.any(), name
+        size = float(one.grad.abs().max())
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-4 * size)
+    layers = named_layers(teacher, None)
+    one, two = (features(student, layers, Noised(x, t, cond))[0] for student in (plain, compiled))
+    assert torch.equal(one, two)
