@@ -110,7 +110,7 @@ def plan(
 ) -> Plan:
     """The plan of a run on "cuda" or "cpu"; only configs and vocabularies are read, nothing is written.
 
-    whole_round: rehearse a round, as a count of operations wants it; else one iteration with all updates, enough for memory.
+    whole_round: rehearse a round, as a count of operations wants it; else the iteration that has all updates, enough for memory.
 
     Has to be called where accelerate takes the CPU (ACCELERATE_USE_CPU), with one mixed_precision per program.
     """
@@ -174,16 +174,24 @@ class _Rehearsal:
             return Posterior(*(torch.zeros(len(indices), *self.teacher.latent_shape) for _ in range(2)))
 
     def run(self, whole_round: bool) -> None:
-        """One iteration with all updates, which makes the optimizers' states, and one round of iterations, or its first."""
+        """One round of iterations, or its first, which has all updates; the optimizers' states are there from the beginning."""
+        self._make_states()
         steps = [replace(step, loss=self._marked(step)) for step in self.method.steps()]
         with self.meter.watched(self.trainer.raw):
-            self._iterate(steps)
-            self.meter.flops.clear()
             for _ in range(max(step.every for step in steps) if whole_round else 1):
                 self._iterate(steps)
                 self.iterations += 1
                 self.trainer.iteration += 1
         self._enter("resident")
+
+    def _make_states(self) -> None:
+        """What the optimizers keep from their first step on."""
+        for optimizer in self.trainer.optimizers.values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.optimizer.step()
+            optimizer.zero_grad()
 
     def _iterate(self, steps: Sequence[Step]) -> None:
         self._enter("data")

@@ -118,7 +118,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
+        for value in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(value, Tensor):
                 self._see(value)
         if self.alive > self.peaks[self.phase]:
