@@ -176,6 +176,7 @@ class _Rehearsal:
     def run(self, whole_round: bool) -> None:
         """One round of iterations, or its first, which has all updates; the optimizers' states are there from the beginning."""
         self._make_states()
+        self.meter.flops.clear()
         steps = [replace(step, loss=self._marked(step)) for step in self.method.steps()]
         with self.meter.watched(self.trainer.raw):
             for _ in range(max(step.every for step in steps) if whole_round else 1):
