@@ -14,7 +14,7 @@ from torch import nn
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data import Raw, Source
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
-from fewstep.rehearsal import Meter, OnCuda, Untroubled, convertible, held, without_values
+from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.teachers.base import Posterior, Teacher
 from fewstep.teachers.prompts import CACHED, CACHED_BYTES
 from fewstep.teachers.unweighted import Within, unweighted_teacher
@@ -128,7 +128,7 @@ def plan(
         stack.enter_context(Untroubled())
         stack.enter_context(convertible())
         if device == "cuda":
-            stack.enter_context(OnCuda())
+            stack.enter_context(cuda_types())
         stack.enter_context(meter)
         rehearsal = _Rehearsal(method_class, config.model_copy(update=changes), device, meter)
         rehearsal.run(whole_round)

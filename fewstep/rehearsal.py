@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-FLOAT32_ON_CUDA = frozenset({
-    "group_norm", "layer_norm", "softmax", "log_softmax", "norm", "pow", "sum", "prod", "cumsum", "exp", "log", "rsqrt",
-    "reciprocal", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "softplus", "interpolate", "cosine_similarity",
-})  # fmt: skip
-"""Functions to which autocast gives float32 on CUDA and not on the CPU; networks keep their arguments for the backward."""
+FLOAT32_ON_CUDA = (
+    "group_norm", "layer_norm", "softmax", "log_softmax", "interpolate", "softplus", "cosine_similarity", "l1_loss",
+    "smooth_l1_loss", "huber_loss", "mse_loss",
+)  # fmt: skip
+"""Functions of torch.nn.functional to which autocast gives float32 on CUDA and not, or not all, on the CPU."""
 
 
 @cache
@@ -49,13 +49,30 @@ def _replace(old: Tensor, new: Tensor) -> None:
         old.data = new.data
 
 
-class OnCuda(TorchFunctionMode):
-    """Autocast of the CPU, but with the types of CUDA's."""
+@contextmanager
+def cuda_types() -> Iterator[None]:
+    """Autocast of the CPU gives normalisations and their like float32, as CUDA's does: networks keep their arguments.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_float, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    The functions themselves are exchanged, since no mode reaches what checkpointing computes again in the backward.
+    """
+    own = {name: getattr(nn.functional, name) for name in FLOAT32_ON_CUDA}
+    for name, function in own.items():
+        setattr(nn.functional, name, _in_float32(function))
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(nn.functional, name, function)
+
+
+def _in_float32(function: Any) -> Any:
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_float, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return called
 
 
 def _float(value: Any) -> Any:

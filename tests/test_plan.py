@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from fewstep.rehearsal import Meter, OnCuda, Untroubled, convertible, held, without_values
+from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.teachers.unweighted import unweighted_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_shared_storages_count_once():
 
 def test_types_are_those_of_autocast_on_cuda():
     x = torch.zeros(2, 8, 4, 4)
-    with OnCuda(), torch.autocast("cpu", torch.bfloat16):
+    with cuda_types(), torch.autocast("cpu", torch.bfloat16):
         product = nn.Conv2d(8, 8, 1)(x)
         assert product.dtype == torch.bfloat16
         assert nn.GroupNorm(2, 8)(product).dtype == torch.float32
