@@ -82,17 +82,29 @@ def _float(value: Any) -> Any:
 class Untroubled(TorchFunctionMode):
     """What tensors without values cannot do by themselves.
 
-    Whether one is true is answered yes: who asks wants to know whether a gradient is finite. And ordinary tensors are copied as
+    Whether one is true is answered yes: who asks wants to know whether a gradient is finite. Copied are their shapes alone, for
+    torch would also copy the FakeTensorMode that is behind them, which ends in a crash; and ordinary tensors are copied as
     ordinary ones while tensors without values are made.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and isinstance(args[0], FakeTensor):
             return True
-        if func is Tensor.__deepcopy__ and not isinstance(args[0], FakeTensor):
-            with unset_fake_temporarily():
-                return func(*args, **(kwargs or {}))
+        if func is Tensor.__deepcopy__:
+            return _copied(*args)
         return func(*args, **(kwargs or {}))
+
+
+def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    if not isinstance(tensor, FakeTensor):
+        with unset_fake_temporarily():
+            return tensor.__deepcopy__(memo)  # type: ignore[no-any-return, no-untyped-call]
+    same = tensor.detach().clone()
+    learnable = isinstance(tensor, nn.Parameter)
+    memo[id(tensor)] = (
+        nn.Parameter(same, tensor.requires_grad) if learnable else same.requires_grad_(tensor.requires_grad)
+    )
+    return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
 class Meter(TorchDispatchMode):
