@@ -55,19 +55,19 @@ class Strict(BaseModel):
 
 class OptimConfig(Strict):
     lr: PositiveFloat
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's decays of the first and second moment."""
+    """Decays of the first and second moment."""
     eps: PositiveFloat = 1e-8
-    """AdamW's term beside the root of the second moment."""
+    """Term beside the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this L2 norm; null = no clipping."""
     warmup_iterations: NonNegativeInt = 0
     """Iterations over which the learning rate rises linearly from zero."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW of torch; or of bitsandbytes, with moments in eight bits."""
+    optimizer: Literal["adamw", "adamw8bit", "radam"] = "adamw"
+    """AdamW of torch; or of bitsandbytes, with moments in eight bits; or RAdam, which warms up by itself (Liu et al. 2020)."""
     decay: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate after the warm-up; cosine falls to zero at the last iteration."""
 

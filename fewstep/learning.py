@@ -53,6 +53,8 @@ def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.o
     settings: Any = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
     if o.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings)
+    if o.optimizer == "radam":
+        return torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 Adversarial = Literal["softplus", "hinge"]
+SampleDistance = Literal["l2", "pseudo_huber", "pseudo_huber_sample"]
 
 LARGEST_LOGIT = 10.0
 RATIO_RANGE = (0.1, 20.0)
@@ -25,6 +26,23 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     Song & Dhariwal (2023) define it on whole samples; with c = 1e-3 the element-wise form is nearly L1.
     """
     return ((a - b).square().add(c**2).sqrt() - c).mean()
+
+
+def sample_distance(kind: SampleDistance, a: Tensor, b: Tensor, c: float) -> Tensor:
+    """One distance for each sample of [B, ...], [B], of which the batch's mean is descended.
+
+    `l2` and `pseudo_huber` are the means over a sample's elements of what the functions of their names have.
+    `pseudo_huber_sample` is sqrt(|d|^2 + c^2) - c of the whole sample's difference d (Song & Dhariwal 2023, arXiv 2310.14189,
+    eq. 8); with c = 0 it is the norm, as in Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548).
+    """
+    d = (a - b).flatten(1)
+    match kind:
+        case "l2":
+            return d.square().mean(1)
+        case "pseudo_huber":
+            return (d.square().add(c**2).sqrt() - c).mean(1)
+    norm = torch.linalg.vector_norm(d, dim=1)  # whose gradient at 0 is 0, not that of a square root
+    return norm if c == 0 else (norm.square() + c**2).sqrt() - c
 
 
 def huber(a: Tensor, b: Tensor) -> Tensor:

@@ -76,6 +76,15 @@ class ShiftedFlow:
         return self.num_train_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1
 
 
+def noise_level(schedule: Schedule, t: Tensor) -> Tensor:
+    """sigma / alpha at t, in float64: the sigma of Karras et al. (2022), whose x is x0 + sigma eps. 0 for clean data.
+
+    Pure noise, where alpha is 0, counts as alpha = 1e-4, so that it has a logarithm and an inverse.
+    """
+    alpha, sigma = (v.double() for v in schedule(t))
+    return sigma / alpha.clamp_min(1e-4)
+
+
 def like(v: Tensor, x: Tensor) -> Tensor:
     """v [B] as [B, 1, ...], in the type of x [B, ...], ready to multiply it."""
     return v.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)

@@ -1,16 +1,18 @@
-"""Consistency distillation (Song et al. 2023) in latent space with guidance: LCM (Luo et al. 2023), PCM (Wang et al. 2024),
-MLCM (Xie et al. 2024).
+"""Consistency distillation (CD; Song et al. 2023); in latent space with guidance (LCM; Luo et al. 2023), in phases (PCM; Wang
+et al. 2024; MLCM; Xie et al. 2024); and tuning of a diffusion model without a teacher's step (ECT; Geng et al. 2024).
 
 One loss. What differs between these is where its states come from (consistency_states), which grid and phases it has
-(consistency_grid), what the student is consistent in, and how that changes during training (the stages of the config).
+(consistency_grid) or which noise levels (consistency_tuning), how x_s follows from x_t (consistency_solver), what the student
+is consistent in, and how that changes during training (the stages of the config).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.losses import discriminator_loss, generator_loss, l2, pseudo_huber
+from fewstep.losses import discriminator_loss, generator_loss, sample_distance
 from fewstep.methods.base import (
     NO_LIVE_GUIDANCE,
     Batch,
@@ -24,11 +26,15 @@ from fewstep.methods.base import (
 )
 from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
-from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency_grid import Grid, boundary_scalings, karras_grid, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency_solver import solve
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.consistency_tuning import gap_weights, log_levels, lognormal_index, tuned_timestep
 from fewstep.methods.critic import named_layers
 from fewstep.methods.dmd2_health import accuracies
-from fewstep.process import Prediction, add_noise, guide, like, ode_step
+from fewstep.methods.dropout import random_state, replayed, set_dropout
+from fewstep.methods.perceptual import load_lpips
+from fewstep.process import Prediction, add_noise, guide, like, noise_level, ode_step
 from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate
 
@@ -49,7 +55,8 @@ class Consistency(Method):
     name = "consistency"
     paper = (
         "Luo et al. 2023, Latent Consistency Models, arXiv 2310.04378; Song et al. 2023, Consistency Models, arXiv "
-        "2303.01469; Wang et al. 2024, Phased Consistency Models, arXiv 2405.18407; Xie et al. 2024, MLCM, arXiv 2406.05768"
+        "2303.01469; Wang et al. 2024, Phased Consistency Models, arXiv 2405.18407; Xie et al. 2024, MLCM, arXiv 2406.05768; "
+        "Geng et al. 2024, Easy Consistency Tuning, arXiv 2406.14548"
     )
 
     config: ConsistencyConfig
@@ -67,6 +74,8 @@ class Consistency(Method):
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
         self.reward: Reward | None = None
+        self.distance = self._distance()
+        self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         if config.rolls_out:
             self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
@@ -78,6 +87,16 @@ class Consistency(Method):
                 return phase_grid(jumps, plan.solver_steps)
             except ValueError as error:
                 raise ValueError(f"method.solver_steps: {error}") from None
+        if self.config.tuning is not None:
+            t = torch.arange(self.teacher.num_train_timesteps)
+            return Grid(t, t - 1, torch.full_like(t, -1))
+        if self.config.grid == "karras":
+            met = self.teacher.jump_grid(self.scheduler(), self.config.steps)[:-1]
+            total, rho = self.teacher.num_train_timesteps, self.config.karras_rho
+            try:
+                return karras_grid(self.teacher.schedule, plan.solver_steps, total, met, rho)
+            except ValueError as error:
+                raise ValueError(f"method.grid: {error}; set it to even") from None
         if self.teacher.num_train_timesteps % plan.solver_steps:
             raise ValueError(
                 f"method.solver_steps: {plan.solver_steps} does not divide the teacher's "
@@ -85,9 +104,18 @@ class Consistency(Method):
             )
         return whole_grid(plan.solver_steps, self.teacher.num_train_timesteps)
 
+    def _distance(self) -> Callable[[Tensor, Tensor], Tensor]:
+        kind, c = self.config.distance, self.config.huber_c
+        if kind == "lpips":
+            lpips, decode = load_lpips("distance", "pseudo_huber"), self.teacher.decode
+            return lambda a, b: lpips(decode(a), decode(b))
+        return lambda a, b: sample_distance(kind, a, b, c)
+
     def roles(self) -> dict[str, Role]:
         c = self.config
         student = self.teacher.student(guidance_embedding=c.embedded)
+        if c.dropout is not None:
+            set_dropout(student, c.dropout)
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
         if c.target_decay is not None:
             roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
@@ -149,22 +177,32 @@ class Consistency(Method):
         with torch.no_grad():
             at = self._states(stage, nets, batch, fresh)
         grid = stage.grid.to(batch.device).at(at.index)
+        if c.tuning is not None:
+            s = tuned_timestep(self.levels.to(batch.device), grid.t, batch.iteration, c.tuning)
+            grid = grid._replace(s=s)
         told = at.scale if c.embedded else None
         rewarded = self._rewarded(nets, batch, fresh) if stage.plan.reward_weight else None
+        masks = random_state(batch.device) if c.dropout else None
         student, sample = self._student(nets["student"], at, grid.t, rewarded)
         with torch.no_grad():
-            first = self._teacher(nets, batch, at, grid.t)
-            x_s = self._solve(stage, nets, batch, at, grid, first)
-            target_net = nets["student" if c.target_decay is None else "target"]
-            there = target_net(x_s, grid.s.clamp_min(0), at.cond, told)
-            target = self._endpoint(stage, there, x_s, grid.s, grid.end)
-            if stage.plan.states == "trajectory" and c.rollout == "shared":
-                self.trajectories.move(first, fresh)
+            if c.target_step == "same_noise":
+                x_s = add_noise(self.teacher.schedule, batch.x0, fresh.x, grid.s)
+            else:
+                first = self._teacher(nets, batch, at, grid.t)
+                x_s = self._solve(stage, nets, batch, at, grid, first)
+                if stage.plan.states == "trajectory" and c.rollout == "shared":
+                    self.trajectories.move(first, fresh)
+            target = x_s
+            if c.tuning is None or bool((grid.s > grid.end).any()):  # early in tuning most targets are the data
+                target_net = nets["student" if c.target_decay is None else "target"]
+                with replayed(masks, batch.device):
+                    there = target_net(x_s, grid.s.clamp_min(0), at.cond, told)
+                target = self._endpoint(stage, there, x_s, grid.s, grid.end)
         prediction = self._endpoint(stage, student, at.x, grid.t, grid.end)
         if len(self.stages) > 1:
             batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
-        distance = l2(prediction, target) if c.distance == "l2" else pseudo_huber(prediction, target, c.huber_c)
-        losses = {"consistency": distance}
+        weight = gap_weights(c.weighting, self.teacher.schedule, grid.t, grid.s).to(prediction.dtype)
+        losses = {"consistency": (weight * self.distance(prediction, target)).mean()}
         if sample is not None:
             losses["reward"] = stage.plan.reward_weight * self._displeasure(batch, sample.x0)
         if c.gan_weight:
@@ -232,9 +270,12 @@ class Consistency(Method):
         self, stage: Stage, batch: Batch, index: Tensor | None, noise: Tensor | None, scale: Tensor | None
     ) -> State:
         """Noise, grid positions and guidance scales, with the batch's conditions."""
-        n, device = stage.plan.solver_steps, batch.device
+        n, device = len(stage.grid.t), batch.device
         if stage.plan.states == "trajectory" and self.config.rollout == "shared":
             index = torch.full((batch.size,), n - 1, device=device)
+        if index is None and self.config.lognormal is not None:
+            levels = noise_level(self.teacher.schedule, stage.grid.t).log().to(device)
+            index = lognormal_index(levels, batch.size, *self.config.lognormal)
         if index is None:
             index = torch.randint(n, (batch.size,), device=device)
         if noise is None:
@@ -279,13 +320,12 @@ class Consistency(Method):
 
     def _solve(self, stage: Stage, nets: Networks, batch: Batch, at: State, grid: Grid, p: Prediction) -> Tensor:
         """x_s by the teacher's steps from x_t, with its prediction there given."""
-        n, whole = stage.plan.teacher_steps, not grid.t.is_floating_point()
-        for i in range(1, n):
-            between = grid.t + (grid.s - grid.t) * (i / n)
-            between = between.round().long() if whole else between
-            x = ode_step(self.teacher.schedule, p, between)
-            p = self._teacher(nets, batch, replace(at, x=x), between.clamp_min(0))
-        return ode_step(self.teacher.schedule, p, grid.s)
+
+        def answer(at: State, times: Tensor) -> Prediction:
+            return self._teacher(nets, batch, at, times)
+
+        steps, solver = stage.plan.teacher_steps, self.config.solver
+        return solve(self.teacher.schedule, answer, at, grid.t, grid.s, p, steps, solver)
 
     def _endpoint(self, stage: Stage, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
         """What is consistent: f(x_t, t) [B, C, h, w]; x_t itself where t is the end, whatever the network says there."""

@@ -2,14 +2,31 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
 
 Endpoint = Literal["x0", "x0_plain", "phase"]
+Solver = Literal["ddim", "heun"]
 States = Literal["noised_data", "trajectory", "student_rollout"]
 GridSize = Annotated[int, Ge(2)]
+
+
+Weighting = Literal["none", "inverse_gap", "edm"]
+
+
+class TuningConfig(Strict):
+    """Gaps of Easy Consistency Tuning: r = sigma (1 - q^-(j + 1) (1 + k sigmoid(-b sigma))) in stage j."""
+
+    q: Annotated[float, Gt(1)] = 2.0
+    """What the gap is divided by from one stage to the next."""
+    k: NonNegativeFloat = 8.0
+    """How much wider gaps are at low noise."""
+    b: NonNegativeFloat = 1.0
+    """How fast that wears off with sigma."""
+    double_iterations: PositiveInt
+    """Iterations of a stage."""
 
 
 class StageConfig(Strict):
@@ -50,7 +67,23 @@ class ConsistencyConfig(Strict):
     optim: OptimConfig
     """Optimizer of the student."""
     solver_steps: GridSize = 50
-    """Points N of the teacher's ODE grid; for endpoints x0, it must divide the teacher's training timesteps."""
+    """Points N of the teacher's ODE grid; an even one of endpoints x0 must divide the teacher's training timesteps."""
+    grid: Literal["even", "karras"] = "even"
+    """Points that are even in timesteps (LCM), or noise levels of Karras et al. between the teacher's ends (CD)."""
+    karras_rho: PositiveFloat = 7.0
+    """Root in which Karras' levels are even."""
+    solver: Solver = "ddim"
+    """The teacher's step from one point to the next: one evaluation, or Heun's two (CD)."""
+    target_step: Literal["solver", "same_noise"] = "solver"
+    """x_s by the teacher's step (distillation), or of the same image and noise as x_t (training: no teacher is called)."""
+    tuning: TuningConfig | None = None
+    """Easy Consistency Tuning: t is any of the teacher's timesteps and s follows from it, in place of a grid; null = the grid."""
+    lognormal: tuple[float, Annotated[float, Gt(0)]] | None = None
+    """Mean and deviation of the log of the noise level sigma / alpha at t (P_mean, P_std); null = uniform over the grid."""
+    weighting: Weighting = "none"
+    """Weight of a sample's distance: 1, 1 over the gap in sigma, or (sigma^2 + 0.25) / (0.25 sigma^2)."""
+    dropout: Annotated[float, Ge(0), Lt(1)] | None = None
+    """Dropout of the student in training, the same in its target where that is the student; null = as the teacher has it."""
     steps: int = Field(10, ge=1)
     """Largest number of network evaluations at inference; must divide solver_steps, so that every step count lies on the grid."""
     endpoint: Endpoint = "x0"
@@ -99,10 +132,10 @@ class ConsistencyConfig(Strict):
     """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)
     """Decay per update of the moving average that gives the targets; null = the student itself, without gradient."""
-    distance: Literal["l2", "pseudo_huber"] = "l2"
-    """Distance between student and target."""
-    huber_c: float = Field(1e-3, gt=0)
-    """c of the pseudo-Huber distance."""
+    distance: Literal["l2", "pseudo_huber", "pseudo_huber_sample", "lpips"] = "l2"
+    """Distance between student and target: of elements, of whole samples (iCT), or of what VGG16 sees of decoded images (CD)."""
+    huber_c: float = Field(1e-3, ge=0)
+    """c of the pseudo-Huber distances; 0, for whole samples only, is the norm."""
     timestep_scaling: float = Field(10.0, gt=0)
     """Factor on t in c_skip and c_out; also saved in the exported scheduler."""
 
@@ -145,6 +178,10 @@ class ConsistencyConfig(Strict):
             raise ValueError(
                 f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
             )
+        if not self.huber_c and self.distance != "pseudo_huber_sample":
+            raise ValueError("huber_c: 0 is for distance pseudo_huber_sample, where it gives the norm")
+        if self.target_step == "same_noise" and span is not None:
+            raise ValueError("target_step: same_noise has no teacher to guide; set guidance_range to null")
         if self.keep_guidance and span is not None:
             raise ValueError("keep_guidance: the teacher's steps must not be guided then; set guidance_range to null")
         if scale is not None and not self.embed_guidance:
@@ -162,7 +199,19 @@ class ConsistencyConfig(Strict):
                 )
         plan = self.plan
         for planned in plan:
-            if planned.solver_steps % self.steps:
+            if self.target_step == "same_noise" and planned.states != "noised_data":
+                raise ValueError(f"target_step: same_noise needs the image of x_t; found states {planned.states}")
+            if self.tuning and (
+                self.grid == "karras" or planned.endpoint != "x0_plain" or planned.states == "trajectory"
+            ):
+                raise ValueError(
+                    "tuning: has times of its own, down to clean data; needs grid even, endpoint x0_plain and no trajectories"
+                )
+            if self.grid == "karras" and planned.endpoint == "phase":
+                raise ValueError(
+                    "grid: phases are cut on an even grid; set grid to even, or endpoint to x0 or x0_plain"
+                )
+            if self.grid == "even" and self.tuning is None and planned.solver_steps % self.steps:
                 raise ValueError(f"steps: {self.steps} does not divide solver_steps ({planned.solver_steps})")
             if planned.endpoint == "phase" and planned.solver_steps % planned.phases:
                 raise ValueError(f"phases: {planned.phases} does not divide solver_steps ({planned.solver_steps})")

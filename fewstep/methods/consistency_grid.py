@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.process import Schedule, noise_level
 from fewstep.signal_ode import segment_grid
 
 SIGMA_DATA = 0.5
@@ -51,6 +52,35 @@ def whole_grid(solver_steps: int, num_train_timesteps: int) -> Grid:
     """The grid of one phase down to t = 0: LCM's."""
     t, s = solver_grid(solver_steps, num_train_timesteps)
     return Grid(t, s, torch.zeros_like(t))
+
+
+def karras_levels(low: float, high: float, n: int, rho: float = 7.0) -> Tensor:
+    """n noise levels from `high` down to `low`, even in their rho-th root (Karras et al. 2022, eq. 5), in float64."""
+    roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64)
+    return roots**rho
+
+
+def karras_grid(schedule: Schedule, solver_steps: int, num_train_timesteps: int, met: Tensor, rho: float = 7.0) -> Grid:
+    """The grid of Consistency Models (Song et al. 2023): sigma / alpha at solver_steps Karras levels between timestep 0,
+    where both sides of the lowest pair end, and the noisiest.
+
+    A discrete network is valid at whole timesteps: each level becomes the nearest in log sigma / alpha, and levels that fall
+    on one timestep are one. The points next to `met`, timesteps at which the sampler runs, are moved there.
+
+    Raises ValueError for schedules that end in pure noise, whose sigma / alpha is infinite.
+    """
+    every = torch.arange(num_train_timesteps)
+    if float(schedule(every[-1:])[0]) < 1e-4:
+        raise ValueError("karras levels need an end to sigma / alpha, and the teacher's schedule ends in pure noise")
+    levels = noise_level(schedule, every).log()
+    wanted = karras_levels(float(levels[0].exp()), float(levels[-1].exp()), solver_steps, rho).log()
+    times = torch.unique((levels[:, None] - wanted).abs().argmin(0))
+    for u in met.tolist():
+        if not bool((times == u).any()):
+            inner = times[1:-1]
+            inner[(levels[inner] - levels[u]).abs().argmin()] = u
+    times = torch.unique(times)
+    return Grid(times[1:], times[:-1], torch.zeros_like(times[1:]))
 
 
 def phase_grid(jumps: Tensor, solver_steps: int) -> Grid:

@@ -67,7 +67,7 @@ class DMD2(Method):
         match self.config.regression_distance if self.config.regression_weight else "l2":
             case "lpips":
                 lpips, decode = load_lpips(), self.teacher.decode
-                return lambda a, b: lpips(decode(a), decode(b))
+                return lambda a, b: lpips(decode(a), decode(b)).mean()
             case "huber":
                 return huber
         return l2

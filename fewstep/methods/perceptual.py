@@ -9,9 +9,10 @@ SIDE = 224
 """Pixels a side to which smaller images are enlarged: those of the network's own training."""
 
 
-def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
-    """The mean LPIPS distance (VGG16) of two batches of images [B, 3, H, W] in about [-1, 1], differentiable.
+def load_lpips(key: str = "regression_distance", instead: str = "huber") -> Callable[[Tensor, Tensor], Tensor]:
+    """The LPIPS distances (VGG16) [B] of two batches of images [B, 3, H, W] in about [-1, 1], differentiable.
 
+    key, instead: of the method's config, for the message.
     Raises ValueError where torchvision's weights of VGG16 are neither on this machine nor to be had.
     """
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -20,13 +21,12 @@ def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
         metric = LearnedPerceptualImagePatchSimilarity("vgg").requires_grad_(False).eval()
     except (OSError, ImportError, ModuleNotFoundError, RuntimeError) as error:
         raise ValueError(
-            f"method.regression_distance: lpips needs torchvision's weights of VGG16, which are not at hand ({error}); take "
-            "l2 or huber"
+            f"method.{key}: lpips needs torchvision's weights of VGG16, which are not at hand ({error}); take l2 or {instead}"
         ) from None
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
         metric.to(a.device)
-        return metric.net(*(_enlarged(v).clamp(-1, 1) for v in (a, b))).mean()  # type: ignore[no-any-return]
+        return metric.net(*(_enlarged(v).clamp(-1, 1) for v in (a, b))).flatten()  # type: ignore[no-any-return]
 
     return distance
 
