@@ -273,17 +273,20 @@ def trained_pixels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return folder / "pipeline", folder / "images"
 
 
-def trained(trained_pixels: tuple[Path, Path], output: Path, method: dict[str, Any], iterations: int) -> Trainer:
+def trained(
+    trained_pixels: tuple[Path, Path], output: Path, method: dict[str, Any], iterations: int,
+    kind: Any = Consistency, settings: Any = ConsistencyConfig,
+) -> Trainer:  # fmt: skip
     pipeline, images = trained_pixels
-    run = RunConfig[ConsistencyConfig].model_validate(
+    run = RunConfig[settings].model_validate(
         {
             "teacher": str(pipeline), "output_dir": str(output), "data": {"source": "folder", "path": str(images)},
             "method": {"optim": {"lr": 2e-3, "decay": "cosine"}, "guidance_range": None} | method,
-            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None,
+            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None, "cpu_threads": 1,
         }
     )  # fmt: skip
     teacher = load_teacher(str(pipeline))
-    trainer = Trainer(run, Consistency(run.method, teacher), teacher, load_source(run.data, 8))
+    trainer = Trainer(run, kind(run.method, teacher), teacher, load_source(run.data, 8))
     assert trainer.fit()
     return trainer
 

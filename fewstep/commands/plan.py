@@ -17,8 +17,11 @@ METHODS = {
     "boot": ("boot", "Boot", "BootConfig"),
     "consistency": ("consistency", "Consistency", "ConsistencyConfig"),
     "dmd2": ("dmd2", "DMD2", "DMD2Config"),
+    "scm": ("scm", "Scm", "ScmConfig"),
 }
 """train/<name>.py -> module of the method, its class, the class of its settings in <module>_config."""
+RECIPES = {name: "consistency" for name in ("cd", "ect", "lcm", "mlcm", "pcm")}
+"""What the published recipes of a method are called -> the method."""
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -52,9 +55,10 @@ def plan(args: argparse.Namespace) -> None:
 
 def _named_by(file: Path) -> str:
     """Configs are called <method>_<family>.yaml."""
-    for name in METHODS:
-        if file.stem.split("_")[0] == name:
-            return name
+    name = file.stem.split("_")[0]
+    name = RECIPES.get(name, name)
+    if name in METHODS:
+        return name
     raise ValueError(f"{file} does not say by its name which method it is for: pass --method {'|'.join(METHODS)}")
 
 

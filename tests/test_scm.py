@@ -1,0 +1,321 @@
+"""Continuous-time consistency models (Lu & Song 2024): the rotation, the derivative, the fixed point, a student that learns."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import ValidationError
+from test_consistency_pixel import missed, trained, trained_pixels  # noqa: F401
+from torch import Tensor
+
+from fewstep.config import OptimConfig
+from fewstep.methods.base import Batch
+from fewstep.methods.scm import LogVariance, Scm, ScmConfig
+from fewstep.process import (
+    Prediction,
+    PredictionType,
+    RectifiedFlow,
+    ShiftedFlow,
+    VariancePreserving,
+    add_noise,
+    like,
+    read,
+)
+from fewstep.teachers import load_teacher
+from fewstep.trigflow import rotation, slopes, tangent, velocity, velocity_rate
+
+CPU = torch.device("cpu")
+MEAN, STD = 0.3, 0.6
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """alpha = cos of an angle that is even in t, but not from 0: variance-preserving, differentiable in t."""
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = (t + 20) * (math.pi / 2 / 1050)
+        return angle.cos(), angle.sin()
+
+
+TABLE = VariancePreserving(Cosine()(torch.arange(1000).double())[0].square())
+SMOOTH = [Cosine(), RectifiedFlow(), ShiftedFlow(3.0)]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# The change of variables --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [TABLE, *SMOOTH], ids=repr)
+def test_states_are_rotations(schedule):
+    t, x0, eps = torch.tensor([1, 300, 950]), normal(3, 4), normal(3, 4, seed=1)
+    at = rotation(schedule, t)
+    x = add_noise(schedule, x0, eps, t if schedule is TABLE else t.double()) / like(at.size, x0)
+    torch.testing.assert_close(x, like(at.tau.cos(), x0) * x0 + like(at.tau.sin(), x0) * eps, rtol=1e-12, atol=1e-12)
+
+
+def test_v_of_a_process_that_keeps_the_variance_is_the_velocity():
+    t, x, v = torch.tensor([1, 300, 950]), normal(3, 4), normal(3, 4, seed=1)
+    at = rotation(TABLE, t)
+    torch.testing.assert_close(velocity(read(TABLE, "v_prediction", v, x, t), at.tau), v, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(at.size, torch.ones_like(at.size), rtol=1e-12, atol=0)
+
+
+def test_flow_is_the_published_bridge():
+    t, x, v = torch.tensor([1.0, 300.0, 1000.0], dtype=torch.float64), normal(3, 4), normal(3, 4, seed=1)
+    at, s = rotation(RectifiedFlow(), t), (t / 1000)[:, None]
+    size = (s**2 + (1 - s) ** 2).sqrt()
+    torch.testing.assert_close(at.size[:, None], size)
+    torch.testing.assert_close(s[:, 0], at.tau.sin() / (at.tau.sin() + at.tau.cos()))
+    expected = ((1 - 2 * s) * x + (1 - 2 * s + 2 * s**2) * v) / size
+    torch.testing.assert_close(
+        velocity(read(RectifiedFlow(), "flow", v, x, t), at.tau), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("schedule", SMOOTH, ids=repr)
+def test_rates_are_derivatives(schedule):
+    t, h = torch.tensor([5.0, 400.0, 990.0], dtype=torch.float64), 1e-3
+    at, low, high = (rotation(schedule, u) for u in (t, t - h, t + h))
+    weight, d_tau = at.tau.cos() * at.tau.sin(), (high.tau - low.tau) / (2 * h)
+    torch.testing.assert_close(at.time_rate, weight / d_tau, rtol=1e-6, atol=0)
+    torch.testing.assert_close(at.size_rate, weight * (high.size - low.size) / (2 * h) / d_tau, rtol=1e-5, atol=1e-9)
+
+
+def test_a_tables_slopes_are_its_functions():
+    t = torch.tensor([0, 400, 999])
+    for found, wanted in zip(slopes(TABLE, t), slopes(Cosine(), t), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    pure = rotation(ShiftedFlow(3.0), torch.tensor([999]))
+    assert pure.time_rate.abs().item() < 1e-12 and pure.size_rate.abs().item() < 1e-12
+
+
+# The derivative -----------------------------------------------------------------------------------------------------------
+
+
+def central(answer: Any, schedule: Any, x: Tensor, t: Tensor, slope: Tensor, h: float) -> Tensor:
+    """cos sin dF/dtau by moving state and time a little along the trajectory."""
+    at, found = rotation(schedule, t), []
+    for sign in (1, -1):
+        # dt/dtau to second order by the midpoint; the angle actually reached says how far x has to go.
+        u = t + sign * h
+        there = rotation(schedule, u)
+        moved = x + like(there.tau - at.tau, x) * slope
+        found.append((velocity(answer(like(there.size, x) * moved, u), there.tau), there.tau))
+    return like(at.tau.cos() * at.tau.sin() / (found[0][1] - found[1][1]), x) * (found[0][0] - found[1][0])
+
+
+@pytest.mark.parametrize("kind", get_args(PredictionType))
+@pytest.mark.parametrize("schedule", SMOOTH, ids=repr)
+def test_forward_mode_is_central_differences(schedule, kind):
+    if {"flow": True, "v_prediction": False}.get(kind) == isinstance(schedule, Cosine):
+        pytest.skip("v is for processes that keep the variance, flow for alpha + sigma = 1")
+    x, slope, w = normal(3, 4), normal(3, 4, seed=1), normal(4, 4, seed=2)
+    t = torch.tensor([40.0, 500.0, 900.0], dtype=torch.float64)
+
+    def answer(x_t: Tensor, u: Tensor) -> Prediction:
+        output = (x_t @ w + (u / 300).sin()[:, None]).tanh()
+        return read(schedule, kind, output, x_t, u)
+
+    own, rate = velocity_rate(answer, schedule, kind, x, t, rotation(schedule, t), slope)
+    at = rotation(schedule, t)
+    torch.testing.assert_close(own, velocity(answer(like(at.size, x) * x, t), at.tau))
+    torch.testing.assert_close(rate, central(answer, schedule, x, t, slope, 1e-3), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["tiny_ddpm_grey", "tiny_sd"])
+def test_forward_mode_goes_through_real_networks(name, request):
+    """With attention; central differences over a timestep's fraction on a table, whose angle is then straight."""
+    teacher = load_teacher(str(request.getfixturevalue(name)))
+    net, kind = teacher.denoiser.net.double(), teacher.denoiser.prediction_type
+    t, cond = torch.tensor([300, 700]), {k: v.double() for k, v in teacher.condition(["a", "b"]).items()}
+    x, slope = normal(2, *teacher.latent_shape), normal(2, *teacher.latent_shape, seed=1)
+    schedule, at = teacher.schedule, rotation(teacher.schedule, t)
+
+    def answer(x_t: Tensor, u: Tensor) -> Prediction:
+        output = teacher.denoiser.call(net, x_t, u, cond, None)
+        return read(schedule, kind, output, x_t, u)
+
+    def moved(h: float) -> Tensor:
+        weight, tau = at.tau.cos() * at.tau.sin(), at.tau + h * at.tau.cos() * at.tau.sin()
+        x_t = x + h * like(weight, x) * slope
+        output = teacher.denoiser.call(net, x_t, t + h * at.time_rate, cond, None)
+        return velocity(read(lambda _: (tau.cos(), tau.sin()), kind, output, x_t, t), tau)
+
+    with torch.no_grad():
+        own, rate = velocity_rate(answer, schedule, kind, x, t, at, slope)
+        torch.testing.assert_close(own, moved(0.0), rtol=1e-4, atol=1e-4)
+        expected = (moved(5e-4) - moved(-5e-4)) / 1e-3  # the networks' sinusoids are in float32
+    assert (rate - expected).norm() < 1e-2 * expected.norm()
+
+
+# The fixed point ----------------------------------------------------------------------------------------------------------
+
+
+def spread(tau: Tensor) -> Tensor:
+    return ((tau.cos() * STD) ** 2 + tau.sin() ** 2).sqrt()
+
+
+def solution(schedule: Any, x_t: Tensor, t: Tensor) -> Prediction:
+    """The consistency function of data from N(MEAN, STD^2), exactly, as a prediction of x0."""
+    alpha, sigma = schedule(t)
+    size = torch.hypot(alpha, sigma)
+    tau = torch.atan2(sigma, alpha)
+    x0 = MEAN + like(STD / spread(tau), x_t) * (x_t / like(size, x_t) - like(tau.cos(), x_t) * MEAN)
+    return Prediction(x0, (x_t - like(alpha, x_t) * x0) / like(sigma, x_t))
+
+
+def posterior(x: Tensor, tau: Tensor) -> Prediction:
+    gain = like(tau.cos() * STD**2 / spread(tau) ** 2, x)
+    x0 = MEAN + gain * (x - like(tau.cos(), x) * MEAN)
+    return Prediction(x0, (x - like(tau.cos(), x) * x0) / like(tau.sin(), x))
+
+
+@pytest.mark.parametrize(("schedule", "tolerance"), [*((s, 1e-12) for s in SMOOTH), (TABLE, 1e-5)], ids=repr)
+def test_the_gaussians_consistency_function_has_no_tangent(schedule, tolerance):
+    """On a table to the accuracy of its slopes; and another function has one."""
+    t, x = torch.tensor([10, 400, 980]), normal(3, 5)
+    t = t if schedule is TABLE else t.double()
+    at, smooth = rotation(schedule, t), Cosine() if schedule is TABLE else schedule
+    slope = velocity(posterior(x, at.tau), at.tau)
+
+    def tangent_of(scale: float) -> Tensor:
+        def answer(x_t: Tensor, u: Tensor) -> Prediction:
+            x0 = scale * solution(smooth, x_t, u).x0
+            alpha, sigma = (like(v, x_t) for v in schedule(u))
+            return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+        own, rate = velocity_rate(answer, schedule, "sample", x, t, at, slope)
+        return tangent(own, rate, x, slope, at.tau, 1.0)
+
+    assert tangent_of(1.0).abs().max().item() < tolerance
+    # cos(tau) df/dtau of a scaled function is still 0; of one that is not constant it is not.
+    assert tangent_of(0.5).abs().max().item() < tolerance
+    own, rate = velocity_rate(
+        lambda x_t, u: posterior_at(schedule, smooth, x_t, u), schedule, "sample", x, t, at, slope
+    )
+    assert tangent(own, rate, x, slope, at.tau, 1.0).abs().max() > 1e-2
+
+
+def posterior_at(schedule: Any, smooth: Any, x_t: Tensor, t: Tensor) -> Prediction:
+    """The diffusion model itself, whose x0 moves along the ODE."""
+    alpha, sigma = smooth(t)
+    size, tau = torch.hypot(alpha, sigma), torch.atan2(sigma, alpha)
+    x0 = posterior(x_t / like(size, x_t), tau).x0
+    alpha, sigma = (like(v, x_t) for v in schedule(t))
+    return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+def test_cold_tangent_is_the_difference_of_velocities():
+    own, rate, x, slope = (normal(2, 3, seed=i) for i in range(4))
+    tau = torch.tensor([0.2, 1.1], dtype=torch.float64)
+    expected = -(tau.cos() ** 2)[:, None] * (own - slope)
+    torch.testing.assert_close(tangent(own, rate, x, slope, tau, 0.0), expected)
+
+
+# The method ---------------------------------------------------------------------------------------------------------------
+
+
+def scm(teacher: Any, **changes: Any) -> Scm:
+    return Scm(ScmConfig(**{"optim": OptimConfig(lr=1e-3), "warmup_iterations": 10} | changes), teacher)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "data"])
+def test_loss_and_its_gradient(tiny_ddpm_grey, kind):
+    """Value: weight |g|^2 / D with the normalised tangent; gradient in F: -2 weight g / D, whatever else there is in g."""
+    teacher = load_teacher(str(tiny_ddpm_grey))
+    method = scm(teacher, velocity=kind, adaptive_weight=False)
+    nets = {name: role.net for name, role in method.roles().items()}
+    with torch.no_grad():
+        for p in nets["student"].parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    x0, noise = (normal(2, 1, 16, 16, seed=i).float() for i in range(2))
+    t, batch = torch.tensor([300, 700]), Batch(2, {}, {}, CPU, 5, latents=x0)
+    outputs: list[Tensor] = []
+
+    def keep(_module: Any, _given: Any, output: Prediction) -> None:
+        if output.x0.requires_grad:
+            output.eps.retain_grad()
+            outputs.append(output.eps)
+
+    nets["student"].register_forward_hook(keep)
+    loss = method.loss(nets, batch, t, noise)["scm"]
+    loss.backward()
+    at = rotation(teacher.schedule, t)
+    x = add_noise(teacher.schedule, x0, noise, t)
+    with torch.no_grad():
+        guess = teacher.denoiser(x, t, {}) if kind == "teacher" else Prediction(x0, noise)
+        slope = velocity(guess, at.tau)
+        own, rate = velocity_rate(lambda x, u: nets["student"](x, u, {}), teacher.schedule, "epsilon", x, t, at, slope)
+        g = tangent(own, rate, x, slope, at.tau, 0.5)  # half of the warm-up
+        assert batch.health["tangent"].item() == pytest.approx(g.square().mean().sqrt().item(), rel=1e-4)
+        g = g / (g.flatten(1).norm(dim=1) + 0.1).view(-1, 1, 1, 1)
+        weight = 1 / at.tau.tan()
+        expected = (weight * g.square().flatten(1).mean(1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    (eps,) = outputs
+    # F = cos eps - sin x0 with x0 = (x - sin eps) / cos: dF/deps = 1 / cos.
+    gradient = -2 * (weight / at.tau.cos() / (2 * 256)).view(-1, 1, 1, 1) * g
+    direct = eps.grad + 0  # of eps alone; that through x0 goes back into the same output
+    assert torch.nn.functional.cosine_similarity(direct.flatten(), gradient.float().flatten(), 0) > 0.99
+
+
+def test_weight_of_noise_levels_learns_the_log_of_the_loss(tiny_ddpm_grey):
+    method = scm(load_teacher(str(tiny_ddpm_grey)))
+    net, level = LogVariance(), torch.linspace(-4, 4, 64)
+    assert not net(level).any()
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(400):
+        batch = Batch(64, {}, {}, CPU, carried={"level": level, "each": (1 + level.sin()).exp()})
+        optimizer.zero_grad()
+        method.variance_loss({"log_variance": net}, batch)["log_variance"].backward()
+        optimizer.step()
+    assert (net(level) - 1 - level.sin()).abs().max() < 0.2
+
+
+def test_clipped_tangent(tiny_ddpm_grey):
+    method = scm(load_teacher(str(tiny_ddpm_grey)), tangent="clip")
+    assert method._bounded(torch.tensor([[-3.0, 0.5, 2.0]])).tolist() == [[-1.0, 0.5, 1.0]]
+
+
+def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
+    teacher = load_teacher(str(tiny_sd))
+    method = scm(teacher, guidance_range=(1.0, 4.0), lognormal=(0.2, 0.01))
+    nets = {name: role.net for name, role in method.roles().items()}
+    seen: list[Any] = []
+    nets["student"].register_forward_pre_hook(lambda _m, given: seen.append(given))
+    batch = Batch(2, teacher.condition(["a", "b"]), teacher.null_condition(2), CPU, latents=torch.randn(2, 4, 8, 8))
+    losses = method.loss(nets, batch)
+    assert torch.isfinite(losses["scm"]) and batch.carried["level"].tolist() == pytest.approx([0.2, 0.2], abs=0.05)
+    assert len(seen) == 2 and all(((given[3] >= 1) & (given[3] <= 4)).all() for given in seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_range": (0.5, 2.0)}, "not an interval"),
+        ({"guidance_range": (1.0, 2.0), "velocity": "data"}, "no teacher to guide"),
+        ({"export_guidance_scale": 2.0}, "needs an embedded guidance_range"),
+        ({"lognormal": (0.0, 0.0)}, "lognormal"),
+    ],
+)
+def test_impossible_configs(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ScmConfig(**{"optim": OptimConfig(lr=1e-3)} | changes)
+
+
+def test_unconditional_teachers_have_no_guidance(tiny_ddpm):
+    with pytest.raises(ValueError, match=r"method\.guidance_range"):
+        scm(load_teacher(str(tiny_ddpm)), guidance_range=(1.0, 2.0))
+
+
+def test_student_learns_the_teachers_trajectories(trained_pixels: tuple[Path, Path], tmp_path: Path):  # noqa: F811
+    method = {"warmup_iterations": 60, "lognormal": [0.0, 1.6]}
+    trainer = trained(trained_pixels, tmp_path, method, 150, Scm, ScmConfig)
+    before, after = missed(trainer, "teacher"), missed(trainer, "ema")
+    assert after < 0.6 * before, (before, after)
