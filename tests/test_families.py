@@ -26,6 +26,7 @@ from fewstep.initial import start_from
 from fewstep.methods.boot import Boot, BootConfig
 from fewstep.methods.consistency import Consistency, ConsistencyConfig
 from fewstep.methods.dmd2 import DMD2, DMD2Config
+from fewstep.methods.scm import Scm, ScmConfig
 from fewstep.process import ShiftedFlow, add_noise, ode_step
 from fewstep.teachers import Teacher, load_teacher
 from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
@@ -47,9 +48,14 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "dmd2": (DMD2, DMD2Config, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
     "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
+    "scm": (
+        Scm,
+        ScmConfig,
+        {"steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2, "warmup_iterations": 0},
+    ),
 }
 MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
-QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot")}
+QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("flux", "scm")}
 """What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
 
 

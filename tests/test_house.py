@@ -13,6 +13,7 @@ from fewstep.config import RunConfig, Strict
 from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.methods.dmd2_config import DMD2Config
+from fewstep.methods.scm_config import ScmConfig
 from fewstep.pretrain.config import DigitsTraining, DiTTraining, SD3Training, TeacherTraining
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +21,14 @@ PACKAGE = ROOT / "fewstep"
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODELS: dict[str, type[Strict]] = {
     "boot": RunConfig[BootConfig],
+    "cd": RunConfig[ConsistencyConfig],
     "consistency": RunConfig[ConsistencyConfig],
     "dmd2": RunConfig[DMD2Config],
+    "ect": RunConfig[ConsistencyConfig],
     "lcm": RunConfig[ConsistencyConfig],
     "mlcm": RunConfig[ConsistencyConfig],
     "pcm": RunConfig[ConsistencyConfig],
+    "scm": RunConfig[ScmConfig],
     "teacher": TeacherTraining,
     "teacher_digits": DigitsTraining,
     "teacher_fashion_dit": DiTTraining,
