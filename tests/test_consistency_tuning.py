@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from pydantic import ValidationError
 from test_consistency import config, nets_for
-from test_consistency_pixel import missed, trained, trained_pixels  # noqa: F401
+from test_consistency_pixel import missed, trained
 from torch import nn
 
 from fewstep.methods.base import Batch
@@ -161,7 +161,7 @@ def test_impossible_configs(changes, message):
         ect(**changes)
 
 
-def test_tuning_makes_the_model_a_generator_in_one_step(trained_pixels, tmp_path):  # noqa: F811
+def test_tuning_makes_the_model_a_generator_in_one_step(trained_pixels, tmp_path):
     """Nothing but images and noise: nearer to where the ODE ends than the diffusion model's own single step is."""
     method = ECT | {"tuning": {"q": 4.0, "double_iterations": 30}}
     trainer = trained(trained_pixels, tmp_path, method, 120)

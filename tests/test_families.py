@@ -55,7 +55,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
 }
 MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
-QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("flux", "scm")}
+QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("dit", "scm")}
 """What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
 
 
