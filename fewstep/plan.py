@@ -18,7 +18,7 @@ from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, 
 from fewstep.teachers.base import Posterior, Teacher
 from fewstep.teachers.prompts import CACHED, CACHED_BYTES
 from fewstep.teachers.unweighted import Within, unweighted_teacher
-from fewstep.trainer import Trainer
+from fewstep.trainer import DTYPES, Trainer
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80)
@@ -142,6 +142,10 @@ class _Rehearsal:
         self.config, self.device, self.meter = config, device, meter
         self.teacher = unweighted_teacher(config.teacher)
         self.method = method_class(config.method, self.teacher)
+        if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
+            self._enter("loading")
+            self.teacher.to(torch.device("cpu"), DTYPES[config.adapters.base_dtype])
+            self._enter("start")
         source = Anything(self.teacher, config.data, without_values)
         cached = config.data.cache is not None
         if cached:
@@ -255,7 +259,7 @@ class _Rehearsal:
             buckets=sum(role.gradients for role in roles.values()) if processes > 1 else 0,
             prompts=self._kept_prompts(),
             resident=sum(r.weights + r.optimizer for r in roles.values()) + sum(parts.values()),
-            peaks={phase: size for phase, size in self.meter.peaks.items() if phase not in ("resident", "unit")},
+            peaks={phase: size for phase, size in self.meter.peaks.items() if phase not in ("loading", "resident", "unit")},
             forward_tflop=unit / 1e12,
             elsewhere=sum(flops.values()) / per_iteration - within,
             timesteps=self._timesteps(),

@@ -352,6 +352,10 @@ def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
     pipeline: Any = teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4))
     with pytest.raises(IndexError):
         pipeline([3], num_inference_steps=4)
+    for scale, said in ((None, "4 by default"), (1.5, "1.5")):
+        with pytest.raises(ValueError, match=f"guidance_scale: {said}, but DiTPipeline .* has 10 labels"):
+            sample(pipeline, [3], [0], steps=4, seed=0, guidance_scale=scale)
+    assert sample(pipeline, [3], [0], steps=1, seed=0, guidance_scale=1.0).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "sana"])

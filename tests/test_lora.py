@@ -404,6 +404,35 @@ def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch)
         new_optimizer([nn.Parameter(torch.zeros(2))], OptimConfig(lr=1.0, optimizer="adamw8bit"))
 
 
+def test_eight_bit_optimizer_trains_and_resumes_exactly(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """On any device; moments of the larger weights are in eight bits, and smaller than torch's."""
+    pytest.importorskip("bitsandbytes")
+    eight = {"optim": {"lr": 1e-3, "optimizer": "adamw8bit"}, "steps": 2}
+
+    def run(name: str, iterations: int, **changes: Any) -> Trainer:
+        method = {"method": METHODS["boot"][2] | eight, "student": "full", "lora": None}
+        return make(folders("sd"), tmp_path / name, "boot", iterations, **method, **changes)
+
+    whole = run("whole", 2)
+    before = tensors(whole.raw["student"])
+    assert whole.fit()
+    assert any(not torch.equal(before[key], v) for key, v in whole.raw["student"].state_dict().items())
+    assert run("parts", 1).fit()
+    second = run("parts", 2)
+    second.resume("latest")
+    assert second.fit()
+    for name in ("student", "ema", "student_optimizer"):
+        one, two = (
+            load_file(tmp_path / part / "checkpoints" / "2" / f"{name}.safetensors") for part in ("whole", "parts")
+        )
+        assert one.keys() == two.keys()
+        assert not [k for k in one if not torch.equal(one[k], two[k])]
+    kept = load_file(tmp_path / "whole" / "checkpoints" / "2" / "student_optimizer.safetensors")
+    moments = [v for key, v in kept.items() if key.endswith((".state1", ".state2"))]
+    size = sum(v.numel() for v in moments if v.dtype == torch.uint8)
+    assert size > 0.9 * sum(v.numel() for v in moments)
+
+
 def test_settings_of_adapters_belong_to_adapters() -> None:
     values = {
         "teacher": "fashion", "output_dir": "runs/x", "data": {"source": "fashion"}, "max_iterations": 1, "batch_size": 1,
