@@ -151,8 +151,13 @@ class _Rehearsal:
         if cached:
             self._cache()
             config = config.model_copy(update={"data": config.data.model_copy(update={"cache": None})})
+        offloads = self.config.offload and device == "cuda"
+        if offloads:
+            self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
         with without_values():
             self.trainer = Trainer(config, self.method, self.teacher, source)
+        self.trainer.offloads = offloads
+        self.trainer.rest()
         if cached and self.method.needs_images:
             self.trainer.batches.latents = self._latents
         self.method.rehearse()
@@ -201,9 +206,11 @@ class _Rehearsal:
     def _iterate(self, steps: Sequence[Step]) -> None:
         self._enter("data")
         batches = [self.trainer.batches.draw(self.trainer.iteration, i) for i in range(self.config.accumulate)]
+        self.trainer.rest()
         for step in steps:
             if self.trainer.iteration % step.every == 0:
                 self.trainer._update(step, batches)
+        self.trainer.rest()
 
     def _enter(self, phase: str) -> None:
         self.meter.phase = phase
@@ -259,7 +266,9 @@ class _Rehearsal:
             buckets=sum(role.gradients for role in roles.values()) if processes > 1 else 0,
             prompts=self._kept_prompts(),
             resident=sum(r.weights + r.optimizer for r in roles.values()) + sum(parts.values()),
-            peaks={phase: size for phase, size in self.meter.peaks.items() if phase not in ("loading", "resident", "unit")},
+            peaks={
+                phase: size for phase, size in self.meter.peaks.items() if phase not in ("loading", "resident", "unit")
+            },
             forward_tflop=unit / 1e12,
             elsewhere=sum(flops.values()) / per_iteration - within,
             timesteps=self._timesteps(),

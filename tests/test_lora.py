@@ -398,6 +398,21 @@ def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[st
     AcceleratorState._reset_state()
 
 
+def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Without a GPU the option does nothing; as with one, parts leave after each call, and the run is the same to the bit."""
+    found = {}
+    for name, offload, leave in (("off", False, False), ("on", True, False), ("left", True, True)):
+        trainer = make(folders("sd"), tmp_path / name, "dmd2", offload=offload)
+        assert not trainer.offloads
+        if leave:
+            trainer.offloads, trainer.teacher.parts.reload = True, None
+        assert trainer.fit()
+        assert set(trainer.teacher.parts.away) == ({"text_encoder", "vae"} if leave else set())
+        found[name] = load_file(tmp_path / name / "checkpoints" / "2" / "student.safetensors")
+    for name in ("on", "left"):
+        assert not [key for key, value in found["off"].items() if not torch.equal(value, found[name][key])]
+
+
 def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes"):
@@ -407,11 +422,13 @@ def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch)
 def test_eight_bit_optimizer_trains_and_resumes_exactly(folders: Callable[[str], Path], tmp_path: Path) -> None:
     """On any device; moments of the larger weights are in eight bits, and smaller than torch's."""
     pytest.importorskip("bitsandbytes")
-    eight = {"optim": {"lr": 1e-3, "optimizer": "adamw8bit"}, "steps": 2}
+    kind, config_kind, settings = METHODS["boot"]
+    method = settings | {"optim": {"lr": 1e-3, "optimizer": "adamw8bit"}}
 
-    def run(name: str, iterations: int, **changes: Any) -> Trainer:
-        method = {"method": METHODS["boot"][2] | eight, "student": "full", "lora": None}
-        return make(folders("sd"), tmp_path / name, "boot", iterations, **method, **changes)
+    def run(name: str, iterations: int) -> Trainer:
+        made = make(folders("sd"), tmp_path / name, "boot", iterations, student="full", lora=None)
+        config = made.config.model_copy(update={"method": config_kind.model_validate(method)})
+        return Trainer(config, kind(config.method, made.teacher), made.teacher, made.batches.stream.source)
 
     whole = run("whole", 2)
     before = tensors(whole.raw["student"])

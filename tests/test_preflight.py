@@ -61,7 +61,9 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
     data = {"source": "fashion", "num_labels": 10}
     for more in ({"evaluate": {"prompts": None}}, {"validate_every": 1}):
         text = message(folder, tmp_path, data=data, method=method, **more)
-        assert text.startswith("evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000")
+        assert text.startswith(
+            "evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000"
+        )
         assert text.endswith("set evaluate.teacher_guidance_scale to 1")
 
 
