@@ -188,11 +188,19 @@ class _Rehearsal:
         self.meter.flops.clear()
         steps = [replace(step, loss=self._marked(step)) for step in self.method.steps()]
         with self.meter.watched(self.trainer.raw):
-            for _ in range(max(step.every for step in steps) if whole_round else 1):
-                self._iterate(steps)
-                self.iterations += 1
-                self.trainer.iteration += 1
+            rounds = max(step.every for step in steps) if whole_round else 1
+            self._iterate_all(steps, rounds)
+            if whole_round and self.method.state():  # made once, such as trajectories: no part of later iterations
+                self.meter.flops.clear()
+                self.iterations = 0
+                self._iterate_all(steps, rounds)
         self._enter("resident")
+
+    def _iterate_all(self, steps: Sequence[Step], iterations: int) -> None:
+        for _ in range(iterations):
+            self._iterate(steps)
+            self.iterations += 1
+            self.trainer.iteration += 1
 
     def _make_states(self) -> None:
         """What the optimizers keep from their first step on."""
