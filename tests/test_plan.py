@@ -30,7 +30,7 @@ def planned(folder, method, teacher, settings, *words):
     }  # fmt: skip
     file = folder / f"{method}_tiny.yaml"
     file.write_text(yaml.safe_dump(values))
-    done = run("-m", "fewstep.cli", "plan", file, "--json", *words)
+    done = run("-m", "fewstep.cli", "plan", "--json", file, *words)
     assert done.returncode == 0, done.stderr
     assert not (folder / "run").exists()
     return json.loads(done.stdout)
