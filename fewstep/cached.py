@@ -33,6 +33,7 @@ class Cache:
     def __init__(self, folder: Path, teacher: Teacher) -> None:
         self.folder = folder
         self.encodes_prompts = teacher.conditions == "prompt"
+        self.null = teacher.negative("")
         self.texts = Shards(folder / "prompts" / text_identity(teacher))
         self.images = Shards(folder / "latents" / image_identity(teacher))
         self.image_keys: list[str] = []
@@ -46,7 +47,7 @@ class Cache:
         """
         self.texts.read_index()
         self.images.read_index()
-        prompts = unique_prompts(source) if self.encodes_prompts else []
+        prompts = unique_prompts(source, self.null) if self.encodes_prompts else []
         _complain(self.folder, "prompts", prompts, [text_key(p) for p in prompts], self.texts)
         names = [source.image_key(i) for i in range(len(source))] if needs_images else []
         keys = [text_key(n) for n in names]
@@ -93,7 +94,7 @@ class Cache:
         wait: returns when every process has called it.
         """
         if self.encodes_prompts:
-            wanted = list(dict.fromkeys([*prompts, *unique_prompts(source)]))
+            wanted = list(dict.fromkeys([*prompts, *unique_prompts(source, self.null)]))
             mine = _mine(self.texts, wanted, process, processes, wait)
             bar = tqdm(total=len(mine), desc="prompts", disable=process > 0, dynamic_ncols=True)
             _write(self.texts, _encoded(teacher, mine, self.CHUNK, bar))
@@ -110,9 +111,9 @@ class Cache:
         wait()
 
 
-def unique_prompts(source: Source) -> list[str]:
-    """A source's prompts, each once, and the empty one, which guidance takes for none."""
-    found: dict[str, None] = {"": None}
+def unique_prompts(source: Source, null: str) -> list[str]:
+    """A source's prompts, each once, and the one that guidance takes for none."""
+    found: dict[str, None] = {null: None}
     for start in range(0, len(source), 4096):
         found |= dict.fromkeys(source.conditions_at(range(start, min(start + 4096, len(source)))))
     return list(found)

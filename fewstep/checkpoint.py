@@ -18,15 +18,26 @@ PARTIAL = ".partial"
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The per-parameter tensors of an optimizer, as "<parameter>.<name>"; its hyper-parameters belong to the config."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(v).contiguous() for i, entry in state.items() for name, v in entry.items()}
+    packed: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            # bitsandbytes keeps some in a dictionary of their own, away from FSDP; it takes them back without.
+            for key, v in value.items() if isinstance(value, dict) else [(name, value)]:
+                tensor = torch.as_tensor(v).contiguous()
+                # Its tables of eight-bit numbers are one tensor for all parameters, and a file shares none.
+                packed[f"{i}.{key}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                seen.add(tensor.data_ptr())
+    return packed
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
+        # bitsandbytes counts its steps in whole numbers that are no tensors; torch's are float32.
+        counted = value.ndim == 0 and value.dtype == torch.int64
+        state.setdefault(int(i), {})[name] = value.item() if counted else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -186,6 +186,8 @@ class RunConfig(Strict, Generic[M]):
     """Type of the networks' arithmetic; auto = bf16 where the device has it, else no."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    offload: bool = False
+    """Text encoders and VAE wait in main memory and visit the GPU while they are called, for time; without a GPU, nothing."""
     compile: bool = False
     """Compile the networks (torch.compile); the first iterations then take minutes."""
     cpu_threads: PositiveInt | None = None

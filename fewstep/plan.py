@@ -18,7 +18,7 @@ from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, 
 from fewstep.teachers.base import Posterior, Teacher
 from fewstep.teachers.prompts import CACHED, CACHED_BYTES
 from fewstep.teachers.unweighted import Within, unweighted_teacher
-from fewstep.trainer import Trainer
+from fewstep.trainer import DTYPES, Trainer
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80)
@@ -142,13 +142,22 @@ class _Rehearsal:
         self.config, self.device, self.meter = config, device, meter
         self.teacher = unweighted_teacher(config.teacher)
         self.method = method_class(config.method, self.teacher)
+        if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
+            self._enter("loading")
+            self.teacher.to(torch.device("cpu"), DTYPES[config.adapters.base_dtype])
+            self._enter("start")
         source = Anything(self.teacher, config.data, without_values)
         cached = config.data.cache is not None
         if cached:
             self._cache()
             config = config.model_copy(update={"data": config.data.model_copy(update={"cache": None})})
+        offloads = self.config.offload and device == "cuda"
+        if offloads:
+            self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
         with without_values():
             self.trainer = Trainer(config, self.method, self.teacher, source)
+        self.trainer.offloads = offloads
+        self.trainer.rest()
         if cached and self.method.needs_images:
             self.trainer.batches.latents = self._latents
         self.method.rehearse()
@@ -179,11 +188,19 @@ class _Rehearsal:
         self.meter.flops.clear()
         steps = [replace(step, loss=self._marked(step)) for step in self.method.steps()]
         with self.meter.watched(self.trainer.raw):
-            for _ in range(max(step.every for step in steps) if whole_round else 1):
-                self._iterate(steps)
-                self.iterations += 1
-                self.trainer.iteration += 1
+            rounds = max(step.every for step in steps) if whole_round else 1
+            self._iterate_all(steps, rounds)
+            if whole_round and self.method.state():  # made once, such as trajectories: no part of later iterations
+                self.meter.flops.clear()
+                self.iterations = 0
+                self._iterate_all(steps, rounds)
         self._enter("resident")
+
+    def _iterate_all(self, steps: Sequence[Step], iterations: int) -> None:
+        for _ in range(iterations):
+            self._iterate(steps)
+            self.iterations += 1
+            self.trainer.iteration += 1
 
     def _make_states(self) -> None:
         """What the optimizers keep from their first step on."""
@@ -197,9 +214,11 @@ class _Rehearsal:
     def _iterate(self, steps: Sequence[Step]) -> None:
         self._enter("data")
         batches = [self.trainer.batches.draw(self.trainer.iteration, i) for i in range(self.config.accumulate)]
+        self.trainer.rest()
         for step in steps:
             if self.trainer.iteration % step.every == 0:
                 self.trainer._update(step, batches)
+        self.trainer.rest()
 
     def _enter(self, phase: str) -> None:
         self.meter.phase = phase
@@ -255,7 +274,9 @@ class _Rehearsal:
             buckets=sum(role.gradients for role in roles.values()) if processes > 1 else 0,
             prompts=self._kept_prompts(),
             resident=sum(r.weights + r.optimizer for r in roles.values()) + sum(parts.values()),
-            peaks={phase: size for phase, size in self.meter.peaks.items() if phase not in ("resident", "unit")},
+            peaks={
+                phase: size for phase, size in self.meter.peaks.items() if phase not in ("loading", "resident", "unit")
+            },
             forward_tflop=unit / 1e12,
             elsewhere=sum(flops.values()) / per_iteration - within,
             timesteps=self._timesteps(),

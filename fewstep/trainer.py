@@ -60,11 +60,15 @@ class Trainer:
             share = max(1, (os.cpu_count() or 1) // self.accelerator.num_processes)
             torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
+        self.offloads = config.offload and self.device.type != "cpu"
+        if self.offloads:
+            teacher.parts.reload = None  # to wait in main memory, not to be read anew for each visit
         set_seed(config.seed)  # the same on every process, for weights that are drawn
         cache, source = self._open(source)
         # Before the move, so that what nothing will call never takes the device's memory.
         teacher.release(teacher.text_parts if cache else ())
         teacher.release(teacher.image_parts if cache or not method.needs_images else ())
+        self.rest()
         teacher.to(self.device, DTYPES[config.adapters.base_dtype])
         if config.student == "lora":
             teacher.adapt(config.adapters)
@@ -97,6 +101,11 @@ class Trainer:
         if self.teacher.prompts is not None:
             self.teacher.prompts.stored = cache.conditions
         return cache, source
+
+    def rest(self) -> None:
+        """With `offload`, parts beside the network leave the device until they are called."""
+        if self.offloads:
+            self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
@@ -146,9 +155,11 @@ class Trainer:
         try:
             while self.iteration < c.max_iterations:
                 batches = [self.batches.draw(self.iteration, part) for part in range(c.accumulate)]
+                self.rest()
                 for step in steps:
                     if self.iteration % step.every == 0:
                         window.add(self._update(step, batches))
+                self.rest()  # after the backward of losses on decoded images
                 for batch in batches:
                     window.add({key: value.detach() for key, value in batch.health.items()})
                 window.iterations += 1

@@ -149,3 +149,48 @@ def build_flux(folder: Path, schnell: bool = False) -> Path:
         text_encoder=_clip(clip, False), tokenizer=clip, text_encoder_2=_t5(t5).eval(), tokenizer_2=t5,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def gemma_tokenizer() -> Any:
+    from transformers import GemmaTokenizer
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    # Few letters, so that most of the pipeline's long instruction is unknown, and runs of it are one token.
+    return GemmaTokenizer(vocab={word: i for i, word in enumerate([*words, *"abcgl"])}, merges=[])
+
+
+def build_sana(folder: Path, solver: bool = True) -> Path:
+    """A SanaPipeline of 1024x1024 images, for its call knows no other size, and 4x32x32 latents; with DPM-Solver or Euler."""
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(0)
+    tokenizer = gemma_tokenizer()
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, caption_channels=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, sample_size=32,
+    )  # fmt: skip
+    _stir(transformer)
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    blocks: dict[str, Any] = {
+        "block_out_channels": (4,) * 6,
+        "layers_per_block": (0, 1, 1, 1, 1, 1),
+        "qkv_multiscales": ((),) * 6,
+    }
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
+    dpm = DPMSolverMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    SanaPipeline(
+        tokenizer=tokenizer, text_encoder=Gemma2Model(gemma).eval(), transformer=transformer,
+        vae=AutoencoderDC(latent_channels=4, scaling_factor=0.4, **sides),
+        scheduler=dpm if solver else FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

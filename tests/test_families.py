@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import build_dit, build_flux, build_pixart, build_sd3, build_sdxl
+from diffusers import FlowMatchEulerDiscreteScheduler
+from families import build_dit, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from safetensors.torch import load_file
 from test_teachers import perturbed
 from torch import Tensor
 
-from fewstep.config import RunConfig
+from fewstep.cached import Cache
+from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.evaluate import sample
 from fewstep.export import export
@@ -31,6 +33,7 @@ from fewstep.process import ShiftedFlow, add_noise, ode_step
 from fewstep.teachers import Teacher, load_teacher
 from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
 from fewstep.teachers.guidance import concatenate
+from fewstep.teachers.sana import Sana
 from fewstep.trainer import Trainer
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
@@ -39,6 +42,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "pixart": build_pixart,
     "sd3": build_sd3,
     "flux": build_flux,
+    "sana": build_sana,
 }
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "consistency": (
@@ -112,7 +116,7 @@ def recorded(net: Any) -> Iterator[list[dict[str, Tensor]]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", [*BUILDERS, "pixart_sigma", "pixart_1024", "schnell"])
+@pytest.mark.parametrize("family", [*BUILDERS, "pixart_sigma", "pixart_1024", "schnell", "sana_euler"])
 def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     family: str, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_the_network_is_given_what_the_stock_pipeline_gives_it(
         "pixart_sigma": partial(build_pixart, sigma=True),
         "pixart_1024": partial(build_pixart, sample_size=128, patch_size=16),
         "schnell": partial(build_flux, schnell=True),
+        "sana_euler": partial(build_sana, solver=False),
     }
     folder = variants[family](tmp_path / family) if family in variants else folders(family)
     teacher = load_teacher(str(folder))
@@ -139,8 +144,8 @@ def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     expected, found = stock[0], own[0]
     assert found.keys() == expected.keys()
     for name in expected:
-        if name == "timestep" and not isinstance(teacher, FlowTeacher):
-            continue  # whose first one is pure noise; the others' is a matter of their schedulers
+        if name == "timestep" and not isinstance(teacher.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            continue  # flow matching's own first one is pure noise; the others' is a matter of their schedulers
         assert expected[name].dtype == found[name].dtype, name
         if name not in ("sample", "hidden_states"):
             # A prompt encoded alone differs in the last bit from one encoded beside another.
@@ -151,7 +156,8 @@ def test_encoding_inverts_decoding_as_the_pipeline_decodes(teacher: Teacher) -> 
     images = torch.rand(1, 3, teacher.image_size, teacher.image_size) * 2 - 1
     posterior = teacher.encode(images)
     assert posterior.mean.shape == (1, *teacher.latent_shape)
-    z = teacher.pipeline.vae.encode(images).latent_dist.mean
+    encoded = teacher.pipeline.vae.encode(images)
+    z = encoded.latent if isinstance(teacher, Sana) else encoded.latent_dist.mean
     assert (teacher.decode(posterior.mean) - teacher.pipeline.vae.decode(z).sample).abs().max() < 1e-4
 
 
@@ -215,7 +221,7 @@ def trainer_for(folder: Path, output: Path, method: str, iterations: int = 2) ->
     kind, config_kind, settings = METHODS[method]
     teacher = load_teacher(str(folder))
     labels = {} if teacher.conditions == "prompt" else {"num_labels": 10}
-    size = 1 if "flux" in folder.name else 2  # its 4096 tokens take their time
+    size = 1 if folder.name in ("flux", "sana") else 2  # their many tokens and pixels take their time
     config = RunConfig[config_kind].model_validate(
         {
             "teacher": str(folder), "output_dir": str(output), "data": {"source": "fashion", "limit": 8} | labels,
@@ -352,9 +358,13 @@ def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
     pipeline: Any = teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4))
     with pytest.raises(IndexError):
         pipeline([3], num_inference_steps=4)
+    for scale, said in ((None, "4 by default"), (1.5, "1.5")):
+        with pytest.raises(ValueError, match=f"guidance_scale: {said}, but DiTPipeline .* has 10 labels"):
+            sample(pipeline, [3], [0], steps=4, seed=0, guidance_scale=scale)
+    assert sample(pipeline, [3], [0], steps=1, seed=0, guidance_scale=1.0).shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("family", ["dit", "pixart", "sd3"])
+@pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "sana"])
 def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders(family)))
     student = teacher.student(guidance_embedding=True, progress_embedding=True)
@@ -391,7 +401,7 @@ def test_live_guidance_is_refused_before_training(folders: Callable[[str], Path]
 # Flows ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sana"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_flow_students_run_the_even_grid_under_the_shift(
@@ -429,7 +439,7 @@ def test_flow_schedule_and_its_inverse() -> None:
     torch.testing.assert_close(schedule.timestep(sigma.double()), t.double(), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sana"])
 def test_stock_pipeline_renoises_as_the_method_does(family: str, folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders(family)))
     student, cond = perturbed(teacher, False), teacher.condition(["a bag"])
@@ -443,13 +453,15 @@ def test_stock_pipeline_renoises_as_the_method_does(family: str, folders: Callab
         output_type="latent",
         **passed(teacher),
     ).images
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *teacher.latent_shape, generator=generator)
     torch.manual_seed(5)
-    x = noise(teacher, 1)
     grid = teacher.jump_grid(scheduler, 2)
     with torch.no_grad():
         for t, s in pairwise(grid):
             x0 = student(x, t[None], cond).x0
-            fresh = torch.randn(images.shape)
+            # Sana's pipeline alone passes its generator on.
+            fresh = torch.randn(images.shape, generator=generator if family == "sana" else None)
             x = add_noise(teacher.schedule, x0, unpack(fresh) if family == "flux" else fresh, s[None])
     torch.testing.assert_close(images, pack(x) if family == "flux" else x, rtol=1e-3, atol=1e-3)
 
@@ -498,3 +510,34 @@ def test_a_student_with_folded_guidance_is_no_start_for_one_that_embeds_it(
     roles = DMD2(DMD2Config.model_validate({"optim": {"lr": 1e-3}, "steps": 4}), teacher).roles()
     with pytest.raises(ValueError, match=r"init_from: .* lacks .*guidance_embedder"):
         start_from(roles, tmp_path)
+
+
+# Sana -------------------------------------------------------------------------------------------------------------------
+
+
+def test_sana_has_no_instruction_for_what_guidance_leads_away_from(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As its stock call; and so it is with encodings made ahead."""
+    teacher = load_teacher(str(folders("sana")))
+    net: Any = teacher.denoiser.net
+    with recorded(net) as stock:
+        teacher.pipeline(["a bag"], negative_prompt="a coat", num_inference_steps=1, output_type="latent")
+    found = teacher.condition([teacher.negative("a coat"), "a bag"])
+    for name, value in found.items():
+        torch.testing.assert_close(value, stock[0][name], rtol=1e-5, atol=1e-5)
+    instructed, null, empty = teacher.condition(["a coat"]), teacher.null_condition(1), teacher.condition([""])
+    assert not torch.equal(instructed["encoder_hidden_states"][0], found["encoder_hidden_states"][0])
+    assert not torch.equal(null["encoder_hidden_states"], empty["encoder_hidden_states"])
+
+    (tmp_path / "prompts.txt").write_text("a bag\n")
+    data = DataConfig(source="prompts", path=tmp_path / "prompts.txt")
+    source, cache = load_source(data, teacher.image_size), Cache(tmp_path, teacher)
+    cache.fill(source, teacher, [teacher.negative("a coat")], False, 1)
+    cache.open(source, needs_images=False)
+    teacher.prompts.clear()
+    teacher.prompts.stored = cache.conditions
+    teacher.release(teacher.text_parts)
+    assert torch.equal(teacher.null_condition(1)["encoder_hidden_states"], null["encoder_hidden_states"])
+    again = teacher.condition([teacher.negative("a coat"), "a bag"])
+    torch.testing.assert_close(again, found, rtol=1e-5, atol=1e-5)

@@ -30,7 +30,7 @@ def planned(folder, method, teacher, settings, *words):
     }  # fmt: skip
     file = folder / f"{method}_tiny.yaml"
     file.write_text(yaml.safe_dump(values))
-    done = run("-m", "fewstep.cli", "plan", file, "--json", *words)
+    done = run("-m", "fewstep.cli", "plan", "--json", file, *words)
     assert done.returncode == 0, done.stderr
     assert not (folder / "run").exists()
     return json.loads(done.stdout)
@@ -161,3 +161,23 @@ def test_the_peak_is_that_of_a_real_run(case):
     done = run(ROOT / "benchmarks" / "plan_check.py", "tiny", case)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{case}: planned" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "total"),
+    [
+        ({"states": "noised_data"}, 5.35),
+        pytest.param({"endpoint": "phase", "phases": 8, "states": "trajectory"}, 5.35, marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_cost_a_forward_and_its_backward_to_the_input(tmp_path, tiny_sd, settings, total):
+    """LCM-LoRA, and MLCM on shared trajectories, whose states cost nothing after the first iteration.
+
+    In a network this narrow the adapters themselves are 0.1 F a forward; in a wide one the sum is 5.1 F.
+    """
+    lora = {"solver_steps": 40, "steps": 8, "embed_guidance": False, "target_decay": None}
+    roles = planned(tmp_path, "consistency", tiny_sd, lora | settings, "student=lora", "lora.rank=4")["roles"]
+    assert roles["teacher"]["forward"] == pytest.approx(2, abs=0.01)  # with and without the condition
+    assert roles["student"]["forward"] == pytest.approx(2.19, abs=0.02)  # and its target
+    assert roles["student"]["backward"] < 1.2
+    assert sum(role["forward"] + role["backward"] for role in roles.values()) == pytest.approx(total, abs=0.02)

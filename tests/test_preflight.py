@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build_dit
 
 from fewstep.config import RunConfig
 from fewstep.job import run
@@ -51,6 +52,19 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
 def test_told_before_the_training(changes: Any, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
     text = message(tiny_sd, tmp_path, **changes)
     assert text.startswith(expected) and "\n" not in text
+
+
+def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -> None:
+    """DiTPipeline has a null label of its own; what is scored or shown under guidance ended in an IndexError after training."""
+    folder = build_dit(tmp_path / "dit", num_labels=10)
+    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8, "export_guidance_scale": 4.0}
+    data = {"source": "fashion", "num_labels": 10}
+    for more in ({"evaluate": {"prompts": None}}, {"validate_every": 1}):
+        text = message(folder, tmp_path, data=data, method=method, **more)
+        assert text.startswith(
+            "evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000"
+        )
+        assert text.endswith("set evaluate.teacher_guidance_scale to 1")
 
 
 def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def cache(args: argparse.Namespace) -> None:
     teacher.release(() if images else teacher.image_parts)
     teacher.to(accelerator.device, torch.float32)
     found.fill(
-        source, teacher, [config.method.negative_prompt], images, config.batch_size, accelerator.process_index,
+        source, teacher, [teacher.negative(config.method.negative_prompt)], images, config.batch_size, accelerator.process_index,
         accelerator.num_processes, accelerator.wait_for_everyone,
     )  # fmt: skip
     if accelerator.is_main_process:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 ConditionKind = Literal["prompt", "label", "none"]
 
+DIT_NULL_LABEL = 1000
+
 
 def network(pipeline: Any) -> nn.Module:
     """The network that a pipeline evaluates at every step."""
@@ -43,6 +45,25 @@ def condition_kind(pipeline: Any) -> ConditionKind:
     raise ValueError(f"{type(pipeline).__name__} takes neither prompt nor class_labels nor batch_size")
 
 
+def check_guidance_scale(pipeline: Any, guidance_scale: float | None) -> None:
+    """Raises ValueError for a scale that the pipeline's call does not take, or that it cannot guide by.
+
+    DiTPipeline takes label 1000 for the unconditional one, whatever its network's is.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if "guidance_scale" not in parameters:
+        if guidance_scale is not None:
+            raise ValueError(f"guidance_scale: {type(pipeline).__name__} has none; leave it out")
+        return
+    scale = parameters["guidance_scale"].default if guidance_scale is None else guidance_scale
+    labels = num_labels(pipeline) if type(pipeline).__name__ == "DiTPipeline" else DIT_NULL_LABEL
+    if labels != DIT_NULL_LABEL and scale > 1:
+        raise ValueError(
+            f"guidance_scale: {scale:g}{' by default' if guidance_scale is None else ''}, but DiTPipeline guides away from label "
+            f"{DIT_NULL_LABEL}, and this network has {labels} labels, unconditional is {labels}: it can be called with 1 only"
+        )
+
+
 def noise_generator(seed: int, index: int) -> torch.Generator:
     """The source of all noise of image `index`, on the CPU so that every device draws the same."""
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -63,7 +84,7 @@ def sample(
     """One image per condition (prompt, label or None) as uint8 [B, 3, H, W] on the CPU.
 
     The noise of an image depends on (seed, index) only. Without `guidance_scale` the pipeline's own default holds.
-    Raises ValueError for a guidance scale that the pipeline does not take, and for images that are not finite.
+    Raises ValueError for a guidance scale that the pipeline cannot take, and for images that are not finite.
     """
     if len(conditions) != len(indices):
         raise ValueError(f"{len(conditions)} conditions but {len(indices)} indices")
@@ -75,9 +96,8 @@ def sample(
             kwargs["class_labels"] = [int(label) for label in conditions]
         case "none":
             kwargs["batch_size"] = len(indices)
+    check_guidance_scale(pipeline, guidance_scale)
     if guidance_scale is not None:
-        if "guidance_scale" not in inspect.signature(type(pipeline).__call__).parameters:
-            raise ValueError(f"guidance_scale: {type(pipeline).__name__} has none; leave it out")
         kwargs["guidance_scale"] = guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     generators = [noise_generator(seed, i) for i in indices]

@@ -38,7 +38,7 @@ class GuidedTeacher:
 
     def _uncond(self, size: int) -> Cond:
         if self.negative_prompt:
-            return self.teacher.condition([self.negative_prompt] * size)
+            return self.teacher.condition([self.teacher.negative(self.negative_prompt)] * size)
         return self.teacher.null_condition(size)
 
     def solve(self, net: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:

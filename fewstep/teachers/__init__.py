@@ -22,6 +22,7 @@ FAMILIES = {
     "PixArtSigmaPipeline": ("pixart", "PixArt"),
     "StableDiffusion3Pipeline": ("flow", "StableDiffusion3"),
     "FluxPipeline": ("flow", "Flux"),
+    "SanaPipeline": ("sana", "Sana"),
     "DDPMPipeline": ("pixel", "Pixel"),
     "DDIMPipeline": ("pixel", "Pixel"),
 }

@@ -183,6 +183,13 @@ class Teacher(ABC):
     def condition(self, raw: Sequence[Any]) -> Cond:
         """B prompts, labels or Nones to the network's conditions. Equal prompts are encoded once."""
 
+    def negative(self, prompt: str) -> str:
+        """What `condition` has to be given for a prompt that guidance leads away from; "" is for unconditional.
+
+        The prompt itself, but for pipelines that encode the two kinds differently.
+        """
+        return prompt
+
     @abstractmethod
     def null_condition(self, size: int) -> Cond:
         """What classifier-free guidance calls unconditional, for `size` samples."""

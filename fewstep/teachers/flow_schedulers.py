@@ -67,3 +67,23 @@ def even_grid_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> 
         stochastic_sampling=stochastic,
     )
     return scheduler
+
+
+def twice_shifted_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> "SchedulerMixin":
+    """As `even_grid_scheduler`, for pipelines that pass no `mu` either: the scheduler's shift m is fixed, and applied twice.
+
+    The even points then end at e = m / (T + m - 1), which makes the equation for m quadratic: with k = shift - 1 and
+    q = (1 - 1 / n) / (T - 1), k q m^2 - (1 + k / n) m + shift = 0.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if steps == 1:
+        return shifted_scheduler(schedule, stochastic)
+    total, s = schedule.num_train_timesteps, schedule.shift
+    b, q = 1 + (s - 1) / steps, (1 - 1 / steps) / (total - 1)
+    m = 2 * s / (b + math.sqrt(b**2 - 4 * (s - 1) * q * s))
+    last = schedule(torch.tensor(total / steps - 1, dtype=torch.float64))[1].item()
+    scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(
+        total, shift=m, shift_terminal=last, stochastic_sampling=stochastic
+    )
+    return scheduler
