@@ -102,7 +102,7 @@ def test_one_student_runs_milestones_at_every_count(teacher, n, places):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("n", [40, 100])
 def test_phase_maps_are_the_stock_steps_bit_for_bit(teacher, kind, n):
-    """From every phase's start, in float32: TCD with eta 0 on the training grid or the exported one, DDIM with trailing timesteps.
+    """From every phase's start, in float32: TCD with eta 0 on the training grid or the exported one, trailing DDIM.
 
     Roots, products, sums and quotients of single numbers are rounded alike everywhere on the CPU; on a GPU the stock steps
     divide by alpha, a number on the CPU, as the product with its inverse, and epsilon's x0 may differ in the last bit.
