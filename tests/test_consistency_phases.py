@@ -83,8 +83,11 @@ def test_lcm_schedule_of_fifty(n, timesteps):
 
 @pytest.mark.parametrize(
     ("n", "places"),
-    [(1, [0]), (2, [0, 4]), (3, [0, 2, 5]), (4, [0, 2, 4, 6]), (6, [0, 1, 2, 4, 5, 6]), (8, range(8))],
-)
+    [
+        (1, [0]), (2, [0, 4]), (3, [0, 2, 5]), (4, [0, 2, 4, 6]), (5, [0, 1, 3, 4, 6]), (6, [0, 1, 2, 4, 5, 6]),
+        (7, range(7)), (8, range(8)),
+    ],
+)  # fmt: skip
 def test_one_student_runs_milestones_at_every_count(teacher, n, places):
     """`num_inference_steps` alone, up to 8, by the exported scheduler: any subset of milestones is a legal schedule."""
     method = Consistency(phased(steps=8, phases=1, sampling="renoise"), teacher)
@@ -94,6 +97,28 @@ def test_one_student_runs_milestones_at_every_count(teacher, n, places):
     assert set(scheduler.timesteps.tolist()) <= set(method.stages[0].grid.t.tolist())
     with pytest.raises(ValueError, match="9"):
         scheduler.set_timesteps(9)
+
+
+@pytest.mark.parametrize(
+    "places", [[0, 4, 7], [0, 2, 4, 7], [0, 2, 4, 6, 7], [0, 2, 4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7]]
+)
+def test_tlcms_schedules_are_taken_as_timesteps(tiny_sd, places):
+    """They end at 124, which no count gives; the exported pipeline runs them as a caller lists them, and no other way."""
+    wanted = [[999, 874, 749, 624, 499, 374, 249, 124][i] for i in places]
+    teacher = load_teacher(str(tiny_sd))
+    method = Consistency(phased(steps=8, phases=1, sampling="renoise", embed_guidance=False), teacher)
+    pipeline = teacher.student_pipeline(method.roles()["student"].net, method.scheduler())
+    seen: list[int] = []
+    pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
+    pipeline("a coat", timesteps=wanted, output_type="latent")
+    assert seen == wanted and set(wanted) <= set(method.stages[0].grid.t.tolist())
+    for k in range(1, 1000 // len(wanted)):
+        scheduler = LCMScheduler(original_inference_steps=k)
+        try:
+            scheduler.set_timesteps(len(wanted))
+        except ValueError:
+            continue
+        assert scheduler.timesteps.tolist() != wanted
 
 
 # Maps ---------------------------------------------------------------------------------------------------------------------

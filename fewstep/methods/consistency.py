@@ -25,6 +25,7 @@ from fewstep.methods.base import (
 from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency_replay import Replay
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
 from fewstep.methods.critic import named_layers
 from fewstep.methods.dmd2_health import accuracies
@@ -64,8 +65,12 @@ class Consistency(Method):
             raise ValueError("method.keep_guidance: an unconditional teacher has no guidance; set it to false")
         self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
+        self.last_stage = self.stages[-1].plan.start
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
-        self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
+        segments, replay = config.rollout_segments, config.replay
+        self.trajectories = (
+            Replay(teacher.schedule, segments, replay) if replay else Trajectories(teacher.schedule, segments)
+        )
         self.reward: Reward | None = None
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         if config.rolls_out:
