@@ -141,6 +141,17 @@ class ScoreConfig(ReferenceConfig):
     """Network evaluations per sample."""
     num_images: Annotated[int, Ge(2)] = 500
     """Samples per score."""
+    patience: PositiveInt | None = None
+    """Scores in a row without a better FID after which training ends, in the last stage of a method with stages; the best
+    weights are exported as ever. null = training goes on to max_iterations."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> Self:
+        if self.patience is not None and not self.every:
+            raise ValueError(
+                f"patience: {self.patience} scores are never taken while every is 0; set every, or patience=null"
+            )
+        return self
 
 
 class EvaluateConfig(ReferenceConfig):

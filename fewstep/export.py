@@ -1,12 +1,7 @@
 """A student to a pipeline folder that plain diffusers opens, reloaded and compared before it counts as written."""
 
 import copy
-import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +13,7 @@ from torch import nn
 from fewstep import card as model_card
 from fewstep.assets import ASSETS
 from fewstep.card import update_card
+from fewstep.stranger import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher, quiet
 
 if TYPE_CHECKING:
@@ -29,38 +25,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Largest difference between reloaded and in-memory pixels in [0, 1]: rounding of the dtype, no more."""
 
-STRANGER = """
-import json, os, re, sys
-sys.modules["fewstep"] = None  # from here on `import fewstep` fails
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-task = json.loads(sys.argv[1])
-torch.set_num_threads(task["threads"])
-os.chdir(task["folder"])
-code = re.search(r"```python\\n(.*?)```", open("README.md").read(), re.S).group(1)
-scope = {}
-exec(code, scope)
-scope["image"].size  # the card's code must end in a PIL image
-pipeline = scope["pipeline"]
-found = {}
-for steps in task["steps"]:
-    generator = torch.Generator().manual_seed(steps)
-    torch.manual_seed(steps)  # some pipelines draw a step's noise from here
-    images = pipeline(
-        *task["arguments"], num_inference_steps=steps, generator=generator, output_type="np", **task["options"]
-    ).images
-    found[f"timesteps_{steps}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
-    found[f"images_{steps}"] = np.asarray(images, dtype=np.float32)
-try:
-    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1, **task["options"])
-    found["too_many_raised"] = np.asarray(False)
-except Exception:
-    found["too_many_raised"] = np.asarray(True)
-np.savez(task["result"], **found)
-"""
-"""What a stranger's process does with the folder: no fewstep, the card's own code, a step count and nothing else that the
-card does not ask for."""
-
 LIVE_GUIDANCE = (
     "Guidance: none is part of the weights. `guidance_scale` and `negative_prompt` do what they do in the teacher's pipeline, "
     "with two evaluations of the network a step; `guidance_scale=1.0` is none."
@@ -70,10 +34,6 @@ _TOO_MANY = (
     "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
     "allowed_steps do not belong together"
 )
-
-
-class ExportError(RuntimeError):
-    """The exported folder does not do in plain diffusers what the student does in memory."""
 
 
 def export(
@@ -133,7 +93,7 @@ def export(
         )
         (partial / "README.md").write_text(text)
         tolerance = tolerance_of(student, teacher.num_train_timesteps - 1, dtype)
-        found = ask_stranger(STRANGER, partial, allowed_steps, arguments, options)
+        found = ask_stranger(partial, allowed_steps, arguments, options)
         compare(drawn, found, allowed_steps, tolerance, refuses(scheduler))
         put_in_place(partial, path)
     finally:
@@ -184,37 +144,6 @@ def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, o
         f"Guidance: a scale of {guidance_scale:g} (1 = none) is part of the weights; a `guidance_scale` or "
         "`negative_prompt` given to the call has no effect."
     )
-
-
-def ask_stranger(
-    code: str, folder: Path, steps: Sequence[int], arguments: list[Any], options: dict[str, Any], **more: Any
-) -> dict[str, np.ndarray]:
-    """Timesteps and pixels [1, H, W, C] of the folder in a fresh process that cannot import fewstep, by STRANGER or its like.
-
-    more: what else its task says.
-    """
-    with tempfile.TemporaryDirectory() as elsewhere:
-        result = Path(elsewhere) / "result.npz"
-        task = {
-            "folder": str(folder),
-            "steps": list(steps),
-            "arguments": arguments,
-            "options": options,
-            "result": str(result),
-            "threads": torch.get_num_threads(),
-            **more,
-        }
-        run = subprocess.run(
-            [sys.executable, "-I", "-c", code, json.dumps(task)],
-            cwd=elsewhere,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-        )
-        if run.returncode or not result.exists():
-            raise ExportError(f"the exported pipeline does not run in plain diffusers:\n{run.stderr.strip()[-2000:]}")
-        with np.load(result) as found:
-            return dict(found)
 
 
 def draw(

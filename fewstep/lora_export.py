@@ -19,9 +19,7 @@ from fewstep.card import TORCH_NAMES
 from fewstep.export import (
     DTYPES,
     TOLERANCES,
-    ExportError,
     arguments_of,
-    ask_stranger,
     compare,
     draw,
     own_copies,
@@ -29,6 +27,7 @@ from fewstep.export import (
     refuses,
     tolerance_of,
 )
+from fewstep.stranger import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher
 from fewstep.teachers.base import own_tensors
 from fewstep.teachers.lora import NAME, adapters
@@ -42,45 +41,6 @@ KOHYA_FILE = "kohya_lora.safetensors"
 
 ROUNDING = 10
 """How much more than a reloaded pipeline adapters may differ: beside a weight they round otherwise than merged into it."""
-
-STRANGER = """
-import json, os, re, sys
-sys.modules["fewstep"] = None  # from here on `import fewstep` fails
-import numpy as np, torch
-from peft.tuners.lora import LoraLayer
-task = json.loads(sys.argv[1])
-torch.set_num_threads(task["threads"])
-os.chdir(task["folder"])
-code = re.search(r"```python\\n(.*?)```", open("README.md").read(), re.S).group(1)
-scope = {}
-exec(code, scope)
-scope["image"].size  # the card's code must end in a PIL image
-pipeline = scope["pipeline"].to(torch.float32)
-net = getattr(pipeline, task["part"])
-found = {"adapted": np.asarray(sum(isinstance(module, LoraLayer) for module in net.modules()))}
-def draw(name):
-    for steps in task["steps"]:
-        generator = torch.Generator().manual_seed(steps)
-        torch.manual_seed(steps)
-        images = pipeline(
-            *task["arguments"], num_inference_steps=steps, generator=generator, output_type="np", **task["options"]
-        ).images
-        found[f"{name}timesteps_{steps}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
-        found[f"{name}images_{steps}"] = np.asarray(images, dtype=np.float32)
-draw("")
-try:
-    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1, **task["options"])
-    found["too_many_raised"] = np.asarray(False)
-except Exception:
-    found["too_many_raised"] = np.asarray(True)
-if task["merges"]:
-    for module in net.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
-    draw("merged_")
-np.savez(task["result"], **found)
-"""
-"""What a stranger's process does with the folder: the card's own code on the teacher's stock pipeline, beside and merged."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +149,7 @@ def export_lora(
         scheduler.save_pretrained(partial / "scheduler")
         code = _code(teacher, type(scheduler).__name__, base, part, arguments, allowed_steps, options)
         (partial / "README.md").write_text(_card(card, update, code, allowed_steps, dtype, guidance_scale))
-        found = ask_stranger(
-            STRANGER, partial, allowed_steps, arguments, options, part=part, merges=not update.shift
-        )  # fmt: skip
+        found = ask_stranger(partial, allowed_steps, arguments, options, adapted=part, merges=not update.shift)
         if (count := int(found["adapted"])) != len(update.up):
             raise ExportError(f"plain diffusers loads {count} of the {len(update.up)} adapted modules")
         tolerance = ROUNDING * tolerance_of(student, teacher.num_train_timesteps - 1, "fp32")

@@ -24,6 +24,7 @@ from fewstep.evaluate.rewards import load_reward
 from fewstep.initial import start_from
 from fewstep.learning import Own, new_optimizer, set_up
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
+from fewstep.patience import Patience
 from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.validation import Pictures, small_scores, student_guidance_scale
@@ -38,7 +39,8 @@ class NonFiniteError(RuntimeError):
 class Trainer:
     """Trains a method's roles on a source.
 
-    `fit` returns True when all iterations are done and False when a SIGTERM stopped it after a checkpoint.
+    `fit` returns True when all iterations are done, or `score.patience` is at its end, and False when a SIGTERM stopped it
+    after a checkpoint.
     """
 
     def __init__(self, config: RunConfig[Any], method: Method, teacher: Teacher, source: Source) -> None:
@@ -80,6 +82,7 @@ class Trainer:
         torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
         self.iteration, self.nonfinite = 0, 0
         self.best: dict[str, float] = {}
+        self.patience = Patience(config.score.patience, method.last_stage)
         self.pictures: Pictures | None = None
         self.stopping = False
         self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world, cache)
@@ -153,7 +156,7 @@ class Trainer:
         )
         window = _Window()
         try:
-            while self.iteration < c.max_iterations:
+            while self.iteration < c.max_iterations and not self.patience.over:
                 batches = [self.batches.draw(self.iteration, part) for part in range(c.accumulate)]
                 self.rest()
                 for step in steps:
@@ -267,11 +270,14 @@ class Trainer:
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._record(record)
         for warning in self.method.warnings(values):
-            self._record({"iteration": self.iteration, "warning": warning})
-            if self.accelerator.is_main_process:
-                tqdm.write(f"warning at iteration {self.iteration}: {warning}")
+            self._warn(warning)
         shown = {k: f"{v:.4g}" for k, v in values.items() if "grad_norm" not in k}
         bar.set_postfix(shown | {"img/s": f"{record['images_per_second']:.0f}"} | self._shown_best())
+
+    def _warn(self, warning: str) -> None:
+        self._record({"iteration": self.iteration, "warning": warning})
+        if self.accelerator.is_main_process:
+            tqdm.write(f"warning at iteration {self.iteration}: {warning}")
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -299,6 +305,12 @@ class Trainer:
             scores = small_scores(self._pipeline(), self.config, self.accelerator, self._call_scale())
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
+        self.patience.see(fid, self.iteration)
+        if self.patience.over:
+            self._warn(
+                f"the FID has not been better than {self.patience.best:.4g}, of iteration {self.patience.best_at}, for "
+                f"{self.patience.waited} scores (score.patience): training ends here"
+            )
         if fid < self.best.get("fid", math.inf):
             self.best = {"fid": fid, "iteration": self.iteration}
             if self.accelerator.is_main_process:
@@ -337,7 +349,8 @@ class Trainer:
                     save_file(ckpt.pack_optimizer(optimizer), aside / f"{name}_optimizer.safetensors")
                 state = {
                     "iteration": self.iteration, "updates": self.updates, "nonfinite": self.nonfinite, "best": self.best,
-                    "data": self.batches.stream.state_dict(), "num_processes": self.accelerator.num_processes,
+                    "patience": self.patience.state(), "data": self.batches.stream.state_dict(),
+                    "num_processes": self.accelerator.num_processes,
                 }  # fmt: skip
                 ckpt.write_json(state, aside / "state.json")
             ckpt.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
@@ -360,6 +373,8 @@ class Trainer:
             ckpt.unpack_optimizer(optimizer, load_file(path / f"{name_}_optimizer.safetensors"))
         self.iteration, self.updates = state["iteration"], state["updates"]
         self.nonfinite, self.best = state["nonfinite"], state["best"]
+        if "patience" in state:  # checkpoints of before there was one go on
+            self.patience.load_state(state["patience"])
         self.batches.stream.load_state_dict(state["data"])
         rank = self.accelerator.process_index
         ckpt.set_rng_state(load_file(path / f"rng_{rank}.safetensors"), self.device)

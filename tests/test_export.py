@@ -1,14 +1,16 @@
 """Export: what is written is what was trained, in plain diffusers, or nothing is written."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from test_teachers import perturbed
 
-from fewstep.export import ExportError, export, update_card
+from fewstep.export import DTYPES, ExportError, export, update_card
 from fewstep.teachers import load_teacher
 
 CARD = {"method": "consistency", "paper": "arXiv 2310.04378", "teacher": "fashion", "data": "none", "prompt": "a bag"}
@@ -18,23 +20,24 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_stock_diffusers_draws_the_student(tiny_sd: Path, tmp_path: Path, dtype: str) -> None:
+@pytest.fixture(scope="module")
+def exported(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with a scale of 2, for 1 to 8 steps, in fp32; not to be changed."""
+    teacher = load_teacher(str(tiny_sd))
+    return export(
+        teacher, perturbed(teacher, True), teacher.renoise_scheduler(8), tmp_path_factory.mktemp("run") / "pipeline",
+        allowed_steps=(1, 2, 4, 8), guidance_scale=2.0, card=CARD,
+    )  # fmt: skip
+
+
+def test_stock_diffusers_draws_the_student(tiny_sd: Path, exported: Path) -> None:
     from diffusers import DiffusionPipeline
 
+    assert [p.name for p in exported.parent.iterdir()] == ["pipeline"]
+    assert not [p for p in exported.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     teacher = load_teacher(str(tiny_sd))
-    student = perturbed(teacher, True)
-    path = export(
-        teacher, student, teacher.renoise_scheduler(8), tmp_path / "run" / "pipeline",
-        allowed_steps=(1, 2, 4, 8), guidance_scale=2.0, dtype=dtype, card=CARD,
-    )  # fmt: skip
-    assert [p.name for p in path.parent.iterdir()] == ["pipeline"]
-    assert not [p for p in path.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-    assert teacher.pipeline.vae.dtype == torch.float32
-    if dtype != "fp32":
-        return
-    stock = DiffusionPipeline.from_pretrained(path)
-    memory = teacher.student_pipeline(student, teacher.renoise_scheduler(8), 2.0)
+    stock = DiffusionPipeline.from_pretrained(exported)
+    memory = teacher.student_pipeline(perturbed(teacher, True), teacher.renoise_scheduler(8), 2.0)
     for pipeline in (stock, memory):
         pipeline.set_progress_bar_config(disable=True)
     images = [
@@ -45,6 +48,18 @@ def test_stock_diffusers_draws_the_student(tiny_sd: Path, tmp_path: Path, dtype:
     assert stock.scheduler.timesteps.tolist() == [999, 749, 499, 249]
     with pytest.raises(ValueError):
         stock("a bag", num_inference_steps=9)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_half_precision_is_that_of_the_copy_alone(tiny_sd: Path, tmp_path: Path, dtype: str) -> None:
+    teacher = load_teacher(str(tiny_sd))
+    path = export(
+        teacher, perturbed(teacher, True), teacher.renoise_scheduler(8), tmp_path / "pipeline", allowed_steps=(1, 2, 4, 8),
+        guidance_scale=2.0, dtype=dtype, card=CARD,
+    )  # fmt: skip
+    assert teacher.pipeline.vae.dtype == torch.float32
+    file = path / "unet" / "diffusion_pytorch_model.safetensors"
+    assert {v.dtype for v in load_file(file).values()} == {DTYPES[dtype]}
 
 
 def test_pixels(tiny_ddpm_grey: Path, tmp_path: Path) -> None:
@@ -60,9 +75,8 @@ def test_pixels(tiny_ddpm_grey: Path, tmp_path: Path) -> None:
     assert "DDPMPipeline" in (path / "model_index.json").read_text()
 
 
-def test_a_failed_export_keeps_the_old_one(tiny_sd: Path, tmp_path: Path) -> None:
-    teacher, path = load_teacher(str(tiny_sd)), tmp_path / "pipeline"
-    export(teacher, teacher.student(), teacher.renoise_scheduler(4), path, allowed_steps=(1, 2, 4), card=CARD)
+def test_a_failed_export_keeps_the_old_one(tiny_sd: Path, exported: Path, tmp_path: Path) -> None:
+    teacher, path = load_teacher(str(tiny_sd)), Path(shutil.copytree(exported, tmp_path / "pipeline"))
     before = tree(path)
     # A grid of 8 runs 5 steps, for which this student was not trained.
     with pytest.raises(ExportError, match="num_inference_steps=5 does not raise"):
@@ -93,22 +107,20 @@ def test_arguments_are_checked_first(tiny_sd: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_card(tiny_sd: Path, tmp_path: Path) -> None:
-    teacher = load_teacher(str(tiny_sd))
-    path = export(
-        teacher,
-        teacher.student(),
-        teacher.renoise_scheduler(4),
-        tmp_path / "pipeline",
-        allowed_steps=(1, 2, 4),
-        card=CARD,
-    )
+def test_card(exported: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(exported, tmp_path / "pipeline"))
     text = (path / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "apache-2.0"
     assert front["base_model"] == "fashion"
     assert "consistency" in front["tags"]
-    for part in ("arXiv 2310.04378", "1, 2, 4", "pipeline('a bag', num_inference_steps=4)", "guidance_scale", "torch"):
+    for part in (
+        "arXiv 2310.04378",
+        "1, 2, 4, 8",
+        "pipeline('a bag', num_inference_steps=4)",
+        "guidance_scale",
+        "torch",
+    ):
         assert part in text
     rows = [
         {"model": "student", "steps": 4, "guidance_scale": None, "fid": 12.3456, "clip_score": 0.3},

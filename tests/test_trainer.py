@@ -241,6 +241,25 @@ def test_scores_and_pictures_do_not_move_the_training(whole_run, teacher_path, t
         assert_equal(exported, load_file(tmp_path / "checkpoints" / "3" / "ema.safetensors"))
 
 
+def test_training_ends_when_the_score_gets_no_better(teacher_path, tmp_path):
+    """Weights that no longer change draw the same samples: two scores are not better than the first, and that is enough."""
+    changes = {
+        "score": {"every": 1, "steps": 1, "num_images": 8, "patience": 2, "clip": "none"}, "ema_decay": 0.0,
+        "method": {"optim": {"lr": 1e-30}}, "checkpoint_every": 2,
+    }  # fmt: skip
+    trainer = make(teacher_path, tmp_path, **changes)
+    assert trainer.fit()
+    assert trainer.iteration == 3 and trainer.best["iteration"] == 1
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    fids = [line["fid"] for line in log if "fid" in line]
+    assert len(fids) == 3 and len(set(fids)) == 1
+    (warning,) = [line["warning"] for line in log if "warning" in line]
+    assert "of iteration 1, for 2 scores (score.patience)" in warning
+    again = make(teacher_path, tmp_path, **changes)
+    again.resume(str(tmp_path / "checkpoints" / "2"))
+    assert again.fit() and again.iteration == 3 and again.patience.state() == trainer.patience.state()
+
+
 # The user's own commands ------------------------------------------------------------------------------------------------
 
 
@@ -260,16 +279,16 @@ def environment():
 
 def test_two_processes_agree_and_resume_exactly(teacher_path, tmp_path):
     runs = {}
-    for name, overrides in (("whole", ()), ("first", ("max_iterations=3",)), ("first", ("resume=latest",))):
+    for name, overrides in (("whole", ()), ("rest", (f"resume={tmp_path / 'whole' / 'checkpoints' / '3'}",))):
         done = subprocess.run(
-            command(teacher_path, tmp_path / name, 2, "method.optim.decay=constant", *overrides),
+            command(teacher_path, tmp_path / name, 2, *overrides),
             cwd=ROOT, env=environment(), capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = weights(tmp_path / name, ckpt.find(tmp_path / name / "checkpoints", "latest").name)
     state = ckpt.read_json(tmp_path / "whole" / "checkpoints" / "6" / "state.json")
     assert state["num_processes"] == 2, "the launch silently used one process"
-    assert_equal(runs["whole"], runs["first"])
+    assert_equal(runs["whole"], runs["rest"])
 
 
 def start_training(teacher_path, folder, *overrides):

@@ -122,6 +122,9 @@ class Method(ABC):
     keeps_guidance: bool = False
     """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""
 
+    last_stage: int = 0
+    """First iteration of the last stage: before it a run does not end because its scores have stopped to get better."""
+
     def __init__(self, config: Any, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher
 

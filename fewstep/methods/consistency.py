@@ -27,6 +27,7 @@ from fewstep.methods.base import (
 from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, karras_grid, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency_replay import Replay
 from fewstep.methods.consistency_solver import solve
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
 from fewstep.methods.consistency_tuning import gap_weights, log_levels, lognormal_index, tuned_timestep
@@ -71,8 +72,12 @@ class Consistency(Method):
             raise ValueError("method.keep_guidance: an unconditional teacher has no guidance; set it to false")
         self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
+        self.last_stage = self.stages[-1].plan.start
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
-        self.trajectories = Trajectories(teacher.schedule, config.rollout_segments)
+        segments, replay = config.rollout_segments, config.replay
+        self.trajectories = (
+            Replay(teacher.schedule, segments, replay) if replay else Trajectories(teacher.schedule, segments)
+        )
         self.reward: Reward | None = None
         self.distance = self._distance()
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)

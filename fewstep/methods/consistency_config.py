@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt, MinLen
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.config import OptimConfig, Strict
 
@@ -98,6 +98,8 @@ class ConsistencyConfig(Strict):
     """Trajectories: one evaluation of the teacher moves a state on and is its target; or each state has its own from noise."""
     rollout_segments: PositiveInt = 8
     """Steps of a whole trajectory of the teacher; each ends at a random point of its segment."""
+    replay: NonNegativeInt = 0
+    """Shared trajectories that are kept, of which every batch draws others; 0 = one for each sample of a batch."""
     student_steps: PositiveInt = 4
     """Steps of the averaged student for `states: student_rollout`."""
     teacher_steps: PositiveInt = 1
@@ -224,6 +226,10 @@ class ConsistencyConfig(Strict):
                     f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
                     f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
                 )
+        if self.replay and (self.rollout != "shared" or all(stage.states != "trajectory" for stage in plan)):
+            raise ValueError(
+                f"replay: {self.replay} trajectories are kept of states trajectory with rollout shared; set it to 0"
+            )
         if self.rolls_out and self.student_steps > self.steps:
             raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")
         if self.gan_weight and any(stage.endpoint != "phase" for stage in plan):
