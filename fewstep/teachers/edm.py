@@ -130,7 +130,8 @@ class Edm(Pixel):
         labelled = progress_embedding and self.num_labels is not None
         student = super().student(guidance_embedding, progress_embedding and not labelled)
         if labelled:
-            student.net.class_embedding = ToldLabels(student.net.class_embedding)
+            net: Any = student.net
+            net.class_embedding = ToldLabels(net.class_embedding)
         student.call = replace(self.call, ends=True)
         return student.learnable()
 
