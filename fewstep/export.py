@@ -74,8 +74,7 @@ def export(
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = arguments_of(teacher, card)
-    passed = None if keeps_guidance else teacher.call_guidance_scale
-    options = {} if passed is None else {"guidance_scale": passed}
+    options = options_of(teacher, None if keeps_guidance else teacher.call_guidance_scale)
     drawn = draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
     try:
         with quiet():
@@ -118,12 +117,18 @@ def _on_cpu(module: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def arguments_of(teacher: Teacher, card: dict[str, Any]) -> list[Any]:
-    return {"prompt": [card.get("prompt", "a photo")], "label": [[0]], "none": []}[teacher.conditions]
+    return [card.get("prompt", "a photo")] if teacher.conditions == "prompt" else []
+
+
+def options_of(teacher: Teacher, guidance_scale: float | None) -> dict[str, Any]:
+    """What a pipeline's call is given by name: a label, which is not every class's first argument, and what guidance it needs."""
+    labels = {"class_labels": [0]} if teacher.conditions == "label" else {}
+    return labels | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
 
 
 def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, options: dict[str, Any]) -> str:
     net: Any = student.net
-    if options:
+    if "guidance_scale" in options:
         scale = "the scale that its teacher was given" if guidance_scale is None else f"a scale of {guidance_scale:g}"
         return (
             f"Guidance: {scale} is part of the weights. Pass `guidance_scale=1.0`, as above: without it a {kind} "

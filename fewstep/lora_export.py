@@ -22,6 +22,7 @@ from fewstep.export import (
     arguments_of,
     compare,
     draw,
+    options_of,
     own_copies,
     put_in_place,
     refuses,
@@ -137,10 +138,8 @@ def export_lora(
     own_copies(pipeline, torch.float32)
     arguments = arguments_of(teacher, card)
     passed, plain = teacher.call_guidance_scale, teacher.plain_guidance_scale
-    drawn = draw(
-        pipeline, allowed_steps, arguments, {} if passed is None else {"guidance_scale": passed}, refuses(scheduler)
-    )
-    options = {} if plain is None else {"guidance_scale": plain}
+    drawn = draw(pipeline, allowed_steps, arguments, options_of(teacher, passed), refuses(scheduler))
+    options = options_of(teacher, plain)
     try:
         partial.mkdir(parents=True)
         tensors, metadata = update.diffusers(part, DTYPES[dtype])

@@ -194,3 +194,20 @@ def build_sana(folder: Path, solver: bool = True) -> Path:
         scheduler=dpm if solver else FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def build_edm(folder: Path, num_labels: int | None = 10, levels: int = 1000) -> Path:
+    """A ConsistencyModelPipeline of 32x32 images, of the blocks that the published ones for ImageNet have."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attn_norm_num_groups=4,
+        attention_head_dim=8, num_class_embeds=num_labels, resnet_time_scale_shift="scale_shift",
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), downsample_type="resnet",
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), upsample_type="resnet",
+    )  # fmt: skip
+    ConsistencyModelPipeline(
+        unet=unet, scheduler=CMStochasticIterativeScheduler(num_train_timesteps=levels)
+    ).save_pretrained(folder)
+    return folder

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from families import build_dit, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
+from diffusers import CMStochasticIterativeScheduler, FlowMatchEulerDiscreteScheduler
+from families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from safetensors.torch import load_file
 from test_teachers import perturbed
 from torch import Tensor
@@ -31,6 +31,7 @@ from fewstep.methods.dmd2 import DMD2, DMD2Config
 from fewstep.methods.scm import Scm, ScmConfig
 from fewstep.process import ShiftedFlow, add_noise, ode_step
 from fewstep.teachers import Teacher, load_teacher
+from fewstep.teachers.edm import Edm
 from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
 from fewstep.teachers.guidance import concatenate
 from fewstep.teachers.sana import Sana
@@ -43,6 +44,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd3": build_sd3,
     "flux": build_flux,
     "sana": build_sana,
+    "edm": build_edm,
 }
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "consistency": (
@@ -58,8 +60,15 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2, "warmup_iterations": 0},
     ),
 }
+UNGUIDED: dict[str, dict[str, Any]] = {
+    "consistency": {"guidance_range": None, "export_guidance_scale": None, "grid": "karras", "solver": "heun"},
+    "dmd2": {"guidance_scale": 1.0},
+    "boot": {"guidance_scale": 1.0, "steps": 1},
+    "scm": {"guidance_range": None, "export_guidance_scale": None},
+}
+"""Changes for a family without an unconditional answer, whose stock pipeline takes one deterministic step."""
 MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
-QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("dit", "scm")}
+QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("dit", "scm"), ("edm", "consistency")}
 """What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
 
 
@@ -82,6 +91,13 @@ def teacher(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> T
 
 def raw(teacher: Teacher, size: int = 2) -> list[Any]:
     return (["a bag", "a long coat"] if teacher.conditions == "prompt" else [3, 7])[:size]
+
+
+def called(teacher: Teacher, size: int = 2) -> dict[str, Any]:
+    """The conditions as arguments of a pipeline's call."""
+    if teacher.conditions == "prompt":
+        return {"prompt": raw(teacher, size)}
+    return {"class_labels": raw(teacher, size)} | ({"batch_size": size} if isinstance(teacher, Edm) else {})
 
 
 def noise(teacher: Teacher, size: int = 2) -> Tensor:
@@ -131,12 +147,14 @@ def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     teacher = load_teacher(str(folder))
     net: Any = teacher.denoiser.net
     with recorded(net) as stock:
-        key = "prompt" if teacher.conditions == "prompt" else "class_labels"
         latent = {"output_type": "latent"} if teacher.conditions == "prompt" else {}
-        teacher.pipeline(**{key: raw(teacher)}, num_inference_steps=2, **latent)
+        teacher.pipeline(**called(teacher), num_inference_steps=2, **latent)
     halves = [teacher.null_condition(2), teacher.condition(raw(teacher))]
     halves = halves[::-1] if teacher.conditions == "label" else halves  # DiTPipeline's order
-    halves = halves[1:] if isinstance(teacher, Flux) else halves  # guides by an embedding alone
+    if isinstance(teacher, Flux):  # guides by an embedding alone
+        halves = halves[1:]
+    elif not teacher.guidable:
+        halves = halves[:1]
     x = torch.cat([noise(teacher)] * len(halves))
     t = torch.full((len(x),), teacher.num_train_timesteps - 1)
     with recorded(net) as own:
@@ -156,6 +174,9 @@ def test_encoding_inverts_decoding_as_the_pipeline_decodes(teacher: Teacher) -> 
     images = torch.rand(1, 3, teacher.image_size, teacher.image_size) * 2 - 1
     posterior = teacher.encode(images)
     assert posterior.mean.shape == (1, *teacher.latent_shape)
+    if isinstance(teacher, Edm):
+        assert torch.equal(teacher.decode(posterior.mean), images)
+        return
     encoded = teacher.pipeline.vae.encode(images)
     z = encoded.latent if isinstance(teacher, Sana) else encoded.latent_dist.mean
     assert (teacher.decode(posterior.mean) - teacher.pipeline.vae.decode(z).sample).abs().max() < 1e-4
@@ -175,7 +196,8 @@ def test_student_starts_as_the_teacher_with_any_embedding(teacher: Teacher) -> N
     student = teacher.student(progress_embedding=True)
     for progress in (0.0, 0.7):
         found = student(x, t, cond, progress=torch.full((2,), progress)).x0
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # A consistency model of pixels differs from the diffusion model by sigma_min / sigma, here 2e-3.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-3 if isinstance(teacher, Edm) else 1e-4)
 
 
 def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> None:
@@ -187,7 +209,7 @@ def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> 
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
     student.eval()
     cond = teacher.condition(raw(teacher, 1))
-    for steps in (1, 2):
+    for steps in (1,) if isinstance(teacher, Edm) else (1, 2):
         scheduler = teacher.jump_scheduler(steps)
         grid = teacher.jump_grid(scheduler, steps)
         assert len(grid) == steps + 1 and grid[0] == teacher.num_train_timesteps - 1
@@ -197,9 +219,8 @@ def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> 
                 x = ode_step(teacher.schedule, student(x, t[None], cond, progress=torch.ones(1)), s[None])
             expected = (teacher.decode(x)[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
         pipeline: Any = teacher.student_pipeline(student, scheduler)
-        key = "prompt" if teacher.conditions == "prompt" else "class_labels"
         drawn = pipeline(
-            **{key: raw(teacher, 1)}, num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
+            **called(teacher, 1), num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
             output_type="np", **passed(teacher),
         ).images  # fmt: skip
         torch.testing.assert_close(torch.tensor(drawn[0]), expected, rtol=0, atol=2e-3)
@@ -220,6 +241,7 @@ def test_features_are_maps(teacher: Teacher) -> None:
 def trainer_for(folder: Path, output: Path, method: str, iterations: int = 2) -> Trainer:
     kind, config_kind, settings = METHODS[method]
     teacher = load_teacher(str(folder))
+    settings = settings | ({} if teacher.guidable else UNGUIDED[method])
     labels = {} if teacher.conditions == "prompt" else {"num_labels": 10}
     size = 1 if folder.name in ("flux", "sana") else 2  # their many tokens and pixels take their time
     config = RunConfig[config_kind].model_validate(
@@ -270,7 +292,7 @@ def test_methods_export(family: str, method: str, folders: Callable[[str], Path]
     assert (path / "README.md").exists()
 
 
-@pytest.mark.parametrize("family", ["sdxl", "dit", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "dit", "sd3", "edm"])
 def test_images_of_renoising_students_depend_on_seed_and_index_only(
     family: str, folders: Callable[[str], Path]
 ) -> None:
@@ -540,3 +562,122 @@ def test_sana_has_no_instruction_for_what_guidance_leads_away_from(
     assert torch.equal(teacher.null_condition(1)["encoder_hidden_states"], null["encoder_hidden_states"])
     again = teacher.condition([teacher.negative("a coat"), "a bag"])
     torch.testing.assert_close(again, found, rtol=1e-5, atol=1e-5)
+
+
+# EDM --------------------------------------------------------------------------------------------------------------------
+
+
+def edm(folder: Path, **settings: Any) -> Edm:
+    teacher = load_teacher(str(build_edm(folder, **settings)))
+    assert isinstance(teacher, Edm)
+    return teacher
+
+
+@pytest.mark.parametrize("labels", [10, None])
+def test_edm_networks_are_told_and_read_as_the_stock_scheduler_does(labels: int | None, tmp_path: Path) -> None:
+    """At every level: scaled input, time and, for a student, x0; a teacher's x0 has the scalings without an end."""
+    teacher = edm(tmp_path / "edm", num_labels=labels, levels=40)
+    student, cond = perturbed(teacher, False), teacher.condition([3])
+    stock: Any = CMStochasticIterativeScheduler(clip_denoised=False)
+    z = noise(teacher, 1)
+    for t in (0, 1, 13, 39):
+        stock.set_timesteps(timesteps=[39 - t])
+        time, k = stock.timesteps[0], stock.sigmas[0]
+        alpha, sigma = teacher.schedule(torch.tensor([t]))
+        torch.testing.assert_close((sigma / alpha)[0], k.double(), rtol=1e-6, atol=0)
+        assert (alpha**2 + sigma**2).item() == pytest.approx(1, rel=1e-12)
+        with recorded(student.net) as calls, torch.no_grad():
+            p = student(alpha.float() * k * z, torch.tensor([t]), cond)
+            output: Any = student.net(calls[0]["sample"], time, class_labels=cond.get("class_labels")).sample
+            torch.testing.assert_close(calls[0]["timestep"][0], time.double(), rtol=1e-6, atol=1e-6)
+            plain = teacher.denoiser.with_net(student.net)(alpha.float() * k * z, torch.tensor([t]), cond)
+        torch.testing.assert_close(calls[0]["sample"], stock.scale_model_input(k * z, time), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p.x0, stock.step(output, time, k * z).prev_sample, rtol=1e-4, atol=1e-5)
+        c_skip, c_out = stock.get_scalings(k)
+        torch.testing.assert_close(plain.x0, c_skip * k * z + c_out * output, rtol=1e-4, atol=1e-5)
+        assert t or torch.equal(p.x0, k * z) or (p.x0 - k * z).abs().max() < 1e-8  # the identity at sigma_min
+    assert (stock.sigmas[0] - 80).abs() < 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_edm_students_run_the_even_grid(steps: int, tmp_path: Path) -> None:
+    teacher = edm(tmp_path / "edm", levels=40)
+    scheduler: Any = teacher.renoise_scheduler(steps)
+    for n in teacher.renoise_counts(steps):
+        scheduler.set_timesteps(n)
+        grid = teacher.jump_grid(scheduler, n)
+        expected = torch.arange(40, 0, -40 // n) - 1
+        assert torch.equal(grid, torch.cat([expected, torch.tensor([-1])]))
+        torch.testing.assert_close(teacher.schedule.level(expected), scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
+
+
+def test_edm_stock_pipeline_renoises_as_the_method_does(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("edm")))
+    student, cond, scheduler = perturbed(teacher, False), teacher.condition([3]), teacher.renoise_scheduler(4)
+    pipeline: Any = teacher.student_pipeline(student, scheduler)
+    drawn = pipeline(
+        class_labels=[3], num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *teacher.latent_shape, generator=generator)
+    with torch.no_grad():
+        for t, s in pairwise(teacher.jump_grid(scheduler, 4)):
+            x0 = student(x, t[None], cond).x0
+            x = add_noise(teacher.schedule, x0, torch.randn(x.shape, generator=generator), s[None])
+    expected = (x[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.tensor(drawn[0]), expected, rtol=0, atol=2e-3)
+
+
+def test_edm_progress_folds_beside_labels(folders: Callable[[str], Path]) -> None:
+    teacher = load_teacher(str(folders("edm")))
+    student = teacher.student(progress_embedding=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
+    x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    with torch.no_grad():
+        live, middle = (student.eval()(x, t, cond, progress=torch.full((2,), v)).x0 for v in (1.0, 0.5))
+        folded = student.with_net(teacher.folded(student))
+        torch.testing.assert_close(folded(x, t, cond).x0, live, rtol=1e-4, atol=1e-4)
+        other = folded(x, t, teacher.condition([1, 2])).x0
+    assert (middle - live).abs().max() > 1e-3 and (other - live).abs().max() > 1e-3
+
+
+def test_edm_time_is_differentiable(folders: Callable[[str], Path]) -> None:
+    """As sCM needs it: not a table's constant."""
+    teacher = load_teacher(str(folders("edm")))
+    x, cond = noise(teacher, 1).double(), teacher.condition([3])
+    net = teacher.denoiser.net.double()
+
+    def x0(t: Tensor) -> Tensor:
+        return teacher.call(net, x, t, cond, None)
+
+    t = torch.tensor([700.0], dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, rate = torch.func.jvp(x0, (t,), (torch.ones_like(t),))
+    with torch.no_grad():
+        difference = (x0(t + 0.02) - x0(t - 0.02)) / 0.04
+    torch.testing.assert_close(rate, difference, rtol=0.02, atol=1e-2 * float(rate.abs().max()))
+
+
+def test_edm_refuses_what_its_pipeline_cannot_do(tmp_path: Path) -> None:
+    teacher = edm(tmp_path / "edm", levels=40)
+    with pytest.raises(ValueError, match="one deterministic step"):
+        teacher.jump_scheduler(2)
+    with pytest.raises(ValueError, match="does not divide num_train_timesteps = 40"):
+        teacher.renoise_scheduler(3)
+    with pytest.raises(ValueError, match="starts at timestep 39, and the grid at 19"):
+        teacher.renoise_scheduler(2, spacing=10)
+    with pytest.raises(ValueError, match="too small for 40 steps"):
+        teacher.renoise_scheduler(40)
+    with pytest.raises(ValueError, match="labels 0 to 9; found 10"):
+        teacher.condition([10])
+    with pytest.raises(ValueError, match="guidance_range: the teacher has no unconditional answer"):
+        Consistency(ConsistencyConfig.model_validate({"optim": {"lr": 1e-3}, "solver_steps": 8, "steps": 4}), teacher)
+
+
+def test_the_papers_levels_are_the_published_schedulers(tmp_path: Path) -> None:
+    settings = {"optim": {"lr": 1e-3}, "solver_steps": 40, "steps": 2, "grid": "karras", "guidance_range": None}
+    grid = Consistency(ConsistencyConfig.model_validate(settings), edm(tmp_path / "edm", levels=40)).stages[0].grid
+    assert torch.equal(grid.t, torch.arange(1, 40)) and torch.equal(grid.s, torch.arange(39)) and not grid.end.any()

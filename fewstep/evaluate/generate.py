@@ -94,6 +94,8 @@ def sample(
             kwargs["prompt"] = list(conditions)
         case "label":
             kwargs["class_labels"] = [int(label) for label in conditions]
+            if "batch_size" in inspect.signature(type(pipeline).__call__).parameters:
+                kwargs["batch_size"] = len(indices)
         case "none":
             kwargs["batch_size"] = len(indices)
     check_guidance_scale(pipeline, guidance_scale)

@@ -30,8 +30,10 @@ class Boot(Method):
 
     def __init__(self, config: BootConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_scale != 1 and teacher.conditions == "none":
-            raise ValueError("method.guidance_scale: an unconditional teacher has no guidance; set it to 1")
+        if config.guidance_scale != 1 and not teacher.guidable:
+            raise ValueError(
+                "method.guidance_scale: the teacher has no unconditional answer, so no guidance; set it to 1"
+            )
         if config.negative_prompt and teacher.conditions != "prompt":
             raise ValueError(f"method.negative_prompt: the teacher's conditions are {teacher.conditions}s, not prompts")
         if config.thresholding != "none" and teacher.latent_shape[-1] != teacher.image_size:

@@ -64,12 +64,16 @@ class Consistency(Method):
 
     def __init__(self, config: ConsistencyConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_range is not None and teacher.conditions == "none":
-            raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
+        if config.guidance_range is not None and not teacher.guidable:
+            raise ValueError(
+                "method.guidance_range: the teacher has no unconditional answer, so no guidance; set it to null"
+            )
         if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
             raise ValueError(NO_LIVE_GUIDANCE)
-        if config.keep_guidance and teacher.conditions == "none":
-            raise ValueError("method.keep_guidance: an unconditional teacher has no guidance; set it to false")
+        if config.keep_guidance and not teacher.guidable:
+            raise ValueError(
+                "method.keep_guidance: the teacher has no unconditional answer, so no guidance; set it to false"
+            )
         self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.last_stage = self.stages[-1].plan.start

@@ -45,8 +45,10 @@ class DMD2(Method):
 
     def __init__(self, config: DMD2Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_scale != 1 and teacher.conditions == "none":
-            raise ValueError("method.guidance_scale: an unconditional teacher has no guidance; set it to 1")
+        if config.guidance_scale != 1 and not teacher.guidable:
+            raise ValueError(
+                "method.guidance_scale: the teacher has no unconditional answer, so no guidance; set it to 1"
+            )
         self.needs_images = (config.gan_weight > 0 and config.gan_real == "images") or config.inputs == "noised_data"
         self.timesteps = self._timesteps(config.count)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()

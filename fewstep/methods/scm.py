@@ -46,8 +46,10 @@ class Scm(Method):
 
     def __init__(self, config: ScmConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_range is not None and teacher.conditions == "none":
-            raise ValueError("method.guidance_range: an unconditional teacher has no guidance; set it to null")
+        if config.guidance_range is not None and not teacher.guidable:
+            raise ValueError(
+                "method.guidance_range: the teacher has no unconditional answer, so no guidance; set it to null"
+            )
         if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
             raise ValueError(NO_LIVE_GUIDANCE)
         self.export_guidance_scale = config.export_guidance_scale

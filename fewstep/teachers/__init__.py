@@ -25,6 +25,7 @@ FAMILIES = {
     "SanaPipeline": ("sana", "Sana"),
     "DDPMPipeline": ("pixel", "Pixel"),
     "DDIMPipeline": ("pixel", "Pixel"),
+    "ConsistencyModelPipeline": ("edm", "Edm"),
 }
 """Class of a pipeline -> module here, loaded when needed, and the Teacher in it."""
 

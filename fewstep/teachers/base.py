@@ -144,6 +144,7 @@ class Teacher(ABC):
         latent_shape: shape of one x0, without the batch: (C, h, w).
         image_size: side of a decoded image in pixels.
         conditions: "prompt", "label" or "none": what `condition` wants.
+        guidable: whether the network has an unconditional answer, away from which to guide.
         call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
             guide by default and nothing in the folder can stop it; None where nothing has to be passed.
         plain_guidance_scale: the same for the teacher's own pipeline with adapters in it, and with its scheduler replaced.
@@ -162,6 +163,7 @@ class Teacher(ABC):
     latent_shape: tuple[int, ...]
     image_size: int
     conditions: str
+    guidable: bool = True
     call_guidance_scale: float | None
     plain_guidance_scale: float | None
     live_guidance: bool

@@ -25,6 +25,19 @@ def call(
     return net(x_t.to(net.dtype), t, class_labels=progress).sample
 
 
+def check_network(config: Any) -> None:
+    """Raises ValueError for a UNet2DModel's config that is none of a denoiser of square images."""
+    if config.class_embed_type is not None:
+        raise ValueError(f"the teacher's UNet2DModel has class_embed_type {config.class_embed_type!r}; supported: none")
+    if config.in_channels != config.out_channels or config.in_channels not in (1, 3):
+        raise ValueError(
+            f"the teacher's UNet2DModel has {config.in_channels} channels in and {config.out_channels} out; "
+            "supported: 1 or 3, and as many out as in (no learnt variance)"
+        )
+    if not isinstance(config.sample_size, int):
+        raise ValueError(f"the teacher's sample_size is {config.sample_size}; only square images are supported")
+
+
 class Pixel(DiscreteGrids, Teacher):
     """A DDPMPipeline or DDIMPipeline. x0 is the image itself; one-channel models see the mean over colours.
 
@@ -33,6 +46,7 @@ class Pixel(DiscreteGrids, Teacher):
     """
 
     conditions = "none"
+    guidable = False
     call_guidance_scale = None
     plain_guidance_scale = None
     live_guidance = False
@@ -40,15 +54,11 @@ class Pixel(DiscreteGrids, Teacher):
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         config = pipeline.unet.config
-        if config.num_class_embeds is not None or config.class_embed_type is not None:
-            raise ValueError("the teacher's UNet2DModel is class-conditional; only unconditional ones are supported")
-        if config.in_channels != config.out_channels or config.in_channels not in (1, 3):
+        if config.num_class_embeds is not None:
             raise ValueError(
-                f"the teacher's UNet2DModel has {config.in_channels} channels in and {config.out_channels} out; "
-                "supported: 1 or 3, and as many out as in (no learnt variance)"
+                "the teacher's UNet2DModel is class-conditional; only unconditional ones are supported in its pipeline"
             )
-        if not isinstance(config.sample_size, int):
-            raise ValueError(f"the teacher's sample_size is {config.sample_size}; only square images are supported")
+        check_network(config)
         pipeline.unet.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.schedule = read_schedule(pipeline.scheduler)

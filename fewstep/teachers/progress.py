@@ -33,6 +33,21 @@ class ProgressEmbedding(nn.Module):
         return embedded
 
 
+class ToldLabels(nn.Embedding):
+    """A UNet's embedding of labels, under its own weight's name; of (label, progress) [B, 2], plus that of the progress."""
+
+    def __init__(self, plain: nn.Embedding) -> None:
+        super().__init__(plain.num_embeddings, plain.embedding_dim)
+        self.weight = plain.weight  # the very tensor, which may be another network's, too
+        self.progress = ProgressEmbedding(plain.embedding_dim).to(plain.weight.device, plain.weight.dtype)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return super().forward(labels[:, 0].long()) + self.progress(labels[:, 1])
+
+    def plain(self) -> nn.Embedding:
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, _weight=self.weight.detach()).requires_grad_(False)
+
+
 def attach_progress(unet: Any) -> None:
     """Give a UNet2DModel or UNet2DConditionModel a ProgressEmbedding, in place.
 
@@ -50,13 +65,14 @@ def attach_progress(unet: Any) -> None:
 
 @torch.no_grad()
 def fold_progress(unet: Any) -> None:
-    """Make the end of a segment (progress 1) part of the UNet's weights, in place; without a ProgressEmbedding, nothing.
+    """Make the end of a segment (progress 1) part of the UNet's weights, in place; without one that is told, nothing.
 
     The embedding is added after the time embedding's last linear layer, so at one progress it is a constant in its bias.
     """
     embedding = unet.class_embedding
-    if not isinstance(embedding, ProgressEmbedding):
+    labelled = isinstance(embedding, ToldLabels)
+    if not labelled and not isinstance(embedding, ProgressEmbedding):
         return
     bias = unet.time_embedding.linear_2.bias
-    bias += embedding(torch.ones(1, device=bias.device))[0].to(bias.dtype)
-    unet.class_embedding = None
+    bias += (embedding.progress if labelled else embedding)(torch.ones(1, device=bias.device))[0].to(bias.dtype)
+    unet.class_embedding = embedding.plain() if labelled else None
