@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 40  # room for half a label at the right end
 POINTS = 300
 """More points than a chart has pixels are averaged in runs."""
 
