@@ -70,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args and not any(word.startswith("-") for word in rest):
+        args.overrides += rest  # argparse takes positionals in one place only, before or after the options
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         args.run(args)

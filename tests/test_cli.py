@@ -94,3 +94,16 @@ except SystemExit:
     assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_keys_stand_before_or_after_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong key is answered as a key, which shows that it was read as one."""
+    recipe = "configs/consistency_fashion.yaml"
+    for words in (["batch_sise=2", "--json"], ["--json", "batch_sise=2"]):
+        with pytest.raises(SystemExit, match="batch_sise: unknown key"):
+            main(["plan", recipe, *words])
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", recipe, "--jason", "x"])
+    assert "unrecognized arguments: --jason" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "a", "b", "batch_sise=2", "--output", "x.json"])

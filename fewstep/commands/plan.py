@@ -29,7 +29,7 @@ def plan(args: argparse.Namespace) -> None:
     module, method, settings = METHODS[name]
     settings_class: Any = getattr(import_module(f"fewstep.methods.{module}_config"), settings)
     run_config: Any = RunConfig[settings_class]
-    config = load_config(run_config, ["--config", str(args.config), *args.override])
+    config = load_config(run_config, ["--config", str(args.config), *args.overrides])
     # The rehearsal takes place on the CPU, whatever the machine has; accelerate is asked before it is loaded.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     from fewstep.plan import plan as planned
@@ -118,7 +118,7 @@ def text(p: "Plan") -> str:
 def add_plan(commands: Any) -> None:
     c = commands.add_parser("plan", help="what a run will hold in memory and compute, from configs, without weights")
     c.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
-    c.add_argument("override", nargs="*", metavar="key.path=value", help="as for the training itself")
+    c.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for the training itself")
     c.add_argument("--method", choices=METHODS, help="default: the beginning of the file's name")
     c.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that the run will have (default: cuda)")
     c.add_argument(

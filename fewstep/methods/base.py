@@ -21,10 +21,20 @@ Reward = Callable[[Tensor, Sequence[str] | None], Tensor]
 Losses = dict[str, Tensor]
 """Log name -> scalar term; their sum is descended."""
 
-NO_LIVE_GUIDANCE = (
-    "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its network; "
-    "set the one that is to be part of the student's weights"
-)
+
+def require_guidable(teacher: Teacher, key: str, off: str) -> None:
+    """For a config whose `key` guides the teacher: ValueError, with what to set it to, where the teacher cannot be."""
+    if not teacher.guidable:
+        raise ValueError(f"method.{key}: the teacher has no unconditional answer, so no guidance; set it to {off}")
+
+
+def require_live_guidance(teacher: Teacher) -> None:
+    """For a student that is told its caller's guidance scale: ValueError where its stock pipeline does not pass one on."""
+    if not teacher.live_guidance:
+        raise ValueError(
+            "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its "
+            "network; set the one that is to be part of the student's weights"
+        )
 
 
 @dataclass

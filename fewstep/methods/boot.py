@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
 from fewstep.methods.boot_config import BootConfig
 from fewstep.methods.boot_grid import sub_times, target_tables
 from fewstep.methods.boot_starts import Pool, Starts, from_student, from_teacher
@@ -30,16 +30,14 @@ class Boot(Method):
 
     def __init__(self, config: BootConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_scale != 1 and not teacher.guidable:
-            raise ValueError(
-                "method.guidance_scale: the teacher has no unconditional answer, so no guidance; set it to 1"
-            )
+        if config.guidance_scale != 1:
+            require_guidable(teacher, "guidance_scale", "1")
         if config.negative_prompt and teacher.conditions != "prompt":
             raise ValueError(f"method.negative_prompt: the teacher's conditions are {teacher.conditions}s, not prompts")
         if config.thresholding != "none" and teacher.latent_shape[-1] != teacher.image_size:
             raise ValueError("method.thresholding: bounds pixels, and the teacher works on latents; set it to none")
-        if config.guidance_range is not None and config.export_guidance_scale is None and not teacher.live_guidance:
-            raise ValueError(NO_LIVE_GUIDANCE)
+        if config.guidance_range is not None and config.export_guidance_scale is None:
+            require_live_guidance(teacher)
         self.export_guidance_scale = config.export_guidance_scale
         self.embedded = config.guidance_range is not None
         self.grid = sub_times(config, teacher.jump_grid(self.scheduler(), config.steps), teacher.num_train_timesteps)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fewstep.losses import discriminator_loss, generator_loss, sample_distance
 from fewstep.methods.base import (
-    NO_LIVE_GUIDANCE,
     Batch,
     Losses,
     Method,
@@ -23,6 +22,8 @@ from fewstep.methods.base import (
     Reward,
     Role,
     Step,
+    require_guidable,
+    require_live_guidance,
 )
 from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
@@ -64,16 +65,12 @@ class Consistency(Method):
 
     def __init__(self, config: ConsistencyConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_range is not None and not teacher.guidable:
-            raise ValueError(
-                "method.guidance_range: the teacher has no unconditional answer, so no guidance; set it to null"
-            )
-        if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
-            raise ValueError(NO_LIVE_GUIDANCE)
-        if config.keep_guidance and not teacher.guidable:
-            raise ValueError(
-                "method.keep_guidance: the teacher has no unconditional answer, so no guidance; set it to false"
-            )
+        if config.guidance_range is not None:
+            require_guidable(teacher, "guidance_range", "null")
+        if config.embedded and config.export_guidance_scale is None:
+            require_live_guidance(teacher)
+        if config.keep_guidance:
+            require_guidable(teacher, "keep_guidance", "false")
         self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.last_stage = self.stages[-1].plan.start

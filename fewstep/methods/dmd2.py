@@ -18,7 +18,7 @@ from fewstep.losses import (
     l2,
     matching_gradient,
 )
-from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step, require_guidable
 from fewstep.methods.critic import Noised, features, named_layers, new_critic, noised, simulated_input
 from fewstep.methods.dmd2_config import DMD2Config, Range
 from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
@@ -45,10 +45,8 @@ class DMD2(Method):
 
     def __init__(self, config: DMD2Config, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_scale != 1 and not teacher.guidable:
-            raise ValueError(
-                "method.guidance_scale: the teacher has no unconditional answer, so no guidance; set it to 1"
-            )
+        if config.guidance_scale != 1:
+            require_guidable(teacher, "guidance_scale", "1")
         self.needs_images = (config.gan_weight > 0 and config.gan_real == "images") or config.inputs == "noised_data"
         self.timesteps = self._timesteps(config.count)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()

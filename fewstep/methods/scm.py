@@ -7,7 +7,7 @@ the loss; there is no grid and no target network. The arithmetic stands in fewst
 import torch
 from torch import Tensor, nn
 
-from fewstep.methods.base import NO_LIVE_GUIDANCE, Batch, Losses, Method, Networks, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
 from fewstep.methods.consistency_tuning import log_levels, lognormal_index
 from fewstep.methods.scm_config import ScmConfig
 from fewstep.process import Prediction, add_noise, guide, like
@@ -46,12 +46,10 @@ class Scm(Method):
 
     def __init__(self, config: ScmConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_range is not None and not teacher.guidable:
-            raise ValueError(
-                "method.guidance_range: the teacher has no unconditional answer, so no guidance; set it to null"
-            )
-        if config.embedded and config.export_guidance_scale is None and not teacher.live_guidance:
-            raise ValueError(NO_LIVE_GUIDANCE)
+        if config.guidance_range is not None:
+            require_guidable(teacher, "guidance_range", "null")
+        if config.embedded and config.export_guidance_scale is None:
+            require_live_guidance(teacher)
         self.export_guidance_scale = config.export_guidance_scale
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
 
