@@ -6,7 +6,7 @@ In units of F, one forward of the network on a batch, with backwards 2 F and an 
 
 boot: 6 F. Student 1, and 1 + 2 for the next target; teacher 2 (with and without prompt). For k segments, another (k - 1) / 2
     of the averaged student to the states where they begin.
-consistency: 6 F. Student 1 + 2, target 1, teacher 2 (with and without prompt).
+consistency: 4 + 2 m F, 6 for m = 1. Student 1 + 2, target 1, and m = `teacher_steps` times teacher 2 (with and without prompt).
 dmd2, a round being `student_update_every` iterations: on each, k forwards of the student for k simulated steps, and the
     critic's 3 + 6 e (denoising; real and fake in one batch); on all but the first, 1 for the student's last step without
     gradient; on the first, 3 with it, teacher 2, critic 1, and e + e for the gradient in the discriminator's input.
@@ -53,7 +53,11 @@ def main() -> None:
         if isinstance(method, DMD2):
             bare = _bare_dmd2(trainer, method)
         else:
-            bare = _bare_boot(trainer, method) if isinstance(method, Boot) else _bare_consistency(trainer)
+            bare = (
+                _bare_boot(trainer, method)
+                if isinstance(method, Boot)
+                else _bare_consistency(trainer, method.config.teacher_steps)
+            )
 
         def whole() -> None:
             for trainer.iteration in range(iterations):
@@ -99,7 +103,7 @@ def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
     return run
 
 
-def _bare_consistency(trainer: Trainer) -> Callable[[], None]:
+def _bare_consistency(trainer: Trainer, method: Consistency) -> Callable[[], None]:
     batch = trainer.batches.draw(trainer.iteration, 0)
     x, t, g = batch.x0, torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
     both = concatenate(batch.cond, batch.uncond)
@@ -108,7 +112,8 @@ def _bare_consistency(trainer: Trainer) -> Callable[[], None]:
     def run() -> None:
         student(x, t, batch.cond, g).x0.square().mean().backward()
         with torch.no_grad():
-            teacher(torch.cat([x, x]), torch.cat([t, t]), both)
+            for _ in range(method.config.teacher_steps):
+                teacher(torch.cat([x, x]), torch.cat([t, t]), both)
             target(x, t, batch.cond, g)
         student.zero_grad()
 
