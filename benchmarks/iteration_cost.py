@@ -50,14 +50,13 @@ def main() -> None:
         method.prepare(trainer._preparation())
         steps = method.steps()
         iterations = max(step.every for step in steps)
-        if isinstance(method, DMD2):
-            bare = _bare_dmd2(trainer, method)
-        else:
-            bare = (
-                _bare_boot(trainer, method)
-                if isinstance(method, Boot)
-                else _bare_consistency(trainer, method.config.teacher_steps)
-            )
+        match method:
+            case DMD2():
+                bare = _bare_dmd2(trainer, method)
+            case Boot():
+                bare = _bare_boot(trainer, method)
+            case _:
+                bare = _bare_consistency(trainer, method)
 
         def whole() -> None:
             for trainer.iteration in range(iterations):
