@@ -17,7 +17,7 @@ from fewstep.evaluate.distances import (
     kernel_distance,
     precision_recall,
 )
-from fewstep.evaluate.frechet import Moments, frechet_distance, moments
+from fewstep.evaluate.frechet import Moments, frechet_distance, moments, warn_few
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -183,15 +183,47 @@ def test_rank_one_covariances_have_their_closed_form() -> None:
     u, w = draw(1, 40, 0)[0], draw(1, 40, 1)[0]
     zero = torch.zeros(40).double()
     a, b = Moments(zero, u.outer(u), None), Moments(zero, w.outer(w), None)
-    # The root of rank one loses half of the digits: the tolerance is relative to the traces.
     wanted = float(u @ u + w @ w - 2 * (u @ w).abs())
-    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-5)
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-12)
+    assert frechet_distance(a, Moments(zero, torch.zeros(40, 40).double(), None)) == pytest.approx(float(u @ u))
 
 
-def test_fewer_images_than_dimensions_give_a_finite_distance() -> None:
-    few, other = moments(draw(10, 64, 0)), moments(draw(12, 64, 1))
-    assert math.isfinite(frechet_distance(few, other)) and frechet_distance(few, other) > 0
-    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize(("n", "m"), [(10, 12), (50, 30), (20, 500), (500, 20)])
+def test_fewer_images_than_dimensions_give_a_warning_and_the_exact_distance(
+    n: int, m: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the features themselves: tr sqrt(A B) is the nuclear norm of X' Y, each centred and over sqrt(count - 1)."""
+    warn_few.cache_clear()
+    x, y = draw(n, 64, 0), draw(m, 64, 1, shift=0.1)
+    u, v = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y))
+    wanted = (x.mean(0) - y.mean(0)).square().sum() + u.square().sum() + v.square().sum()
+    wanted -= 2 * torch.linalg.matrix_norm(u @ v.T, "nuc")
+    for _ in range(2):
+        assert frechet_distance(moments(x), moments(y)) == pytest.approx(float(wanted), rel=1e-10)
+    assert frechet_distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-10)
+    warned = f"a covariance of {min(n, m)} images in 64 dimensions is singular"
+    assert caplog.text.count(warned) == 1  # once in a process
+
+
+def test_statistics_of_unknown_origin_that_are_singular_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    few, other = moments(draw(10, 64, 0)), moments(draw(100, 64, 1))
+    unknown = Moments(few.mean, few.covariance, None)
+    assert frechet_distance(unknown, other) == pytest.approx(frechet_distance(few, other), rel=1e-12)
+    assert "a covariance in 64 dimensions has rank 9: too few images, or features that never vary" in caplog.text
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_moments_that_are_not_finite_give_no_distance(value: float) -> None:
+    """A Python max(0, nan) would be 0."""
+    good = moments(draw(20, 3, 0))
+    broken = Moments(good.mean.clone(), good.covariance.clone(), 20)
+    broken.mean[1] = value
+    for pair in ((good, broken), (broken, good)):
+        with pytest.raises(ValueError, match="not finite"):
+            frechet_distance(*pair)
+    broken = Moments(good.mean, good.covariance * value, None)
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(good, broken)
 
 
 @pytest.mark.parametrize("count", [None, 1000])

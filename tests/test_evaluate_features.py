@@ -10,9 +10,9 @@ import torch
 from inception import random_inception
 from torch import Tensor, nn
 
-from fewstep.evaluate import FrechetDistance, load_features, load_moments
+from fewstep.evaluate import FrechetDistance, ImageFeatures, load_features, load_moments
 from fewstep.evaluate.clip_score import ClipScore, load_clip, load_open_clip
-from fewstep.evaluate.features import features_identity
+from fewstep.evaluate.features import Preprocess, features_identity
 from fewstep.evaluate.frechet import moments
 from fewstep.evaluate.inception import FILES, clean_resize
 from fewstep.evaluate.protocol import ClipScoring, Comparison, View
@@ -73,6 +73,33 @@ def test_clean_resizing_is_pils_on_floats() -> None:
             picture = Image.fromarray(source[0, channel].numpy().astype(np.float32), mode="F")
             wanted = np.asarray(picture.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
             assert np.abs(got[channel].numpy() - wanted).max() < 0.01
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("size", [(32, 32), (200, 200), (480, 640), (640, 425), (100, 151)])
+def test_a_folders_preprocessing_is_that_of_transformers(size: tuple[int, int], resample: int) -> None:
+    """Smaller and larger than the network's side, not square: PIL's, but for its rounding after each of its two passes."""
+    from PIL import Image
+    from transformers import CLIPImageProcessorPil
+
+    config: dict[str, Any] = {
+        "size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True,
+        "resample": resample, "image_mean": [0.0] * 3, "image_std": [1 / 255] * 3,
+    }  # fmt: skip
+    small = np.random.RandomState(0).randint(0, 256, (12, 12, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize(size[::-1], Image.Resampling.BICUBIC)
+    wanted = CLIPImageProcessorPil(**config)(images=picture, return_tensors="pt").pixel_values[0]
+    got = Preprocess(config)(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])[0]
+    assert got.shape == wanted.shape == (3, 224, 224)
+    assert (got - wanted).abs().mean() < 0.35 and (got - wanted).abs().max() < 3  # of 255
+
+
+def test_features_that_are_not_finite_are_told(images: Tensor) -> None:
+    broken = ImageFeatures("broken", lambda x: {"features": x.float().mean((2, 3)) * torch.nan}, nn.Identity())
+    with pytest.raises(ValueError, match="features 'broken' of these images are not finite"):
+        collect(images, broken)
+    with pytest.raises(ValueError, match="CLIP score is not finite"):
+        ClipScore(load_clip("fashion")).update(torch.tensor([0.5, float("nan")]))
 
 
 def test_inception_is_found_in_the_librarys_cache_or_by_the_variable(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.options import PIPELINE_HELP, add_drawing, add_guidance, at_least, load_pipeline
+from fewstep.commands.options import PIPELINE_HELP, add_drawing, add_guidance, at_least, load_pipeline, one_progress_bar
 from fewstep.commands.protocol import add_protocol, protocol_of
 
 
@@ -22,6 +22,7 @@ def compare(args: argparse.Namespace) -> None:
     from fewstep.evaluate.protocol import View
     from fewstep.evaluate.reference import subjects
 
+    one_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = protocol.comparisons[0] if protocol.comparisons else None
     features = load_features(first.features if first else "fashion").to(device)

@@ -13,12 +13,17 @@ from fewstep.commands.options import (
     check_output,
     guidance,
     load_pipeline,
+    one_progress_bar,
 )
 from fewstep.commands.protocol import add_protocol, protocol_of
 
 
 def evaluate(args: argparse.Namespace) -> None:
     check_output(args.output)
+    drawn = _is_pipeline(args.pipeline)
+    if not drawn and (args.keep is not None or args.guidance_scale is not None):
+        raise ValueError(f"{args.pipeline} holds images, of which none is drawn: leave out --keep and --guidance-scale")
+    one_progress_bar()
     name, protocol, given = protocol_of(args, args.num_images)
     # What is missing is told before any weight loads.
     from fewstep.evaluate import describe_protocol, evaluate_images, evaluate_protocol, format_table, write_report
@@ -28,7 +33,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     accelerator = Accelerator()
     model = args.name or args.pipeline
-    if _is_pipeline(args.pipeline):
+    if drawn:
         rows = evaluate_protocol(
             load_pipeline(args.pipeline, args.dtype, accelerator.device),
             protocol,

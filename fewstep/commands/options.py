@@ -13,22 +13,32 @@ if TYPE_CHECKING:
 PIPELINE_HELP = f"folder or hub id of a diffusers pipeline, or an embedded one: {', '.join(ASSETS)}"
 
 
+def one_progress_bar() -> None:
+    """Leaves that of the images, of all that would show one."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
     """A pipeline on its device; SystemExit, in one sentence, for one that cannot be loaded."""
     import torch
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
 
-    # The one progress bar is that of the images.
-    logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    one_progress_bar()
     path = str(asset_path(name) / "pipeline") if name in ASSETS else name
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     try:
         return DiffusionPipeline.from_pretrained(path, dtype=dtypes[dtype]).to(device)
     # A broken folder ends in any of these, according to what is broken.
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
+        if name not in ASSETS and not Path(name).exists():
+            hint = f"; `hf download {name}` puts a pipeline of the hub into its cache" if name.count("/") == 1 else ""
+            raise SystemExit(
+                f"pipeline {name!r} is neither a folder nor to be had from the hub or its cache{hint}"
+            ) from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise SystemExit(f"pipeline {name!r} cannot be loaded as a folder or from the hub: {reason}") from None
 

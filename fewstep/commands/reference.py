@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.commands.options import add_drawing, add_guidance, at_least, check_output, load_pipeline
+from fewstep.commands.options import add_drawing, add_guidance, at_least, check_output, load_pipeline, one_progress_bar
 from fewstep.commands.protocol import asked
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def reference(args: argparse.Namespace) -> None:
     from fewstep.evaluate.reference import collect, real_images
     from fewstep.evaluate.statistics import Statistics, save_statistics
 
+    one_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = real_images(args.source) if args.steps is None else _drawn(args, device)
     made = collect(tqdm(images, unit="image"), load_features(features).to(device), view, keep=not args.moments_only)

@@ -164,6 +164,8 @@ class ClipScore(Metric):
         cosines = (self.cosines(images, prompts) if images.dtype == torch.uint8 else images).double()
         if cosines.ndim != 1:
             raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+        if not cosines.isfinite().all():
+            raise ValueError("a CLIP score is not finite")
         self.sum += (self.scoring.scale * (cosines.clamp(min=0) if self.scoring.clamp else cosines)).sum()
         self.count += len(cosines)
 

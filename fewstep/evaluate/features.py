@@ -27,7 +27,7 @@ def _pair(size: Any) -> tuple[int, int]:
 class Preprocess(nn.Module):
     """What a folder's image processor does, batched: uint8 [B, 3, H, W] -> float32 [B, 3, h, w].
 
-    Resizing is not rounded to uint8 afterwards, and is antialiased where it shrinks.
+    Resizing is PIL's, but not rounded to uint8 afterwards.
     """
 
     mean: Tensor
@@ -52,8 +52,8 @@ class Preprocess(nn.Module):
             case None:
                 return height, width
             case {"shortest_edge": int(edge)}:
-                scale = edge / min(height, width)
-                return round(height * scale), round(width * scale)
+                short = min(height, width)
+                return edge * height // short, edge * width // short  # the longer side rounded down, as theirs is
             case size:
                 return _pair(size)
 
@@ -65,8 +65,8 @@ class Preprocess(nn.Module):
             if self.mode == "nearest-exact":
                 x = F.interpolate(x, size=target, mode=self.mode)
             else:
-                shrinks = target[0] < height or target[1] < width
-                x = F.interpolate(x, size=target, mode=self.mode, align_corners=False, antialias=shrinks)
+                # Also where it enlarges: torch's other bicubic is of another cubic (-0.75) than PIL's (-0.5).
+                x = F.interpolate(x, size=target, mode=self.mode, align_corners=False, antialias=True)
             # Bicubic overshoots.
             x = x.clamp(0, 255)
         if self.crop is not None:
@@ -110,6 +110,8 @@ class ImageFeatures(nn.Module):
         if values["features"].ndim != 2 or len(values["features"]) != len(images):
             shape = list(values["features"].shape)
             raise ValueError(f"features {self.name!r} of {len(images)} images have the shape {shape}, not [B, D]")
+        if not all(value.isfinite().all() for value in values.values()):
+            raise ValueError(f"features {self.name!r} of these images are not finite")
         return values
 
     def forward(self, images: Tensor) -> Tensor:

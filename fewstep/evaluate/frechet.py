@@ -3,6 +3,8 @@
 Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium".
 """
 
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from fewstep.evaluate.features import ImageFeatures
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,43 @@ def moments(features: Tensor) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), in float64."""
+    """|mean_a - mean_b|^2 + tr(A + B - 2 sqrt(A B)), in float64; a warning where A or B has fewer images than would fill it.
+
+    Raises ValueError for moments of two numbers of dimensions, or that are not finite.
+    """
+    for m in (a, b):
+        warn_few(m.count, len(m.mean))
+    return _distance(a, b)
+
+
+@functools.cache
+def warn_few(count: int | None, dimensions: int) -> None:
+    """Says once in a process that so many images leave directions of the features without variance; None is not known."""
+    if count is not None and count <= dimensions:
+        log.warning(
+            "a covariance of %d images in %d dimensions is singular: compare FID with that of as many images only",
+            count,
+            dimensions,
+        )
+
+
+def _distance(a: Moments, b: Moments) -> float:
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: "
             "the reference was made with another feature extractor"
         )
-    root = _root(a)
-    # tr sqrt(A B) = tr sqrt(R' B R) with A = R R', whose argument is symmetric: no complex parts, even where it is singular.
-    product = root.T @ b.covariance @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    if not all(v.isfinite().all() for m in (a, b) for v in (m.mean, m.covariance)):
+        raise ValueError("a mean or a covariance of image features is not finite")
+    (root, full), (other, other_full) = _root(a), _root(b)
+    if full and other_full:
+        # tr sqrt(A B) = tr sqrt(R' B R) with A = R R', whose argument is symmetric: no complex parts.
+        product = root.T @ b.covariance @ root
+        cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    else:
+        # With B = S S' too these are the singular values of R' S. Not by their squares: the roots of the many that are 0, which
+        # rounding makes 1e-16, would add up to what is seen in the seventh digit.
+        cross = torch.linalg.svdvals(root.T @ other).sum()
     squared = (a.mean - b.mean).square().sum()
     return max(0.0, float(squared + a.covariance.trace() + b.covariance.trace() - 2 * cross))
 
@@ -57,20 +88,32 @@ def frechet_infinity(generated: Tensor, real: Moments, *, points: int = 15, seed
         raise ValueError(f"fid_infinity needs at least 20 images, got {n}")
     g = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(min(5000, n // 10), n, points).long().tolist()
-    values = [frechet_distance(moments(generated[torch.randperm(n, generator=g)[:size]]), real) for size in sizes]
+    warn_few(real.count, len(real.mean))
+    values = [_distance(moments(generated[torch.randperm(n, generator=g)[:size]]), real) for size in sizes]
     x, y = 1 / torch.tensor(sizes).double(), torch.tensor(values).double()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return float(y.mean() - slope * x.mean())
 
 
-def _root(m: Moments) -> Tensor:
-    """R with R R' = the covariance: Cholesky's where there were images enough, much quicker than the symmetric one."""
-    if m.count is not None and m.count > len(m.mean):
+def _root(m: Moments) -> tuple[Tensor, bool]:
+    """R [D, r] with R R' = the covariance, and whether it has full rank: then Cholesky's, else its eigenvectors that count."""
+    d = len(m.mean)
+    if m.count is None or m.count > d:
         factor, failed = torch.linalg.cholesky_ex(m.covariance)
         if not failed:
-            return factor
+            return factor, True
     values, vectors = torch.linalg.eigh(m.covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    counts = values > d * torch.finfo(values.dtype).eps * values[-1].clamp(min=0)
+    if m.count is None or m.count > d:
+        _warn_rank(int(counts.sum()), d)
+    return vectors[:, counts] * values[counts].sqrt(), False
+
+
+@functools.cache
+def _warn_rank(rank: int, dimensions: int) -> None:
+    log.warning(
+        "a covariance in %d dimensions has rank %d: too few images, or features that never vary", dimensions, rank
+    )
 
 
 def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:

@@ -76,7 +76,10 @@ def resolve(
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"reference {reference!r}: a file of statistics ends in {' or '.join(SUFFIXES)}")
     if features is None:
-        raise ValueError(f"reference {reference!r} needs features: the folder of the extractor it is compared in")
+        raise ValueError(
+            f"reference {reference!r} needs features: name those that it was made in (--features), such as fashion, inception or "
+            "the folder of a transformers model"
+        )
     return Sources(reference, features, None if clip == "none" else clip, file)
 
 
@@ -303,6 +306,11 @@ def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution
     wanted = {**features_identity(features.name), "view": view_text(c.view)}
     # A real image that is resized may have had any size before.
     if resolution is not None and c.view == View() and loaded.metadata.get("resolution") != "mixed":
+        side = loaded.metadata.get("resolution")
+        if (file.is_dir() or file.suffix == ".parquet") and side != str(resolution):
+            raise ValueError(
+                f"the reference {path} holds images of {side} pixels, and this evaluation is of {resolution}"
+            )
         wanted["resolution"] = str(resolution)
     check_metadata(loaded.metadata, wanted, f"the reference {path}")
     if loaded.moments is None:

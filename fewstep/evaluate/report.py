@@ -148,6 +148,12 @@ def _cell(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _guidance(row: dict[str, Any]) -> str:
+    if row["guidance_scale"] is None:
+        return "-" if row["steps"] is None else "default"  # a folder of images was not drawn here
+    return f"{row['guidance_scale']:g}"
+
+
 COLUMNS = {
     "fid": ("FID", 2),
     "kid": ("KID", 4),
@@ -189,7 +195,7 @@ def format_table(results: list[dict[str, Any]]) -> str:
         (
             str(r["model"]),
             "-" if r["steps"] is None else str(r["steps"]),
-            "default" if r["guidance_scale"] is None else f"{r['guidance_scale']:g}",
+            _guidance(r),
             "-" if r["network_evaluations"] is None else f"{r['network_evaluations']:g}",
             *(_cell(r.get(key), digits) for key, _, digits in figures),
         )

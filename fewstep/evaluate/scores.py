@@ -1,6 +1,5 @@
 """All scores of a protocol, fed batch by batch with what was measured of the images."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,12 @@ from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept, Mean
 from fewstep.evaluate.clip_score import ClipModule, ClipScore, load_scoring
 from fewstep.evaluate.distances import cmmd, density_coverage, kernel_distance, precision_recall
 from fewstep.evaluate.features import ImageFeatures, load_features
-from fewstep.evaluate.frechet import FrechetDistance, check_width, frechet_infinity
+from fewstep.evaluate.frechet import FrechetDistance, check_width, frechet_infinity, warn_few
 from fewstep.evaluate.protocol import NEED_FEATURES, Comparison, Protocol
 from fewstep.evaluate.reference import Given, Subjects, load_reference, reference_path
 from fewstep.evaluate.rewards import Reward, load_reward, reward_weights
 from fewstep.evaluate.statistics import Statistics
 from fewstep.evaluate.view import look
-
-log = logging.getLogger(__name__)
 
 
 class Instruments:
@@ -40,10 +37,9 @@ class Instruments:
             self.lenses.append(same[0] if same else i)
             self.statistics.append(None if path is None else load_reference(path, c, self.networks[i], resolution))
             m = None if self.statistics[i] is None else self.statistics[i].moments  # type: ignore[union-attr]
-            if "fid" in c.metrics and m is not None and protocol.images <= len(m.mean):
-                log.warning(
-                    "FID of %d images in %d dimensions: compare only with the same number", protocol.images, len(m.mean)
-                )
+            if {"fid", "fid_infinity"} & set(c.metrics) and m is not None:
+                for count in (protocol.images, m.count):  # before anything is drawn
+                    warn_few(count, len(m.mean))
         self.clip: ClipModule | None = None if protocol.clip is None else load_scoring(protocol.clip).to(device)
         self.rewards: dict[str, Reward] = {name: load_reward(name).to(device) for name in protocol.rewards}
 
