@@ -8,6 +8,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 from fewstep import checkpoint as ckpt
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import Fashion, load_source
+from fewstep.data import Fashion, Folder, Parquet, load_source
 from fewstep.export import export
 from fewstep.methods.base import Batch
 from fewstep.methods.boot import Boot
@@ -101,46 +103,89 @@ def test_a_taken_place_is_refused(tiny_sd):
 # The loss ---------------------------------------------------------------------------------------------------------------
 
 
-def written_out(method, teacher, nets, batch, z, segment, index, scale):
-    """The loss for one sample at a time: jump, teacher's DDIM step, and the x0 whose jump from z lands there."""
-    schedule, grid, n = teacher.schedule, method.grid, method.config.n_sub
+def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=None):
+    """The loss for one sample at a time: jump, the teacher's steps there, and the x0 whose jump from z lands where they do."""
+    schedule, grid, n, m = teacher.schedule, method.grid, method.config.n_sub, method.config.m_teacher
+    uncond = batch.uncond if uncond is None else uncond
+    embedded = torch.tensor([scale]) if method.embedded else None
 
     def coefficients(t):
         return [v.double().item() for v in schedule(torch.tensor([int(t)]))]
 
     total = []
     for i in range(batch.size):
-        x, tau = z[i : i + 1], grid[segment[i], 0]
-        t, s = grid[segment[i], index[i]], grid[segment[i], index[i] + 1]
-        (aa, sa), (at, st), (as_, ss) = (coefficients(u) for u in (tau, t, s))
-        cond = {k: v[i : i + 1] for k, v in batch.cond.items()}
-        uncond = {k: v[i : i + 1] for k, v in batch.uncond.items()}
+        x, tau, first = z[i : i + 1], grid[segment[i], 0], m * int(index[i])
+        aa, sa = coefficients(tau)
+        own_cond, null = ({k: v[i : i + 1] for k, v in c.items()} for c in (batch.cond, uncond))
 
-        def student(step, x=x, tau=tau, cond=cond):
-            return nets["student"](x, tau[None], cond, progress=torch.tensor([step / n])).x0
+        def student(step, x=x, tau=tau, cond=own_cond):
+            return nets["student"](x, tau[None], cond, embedded, progress=torch.tensor([step / n])).x0
 
-        own = student(int(index[i]))
-        x_t = x if index[i] == 0 else at * own + st * (x - aa * own) / sa
-        f = nets["teacher"](x_t, t[None], cond).x0
-        if scale != 1:
-            f_null = nets["teacher"](x_t, t[None], uncond).x0
-            f = f_null + scale * (f - f_null)
-        x_s = as_ * f + ss * (x_t - at * f) / st
-        target = (x_s - ss / sa * x) / (as_ - aa * ss / sa)
-        total.append(((student(int(index[i]) + 1) - target) / sa).square().mean())
+        def f(x, t, cond=own_cond, null=null):
+            found = nets["teacher"](x, t[None], cond).x0
+            if scale != 1:
+                without = nets["teacher"](x, t[None], null).x0
+                found = without + scale * (found - without)
+            return found
+
+        at, st = coefficients(grid[segment[i], first])
+        x_t = x if first == 0 else at * student(first) + st * (x - aa * student(first)) / sa
+        for t, s in pairwise(grid[segment[i], first : first + m + 1]):
+            (at, st), (as_, ss) = coefficients(t), coefficients(s)
+            x0 = f(x_t, t)
+            if method.config.solver == "heun" and s >= 0:
+                x0 = (x0 + f(as_ * x0 + ss * (x_t - at * x0) / st, s)) / 2
+            x_t = as_ * x0 + ss * (x_t - at * x0) / st
+        target = (x_t - ss / sa * x) / (as_ - aa * ss / sa)
+        total.append(((student(first + m) - target) / sa).square().mean())
     return torch.stack(total).mean()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(("steps", "scale"), [(1, 2.0), (1, 1.0)])
-def test_loss_equals_the_formulas(tiny_sd_path, kind, steps, scale):
-    method, teacher = build(tiny_sd_path(kind), steps=steps, guidance_scale=scale)
+@pytest.mark.parametrize("scale", [2.0, 1.0])
+def test_loss_equals_the_formulas(tiny_sd_path, kind, scale):
+    method, teacher = build(tiny_sd_path(kind), guidance_scale=scale)
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
     with torch.no_grad():
         loss = method.loss(nets, batch, z, segment, index)["boot"]
         expected = written_out(method, teacher, nets, batch, z, segment, index, scale)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3 if kind == "epsilon" else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_ddpm_grey"])
+@pytest.mark.parametrize(("solver", "m"), [("heun", 1), ("ddim", 2), ("heun", 4)])
+def test_loss_of_solvers_equals_the_formulas(request, family, solver, m):
+    """The pixel model's last sub-step ends at clean data, where there is no teacher for Heun's second evaluation."""
+    method, teacher = build(request.getfixturevalue(family), solver=solver, m_teacher=m)
+    assert (method.grid[0, -1] == -1) == (family == "tiny_ddpm_grey")
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7]) // m
+    with torch.no_grad():
+        loss = method.loss(nets, batch, z, segment, index)["boot"]
+        expected = written_out(method, teacher, nets, batch, z, segment, index, 1)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"negative_prompt": "a shoe", "guidance_scale": 3.0}, {"guidance_scale": [1.0, 3.0]}]
+)
+def test_loss_of_guidance_equals_the_formulas(tiny_sd, changes):
+    """A negative prompt in the null condition's place; and a scale out of a range, which the student is told."""
+    method, teacher = build(tiny_sd, **changes)
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
+    uncond = teacher.condition(["a shoe"] * 4) if method.config.negative_prompt else None
+    found = {}
+    with torch.no_grad():
+        for scale in (1.5, 3.0):
+            given = torch.full((4,), scale) if method.embedded else None
+            loss = method.loss(nets, batch, z, segment, index, given)["boot"].item()
+            wanted = scale if method.embedded else 3.0
+            expected = written_out(method, teacher, nets, batch, z, segment, index, wanted, uncond).item()
+            assert loss == pytest.approx(expected, rel=1e-3)
+            found[scale] = loss
+    assert (found[1.5] != found[3.0]) == method.embedded
 
 
 def test_loss_of_segments_equals_the_formulas(tiny_sd):
@@ -225,6 +270,7 @@ def test_weights_have_mean_one_and_grow_with_what_is_old(tiny_sd):
         {"steps": 2, "start": "pool", "guidance_scale": [1.0, 3.0], "pool_size": 6},
         {"steps": 2, "start": "renoise"},
         {"steps": 2, "warm_start": 10},
+        {"form": "paper", "guidance_scale": [1.0, 3.0], "distance": "pseudo_huber"},
     ],
     ids=str,
 )
@@ -338,6 +384,22 @@ def test_pool_moves_a_few_states_and_goes_on_from_its_state():
     assert pool.held.z.min() > 4000, "old states never left"
 
 
+def test_warm_start_falls_evenly_from_pool_to_student(tiny_ddpm_grey):
+    method, teacher = build(tiny_ddpm_grey, steps=2, n_sub=2, warm_start=8)
+    nets = nets_for(method)
+    torch.manual_seed(0)
+    used = []
+    for iteration in (0, 4, 8):
+        drawn = []
+        for _ in range(40 if iteration == 4 else 4):
+            method.pool = Pool(4, steps=2, n_sub=2)
+            with torch.no_grad():
+                method._starts(nets, batch_for(teacher, 1, iteration), None, None, None)
+            drawn.append(method.pool.held is not None)
+        used.append(sum(drawn) / len(drawn))
+    assert used[0] == 1 and used[2] == 0 and used[1] == pytest.approx(0.5, abs=0.2)
+
+
 # Schedulers and export --------------------------------------------------------------------------------------------------
 
 
@@ -429,15 +491,19 @@ def test_no_image_is_opened(tiny_sd, tmp_path, monkeypatch):
     def opened(*_):
         raise AssertionError("an image was opened")
 
-    monkeypatch.setattr(Fashion, "get", opened)
-    monkeypatch.setattr("fewstep.fashion.load_idx", opened)
-    monkeypatch.setattr("fewstep.fashion.load_embedded", opened)
-    assert make(tiny_sd, tmp_path / "a", max_iterations=1).fit()
-    # A folder whose images are not images: only their captions count.
+    for what in ("fashion.load_idx", "fashion.load_embedded", "data.decode", "images.decode", "data.check_whole"):
+        monkeypatch.setattr(f"fewstep.{what}", opened)
+    monkeypatch.setattr("PIL.Image.open", opened)
+    for source in (Fashion, Folder, Parquet):
+        monkeypatch.setattr(source, "get", opened)
+    assert make(tiny_sd, tmp_path / "a", max_iterations=1, validate_every=1).fit()
+    # Images that are none: only their captions count.
     (tmp_path / "images" / "a coat").mkdir(parents=True)
     (tmp_path / "images" / "a coat" / "1.png").write_text("no image")
-    data = {"source": "folder", "path": str(tmp_path / "images")}
-    assert make(tiny_sd, tmp_path / "b", max_iterations=1, data=data).fit()
+    pq.write_table(pa.table({"image": [b"no image"] * 2, "text": ["a coat", "a bag"]}), tmp_path / "a.parquet")
+    for source, path in (("folder", tmp_path / "images"), ("parquet", tmp_path / "a.parquet")):
+        data = {"source": source, "path": str(path)}
+        assert make(tiny_sd, tmp_path / source, max_iterations=1, data=data).fit()
 
 
 def test_prompts_or_nothing_are_enough(tiny_sd, tiny_ddpm_grey, tmp_path):
@@ -483,6 +549,28 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
     assert all(torch.equal(v, runs["part"][k]) for k, v in runs["whole"].items())
 
 
+def test_health_is_the_loss_along_the_chain(tiny_sd):
+    """The boundary by itself, then thirds of what follows; and the spread of the segments' starts."""
+    method, teacher = build(tiny_sd, n_sub=9)
+    batch, index = batch_for(teacher), torch.arange(9)
+    method._report(batch, 10.0 ** torch.arange(9), index)
+    found = {name: batch.health[f"loss_{name}"].item() for name in ("boundary", "front", "middle", "back")}
+    expected = {"boundary": 1, "front": 110 / 2, "middle": 111e3 / 3, "back": 111e6 / 3}
+    assert found == pytest.approx(expected)
+    method, teacher = build(tiny_sd, steps=2)
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    index = torch.tensor([0, 0, 3, 7])
+    method.loss(nets, batch, z, torch.zeros(4, dtype=torch.long), index)
+    assert batch.health["start_std"].item() == pytest.approx(z.std().item())
+    with torch.no_grad():
+        t = torch.full((2,), int(method.grid[0, 0]))
+        cond = {k: v[:2] for k, v in batch.cond.items()}
+        edge = nets["teacher"](z[:2], t, cond).x0
+        own = nets["student"](z[:2], t, cond, progress=torch.full((2,), 1 / 8)).x0
+    error = (own - edge).square().mean() / edge.var()
+    assert batch.health["boundary_error"].item() == pytest.approx(error.item(), rel=1e-3)
+
+
 def test_warning_when_the_boundary_is_lost(tiny_sd):
     method, _ = build(tiny_sd)
     assert method.warnings({"boundary_error": 0.6}) == []
@@ -504,6 +592,7 @@ def test_warning_when_the_boundary_is_lost(tiny_sd):
         ({"warm_start": 5}, "warm_start: "),
         ({"form": "paper", "steps": 2}, "form: 'paper'"),
         ({"form": "paper", "weighting": "inv1"}, "form: 'paper'"),
+        ({"form": "paper", "loss_space": "state"}, "loss_space: 'state'"),
         ({"paper": {"t_min": 0.5, "t_max": 0.4}}, "t_min: 0.5"),
     ],
     ids=str,

@@ -91,4 +91,6 @@ class BootConfig(Strict):
             raise ValueError("form: 'paper' is for steps 1, solver ddim and m_teacher 1")
         if self.form == "paper" and self.weighting != "none":
             raise ValueError("form: 'paper' has its own 1 / delta^2; set weighting to none")
+        if self.form == "paper" and self.loss_space != "velocity":
+            raise ValueError(f"loss_space: {self.loss_space!r} is for form anchored; the paper's compares x0")
         return self
