@@ -202,6 +202,19 @@ def test_scale_clamp_and_prefix_of_the_clip_score(images: Tensor) -> None:
     )
 
 
+def test_the_clip_score_does_not_depend_on_the_batch_size(images: Tensor) -> None:
+    """To 1e-9 in float64; float32 rounds otherwise in batches of another size."""
+    prompts = ["a photo of a coat", "a photo of a bag", "", " a, b"] * 10
+    for dtype, tolerance in ((torch.float32, 1e-7), (torch.float64, 1e-9)):
+        clip, scores = load_clip("fashion").to(dtype), []
+        for size in (1, 7, 64):
+            score = ClipScore(clip)
+            for i in range(0, 40, size):
+                score.update(images[:40][i : i + size], prompts[i : i + size])
+            scores.append(float(score.compute()))
+        assert scores == pytest.approx(scores[:1] * 3, rel=tolerance) and scores[0] > 10
+
+
 def test_open_clips_models_score_as_they_do_by_themselves(images: Tensor, tmp_path: Path) -> None:
     open_clip: Any = pytest.importorskip("open_clip")
     config = {
