@@ -48,7 +48,7 @@ def test_sample_writes_a_picture(tmp_path: Path) -> None:
 def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="reference 'coco' is neither bundled"):
         main(["evaluate", "fashion", "--reference", "coco", "--features", "fashion"])
-    with pytest.raises(SystemExit, match=r"pipeline '.*nowhere' cannot be loaded"):
+    with pytest.raises(SystemExit, match=r"pipeline '.*nowhere' is neither a folder nor to be had"):
         main(
             ["sample", str(tmp_path / "nowhere"), "--prompt", "x", "--steps", "1", "--output", str(tmp_path / "x.png")]
         )
