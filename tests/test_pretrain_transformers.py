@@ -15,7 +15,8 @@ from fewstep.methods.consistency import Consistency, ConsistencyConfig
 from fewstep.methods.dmd2 import DMD2, DMD2Config
 from fewstep.pretrain import dit, sd3
 from fewstep.pretrain.config import DiTTraining, SD3Training, training_class
-from fewstep.pretrain.transformer import Latents, load_vae, stratified
+from fewstep.pretrain.loop import stratified
+from fewstep.pretrain.transformer import Latents, load_vae
 from fewstep.teachers import load_teacher
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -135,6 +136,12 @@ def test_draws() -> None:
     assert (x0.mean((1, 2, 3)) - labels).abs().max() < 1e-3 and len(labels.unique()) == 5
     assert 0.8e-3 < (x0 - labels[:, None, None, None]).std() < 1.2e-3
     assert (stratified(8, generator) * 8).long().tolist() == list(range(8))
+
+
+def test_stratified_numbers_stay_below_one() -> None:
+    """One draw in four of this size rounds to n / n in float32, one in hundreds of thousands of a batch's."""
+    generator = torch.Generator().manual_seed(0)
+    assert [int(stratified(2**22, generator).max() * 1000) for _ in range(16)] == [999] * 16
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fewstep.pretrain.autoencoder import encode, load_autoencoder
 from fewstep.pretrain.clip import CAPTIONS, TEMPLATES, caption_ids, load_clip, text_tower
 from fewstep.pretrain.config import DenoiserConfig, TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside, best_device, fit
+from fewstep.pretrain.loop import aside, best_device, fit, stratified
 
 
 def build_unet(config: DenoiserConfig) -> UNet2DConditionModel:
@@ -101,9 +101,7 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         templates = torch.randint(len(TEMPLATES), (n,), generator=generator)
         texts = data.train_labels[i] * len(TEMPLATES) + templates
         texts[torch.rand(n, generator=generator) < settings.empty_prompts] = len(CAPTIONS)
-        # One timestep per equal share of the range: less variance between batches than independent draws.
-        shares = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-        timesteps = (shares * 1000).long()
+        timesteps = (stratified(n, generator) * 1000).long()
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         wanted = noise

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.pretrain.config import DigitsTraining
-from fewstep.pretrain.loop import aside, fit
+from fewstep.pretrain.loop import aside, fit, stratified
 
 
 def load_digits(image_size: int) -> Tensor:
@@ -62,8 +62,7 @@ def run(config: DigitsTraining) -> None:
     def loss(generator: torch.Generator) -> Tensor:
         n = settings.batch_size
         x0 = images[torch.randint(len(images), (n,), generator=generator)]
-        # One timestep per equal share of the range: less variance between batches than independent draws.
-        t = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long()
+        t = (stratified(n, generator) * 1000).long()
         noise = torch.randn(x0.shape, generator=generator)
         predicted = unet(scheduler.add_noise(x0, noise, t), t).sample
         epsilon = config.prediction_type == "epsilon"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.fashion import CLASSES
 from fewstep.pretrain.config import DiTTraining
-from fewstep.pretrain.loop import best_device
-from fewstep.pretrain.transformer import load_latents, load_vae, run_stages, start_at_zero, stratified, train
+from fewstep.pretrain.loop import best_device, stratified
+from fewstep.pretrain.transformer import load_latents, load_vae, run_stages, start_at_zero, train
 
 NULL_LABEL = 1000
 """What DiTPipeline takes for unconditional, whatever the network: so it has 1,000 classes, of which ten are used."""

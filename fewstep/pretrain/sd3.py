@@ -20,8 +20,8 @@ from transformers import (
 from fewstep.fashion import TEMPLATES
 from fewstep.pretrain.clip import CAPTIONS, MAX_TOKENS, load_clip
 from fewstep.pretrain.config import SD3Training
-from fewstep.pretrain.loop import best_device
-from fewstep.pretrain.transformer import ASSET, load_latents, load_vae, run_stages, start_at_zero, stratified, train
+from fewstep.pretrain.loop import best_device, stratified
+from fewstep.pretrain.transformer import ASSET, load_latents, load_vae, run_stages, start_at_zero, train
 
 WIDTH = 128
 """Of the text's tokens: SD3 sets those of two CLIP encoders side by side, here twice the one that there is."""

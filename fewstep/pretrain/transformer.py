@@ -57,11 +57,6 @@ def load_latents(config: TransformerTraining, vae: AutoencoderKL, folder: Path, 
     return Latents((mean - shift) * scale, std * scale, data.train_labels)
 
 
-def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """One number from each n-th of [0, 1): less variance between batches than independent draws."""
-    return (torch.arange(n) + torch.rand(n, generator=generator)) / n
-
-
 def start_at_zero(layers: Iterable[Any]) -> None:
     """Modulations and last layer at zero make each block the identity at first, as in DiT (Peebles & Xie 2023)."""
     for layer in layers:
