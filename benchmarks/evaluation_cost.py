@@ -1,7 +1,8 @@
 """What scoring costs, in pairs that are taken in turn in one process; a ratio's median counts, not a time.
 
-    python benchmarks/evaluation_cost.py frechet [--dimensions 2048] [--rounds 5]
-        The Fréchet distance of two Gaussians against torchmetrics' and torch-fidelity's, on the same moments.
+    python benchmarks/evaluation_cost.py frechet [--dimensions 2048] [--images N] [--rounds 5]
+        The Fréchet distance of two Gaussians against torchmetrics' and torch-fidelity's, on the same moments of N images each
+        (default: twice as many as dimensions).
     python benchmarks/evaluation_cost.py pass [--images 200] [--steps 1] [--rounds 10] [--device cpu]
         `fewstep evaluate fashion` by FID, from the first noise to the distance, against the pipeline's bare calls and the bare
         forwards of the feature network on as many images.
@@ -44,8 +45,9 @@ def frechet(args: argparse.Namespace) -> None:
     from fewstep.evaluate.frechet import frechet_distance, moments
 
     d = args.dimensions
+    n = (args.images or [2 * d])[0]
     scales = (torch.arange(d) + 1.0) ** -0.5  # as Inception's spectrum falls
-    a, b = (moments(torch.randn(2 * d, d) * scales + shift) for shift in (0.0, 0.05))
+    a, b = (moments(torch.randn(n, d) * scales + shift) for shift in (0.0, 0.05))
     arrays = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
     contestants: dict[str, Callable[[], float]] = {
         "fewstep": lambda: frechet_distance(a, b),

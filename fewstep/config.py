@@ -89,7 +89,8 @@ class DataConfig(Strict):
     source: Literal["fashion", "folder", "parquet", "prompts", "labels", "none"]
     """Fashion-MNIST with captions; a folder of images; parquet files; a text file of prompts; bare labels; nothing."""
     path: Path | None = None
-    """Folder, parquet file or folder of them, or text file with one prompt per line; null = the source has none."""
+    """Folder, parquet file or folder of them, owner/name[:split] of either in the hub's cache, or text file with one prompt per
+    line; null = the source has none."""
     num_labels: PositiveInt | None = None
     """Number of classes: conditions are labels 0 ... num_labels - 1; null = captions where there are any."""
     cache_latents: bool = False
@@ -125,7 +126,8 @@ class DataConfig(Strict):
 
 class ReferenceConfig(Strict):
     reference: str = "fashion"
-    """Reference statistics of FID: an asset's name, a file of statistics or a folder of images."""
+    """Reference statistics of FID: an asset's name, a file of statistics, a folder of images, or owner/name[:split] of a data
+    set in the hub's cache."""
     features: str | None = None
     """Features in which the reference was made, as of `fewstep evaluate --features`; null = an asset's own."""
     clip: str | None = None

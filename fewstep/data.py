@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from fewstep import fashion
 from fewstep.config import DataConfig
+from fewstep.hub import dataset_files, is_dataset
 from fewstep.images import check_whole, class_labels, decode, find_metadata, read_metadata, scaled, square
 
 Conditions = Literal["prompt", "label", "none"]
@@ -130,6 +131,7 @@ class Folder(Source):
     has_images = True
 
     def __init__(self, path: Path, image_size: int, num_labels: int | None = None) -> None:
+        path, _ = _here(path)
         if not path.is_dir():
             raise ValueError(f"data.path: found {str(path)!r}, which is not a folder")
         self.path, self.image_size = path, image_size
@@ -185,7 +187,8 @@ class Parquet(Source):
 
         from fewstep.parquet import LazyColumn
 
-        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        path, shards = _here(path)
+        files = shards or (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])
         if not files or not files[0].exists():
             raise ValueError(f"data.path: no parquet file at {path}")
         known = ("image", "text", "label")
@@ -296,6 +299,11 @@ class Selected(Source):
         outer = {self.kept[i]: i for i in indices}
         found = self.source.broken(list(outer), thorough, quiet)
         return {outer[i]: problem for i, problem in found.items()}
+
+
+def _here(path: Path) -> tuple[Path, list[Path]]:
+    """A path as it is; of a data set of the hub, its folder on this machine and the parquet files of its split."""
+    return dataset_files(str(path), "data.path") if is_dataset(str(path)) else (path, [])
 
 
 LIMIT_SEED = 0

@@ -335,7 +335,7 @@ def test_a_folder_of_images_is_a_reference(features: Any, images: Tensor, tmp_pa
 
 
 def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="are not bundled, so give the path of its statistics"):
+    with pytest.raises(ValueError, match="nor a path: give that of its statistics"):
         resolve("coco")
     with pytest.raises(ValueError, match="needs features"):
         resolve(str(reference_file))

@@ -188,21 +188,41 @@ def test_rank_one_covariances_have_their_closed_form() -> None:
     assert frechet_distance(a, Moments(zero, torch.zeros(40, 40).double(), None)) == pytest.approx(float(u @ u))
 
 
+def exact(x: Tensor, y: Tensor) -> float:
+    """From the features themselves: tr sqrt(A B) is the nuclear norm of X' Y, each centred and over sqrt(count - 1)."""
+    u, v = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y))
+    squares = (x.mean(0) - y.mean(0)).square().sum() + u.square().sum() + v.square().sum()
+    return float(squares - 2 * torch.linalg.matrix_norm(u @ v.T, "nuc"))
+
+
 @pytest.mark.parametrize(("n", "m"), [(10, 12), (50, 30), (20, 500), (500, 20)])
 def test_fewer_images_than_dimensions_give_a_warning_and_the_exact_distance(
     n: int, m: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the features themselves: tr sqrt(A B) is the nuclear norm of X' Y, each centred and over sqrt(count - 1)."""
     warn_few.cache_clear()
     x, y = draw(n, 64, 0), draw(m, 64, 1, shift=0.1)
-    u, v = ((f - f.mean(0)) / math.sqrt(len(f) - 1) for f in (x, y))
-    wanted = (x.mean(0) - y.mean(0)).square().sum() + u.square().sum() + v.square().sum()
-    wanted -= 2 * torch.linalg.matrix_norm(u @ v.T, "nuc")
     for _ in range(2):
-        assert frechet_distance(moments(x), moments(y)) == pytest.approx(float(wanted), rel=1e-10)
+        assert frechet_distance(moments(x), moments(y)) == pytest.approx(exact(x, y), rel=1e-10)
     assert frechet_distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-10)
     warned = f"a covariance of {min(n, m)} images in 64 dimensions is singular"
     assert caplog.text.count(warned) == 1  # once in a process
+
+
+@pytest.mark.parametrize(("n", "m", "decay"), [(100, 500, 0.5), (500, 500, 2.0)])
+def test_few_images_in_inceptions_2048_dimensions_have_the_exact_distance(n: int, m: int, decay: float) -> None:
+    scales = (torch.arange(2048) + 1.0).double() ** -decay
+    x, y = draw(n, 2048, 0) * scales, draw(m, 2048, 1) * scales.flip(0).sqrt() * scales
+    assert frechet_distance(moments(x), moments(y)) == pytest.approx(exact(x, y), rel=1e-9)
+
+
+def test_features_that_share_few_directions_have_the_exact_distance() -> None:
+    """Nearly all singular values are 0: as roots of squares they would add up to 1e-6."""
+    x, y = draw(60, 128, 0), draw(60, 128, 1)
+    x[:, 70:], y[:, :64] = 0, 0
+    assert frechet_distance(moments(x), moments(y)) == pytest.approx(exact(x, y), rel=1e-10)
+    apart = y.clone()
+    apart[:, :70] = 0
+    assert frechet_distance(moments(x), moments(apart)) == pytest.approx(exact(x, apart), rel=1e-12)
 
 
 def test_statistics_of_unknown_origin_that_are_singular_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,17 +4,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rewards import small_rewards
 from torch import nn
 
 from fewstep.assets import asset_path
-from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, sample
+from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, load_reward, sample
 from fewstep.evaluate.generate import batches, remaining_batches
 from fewstep.evaluate.keep import Keeper
 from fewstep.evaluate.reference import collect
@@ -26,7 +27,17 @@ NOT_SCORES = ("model", "guidance_scale", "seconds_per_image", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """$FEWSTEP_DATA, here and in the processes that are started, with small rewards."""
+    root = tmp_path_factory.mktemp("data")
+    small_rewards(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_DATA", str(root))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A protocol of 13 images, its prompts and its statistics."""
     path = tmp_path_factory.mktemp("resume")
     (path / "words.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
@@ -41,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "conditions": {"source": "prompts", "file": str(path / "words.jsonl")},
         "comparisons": [c],
         "clip": {"model": "fashion"},
+        "rewards": ["pickscore", "aesthetic"],
     }
     (path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return path
@@ -212,14 +224,17 @@ def sums() -> nn.Module:
 
 
 SIZES = (1, 7, 64)
+EXACT_REWARDS = ("pickscore", "aesthetic", "image_reward")
 
 
 def exact_scores(folder: Path, **options: Any) -> list[dict[str, Any]]:
-    """Scores of 70 images drawn in float64, for every batch size, and the SHA-256 of what was kept of them, in order."""
+    """Scores of 70 images, all in float64, for every batch size, and the SHA-256 of what was kept of them, in order."""
     protocol = load_protocol(str(folder / "exact.yaml"))[1]
     rows = []
     for size in SIZES:
-        row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fewstep.evaluate.scores.load_reward", lambda name: load_reward(name).double())
+            row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
         files = [Keeper.load(file) for file in sorted((folder / f"kept_{size}" / "1_steps").glob("batch_*"))]
         order = torch.tensor([i for file in files for i in file.indices]).argsort()
         kept = torch.cat([file.values["0.features"] for file in files])[order]
@@ -240,9 +255,9 @@ def exact_in_process(rank: int, world: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To 1e-9, where the network is in float64: in float32 another batch size rounds otherwise, by at most one level."""
+    """To 1e-9, where the networks are in float64: in float32 another batch size rounds otherwise, by at most one level."""
     import socket
 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -262,6 +277,7 @@ def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scor
             "images": 70,
             "conditions": {"source": "prompts", "file": str(folder / "words.jsonl")},
             "comparisons": [c],
+            "rewards": list(EXACT_REWARDS),
         }
         (folder / "exact.yaml").write_text(yaml.safe_dump(settings))
         if world == 1:
@@ -278,7 +294,7 @@ def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scor
         assert all(rows == ranks[0] for rows in ranks)
         results += ranks[0]
     assert all(results[0][score] > 0 for score in ("fid", "kid", "cmmd", "diversity"))
-    assert results[0]["inception_score"] > 1
+    assert results[0]["inception_score"] > 1 and all(abs(results[0][reward]) > 1e-3 for reward in EXACT_REWARDS)
     assert len({row.pop("sha256") for row in results}) == 1 and {row.pop("clip_score") for row in results} == {None}
     for row in results[1:]:
         assert row == pytest.approx(results[0], rel=1e-9)

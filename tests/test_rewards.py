@@ -8,62 +8,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rewards import small_rewards
 from torch import Tensor
 
-from fewstep.assets import asset_path
 from fewstep.cli import main
 from fewstep.evaluate import load_clip, load_reward
-from fewstep.evaluate.reward_files import AESTHETIC_CLIP, DOWNLOADS, IMAGE_REWARD_WORDS, PICKSCORE, PICKSCORE_PROCESSOR
+from fewstep.evaluate.reward_files import DOWNLOADS, PICKSCORE, PICKSCORE_PROCESSOR
 from fewstep.fashion import load_embedded
 
 PROMPTS = ["a bag", "", "a very long prompt of words that never ends " * 9]
-
-
-def image_reward_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of ImageReward.pt, in a small size: two layers of width 128, images of 32 pixels."""
-    vision, text, shapes = "blip.visual_encoder", "blip.text_encoder", dict[str, tuple[int, ...]]()
-
-    def linear(name: str, out: int, of: int) -> None:
-        shapes.update({f"{name}.weight": (out, of), f"{name}.bias": (out,)})
-
-    def norm(name: str) -> None:
-        shapes.update({f"{name}.weight": (128,), f"{name}.bias": (128,)})
-
-    shapes |= {f"{vision}.cls_token": (1, 1, 128), f"{vision}.pos_embed": (1, 5, 128)}
-    shapes |= {f"{vision}.patch_embed.proj.weight": (128, 3, 16, 16), f"{vision}.patch_embed.proj.bias": (128,)}
-    for block in (f"{vision}.blocks.{i}" for i in range(2)):
-        norm(f"{block}.norm1")
-        linear(f"{block}.attn.qkv", 384, 128)
-        linear(f"{block}.attn.proj", 128, 128)
-        norm(f"{block}.norm2")
-        linear(f"{block}.mlp.fc1", 512, 128)
-        linear(f"{block}.mlp.fc2", 128, 512)
-    norm(f"{vision}.norm")
-    shapes |= {f"{text}.embeddings.{k}_embeddings.weight": (n, 128) for k, n in (("word", 60), ("position", 64))}
-    norm(f"{text}.embeddings.LayerNorm")
-    for layer in (f"{text}.encoder.layer.{i}" for i in range(2)):
-        for attention in ("attention", "crossattention"):
-            for part in ("self.query", "self.key", "self.value", "output.dense"):
-                linear(f"{layer}.{attention}.{part}", 128, 128)
-            norm(f"{layer}.{attention}.output.LayerNorm")
-        linear(f"{layer}.intermediate.dense", 256, 128)
-        linear(f"{layer}.output.dense", 128, 256)
-        norm(f"{layer}.output.LayerNorm")
-    for i, of, out in ((0, 128, 1024), (2, 1024, 128), (4, 128, 64), (6, 64, 16), (7, 16, 1)):
-        linear(f"mlp.layers.{i}", out, of)
-    return shapes
-
-
-def image_reward_state() -> dict[str, Tensor]:
-    """Weights that numpy draws, so that they are the same wherever the library's numbers were made."""
-    rng = np.random.RandomState(0)
-    state = {}
-    for name, shape in image_reward_shapes().items():
-        scale = 0.3 if len(shape) < 2 or "embed" in name else shape[-1] ** -0.5
-        drawn = scale * rng.standard_normal(shape).astype(np.float32)
-        one = name.endswith("weight") and len(shape) == 1
-        state[name] = torch.from_numpy(drawn + np.float32(one))
-    return state
 
 
 def tiny_images() -> Tensor:
@@ -73,38 +26,11 @@ def tiny_images() -> Tensor:
     )
 
 
-def letters(folder: Path) -> None:
-    """A BERT vocabulary of letters."""
-    alphabet = "abcdefghijklmnopqrstuvwxyz"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *alphabet, *(f"##{letter}" for letter in alphabet)]
-    folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for $FEWSTEP_DATA in which every reward finds a small network where it looks for the real one."""
-    from transformers import CLIPModel
-
     root = tmp_path_factory.mktemp("data")
-    models, clip = root / "models", asset_path("fashion") / "clip"
-    for name in (AESTHETIC_CLIP, PICKSCORE_PROCESSOR):
-        (models / name).parent.mkdir(parents=True, exist_ok=True)
-        (models / name).symlink_to(clip)
-    model = CLIPModel.from_pretrained(clip)
-    with torch.no_grad():
-        model.logit_scale.fill_(1.5)
-    model.save_pretrained(models / PICKSCORE)  # without tokenizer and image processor, as the hub's
-    torch.manual_seed(0)
-    width = model.config.projection_dim
-    head = torch.nn.Sequential(
-        torch.nn.Linear(width, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 4), torch.nn.Linear(4, 1)
-    )
-    torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, models / "head.pth")
-    (models / "head.pth").rename(models / DOWNLOADS["aesthetic"].file)
-    letters(models / IMAGE_REWARD_WORDS)
-    torch.save(image_reward_state(), models / DOWNLOADS["image_reward"].file)
+    small_rewards(root)
     return root
 
 
@@ -206,6 +132,22 @@ def test_the_reward_of_a_clip_is_its_score(images: Tensor) -> None:
     prompts = ["a photo of a bag"] * 10
     wanted = 100 * ClipScore(load_clip("fashion")).cosines(images, prompts)
     torch.testing.assert_close(load_reward("clip@fashion")(images / 255, prompts), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip@fashion", "pickscore", "aesthetic", "image_reward"])
+def test_a_reward_does_not_depend_on_the_batch_size(name: str, found: Path, images: Tensor) -> None:
+    """To 1e-9 in float64; float32 rounds otherwise in batches of another size."""
+    prompts = [PROMPTS[i % 3] for i in range(10)]
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
+        reward = load_reward(name).to(dtype)
+        with torch.no_grad():
+            one, four, all_ = (
+                torch.cat([reward(images[i : i + n] / 255, prompts[i : i + n]) for i in range(0, 10, n)])
+                for n in (1, 4, 64)
+            )
+        assert one.dtype == dtype and one.std() > 0
+        torch.testing.assert_close(four, one, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(all_, one, rtol=tolerance, atol=tolerance)
 
 
 def test_rewards_stand_in_the_report_with_their_weights(

@@ -17,8 +17,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         "--reference",
         action="append",
         metavar="[COMPARISON=]PATH",
-        help="fashion, a .npz or .safetensors of statistics, or a folder of images; with --protocol, where its own lie "
-        "(default: fashion, or the protocol's)",
+        help="fashion, a .npz or .safetensors of statistics, a folder of images, or owner/name[:split] of a data set in the "
+        "hub's cache; with --protocol, where its own lie (default: fashion, or the protocol's)",
     )
     parser.add_argument(
         "--features",

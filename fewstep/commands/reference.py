@@ -78,7 +78,8 @@ def add_reference(commands: Any) -> None:
     r.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of images, parquet file or folder of them, ADM's .npz with arr_0, or fashion; with --steps, a pipeline",
+        help="folder of images, parquet file or folder of them, owner/name[:split] of either in the hub's cache, ADM's .npz with "
+        "arr_0, or fashion; with --steps, a pipeline",
     )
     r.add_argument("--output", type=Path, required=True, help=".npz or .safetensors")
     r.add_argument("--features", metavar="NAME", help="as for evaluate (default: the protocol's, or fashion)")

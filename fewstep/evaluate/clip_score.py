@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 def _embedding(output: Any) -> Tensor:
     # transformers 4 returns the projected embedding, transformers 5 an output that holds it as its pooled output.
     embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return F.normalize(embedding.float(), dim=-1)
+    return F.normalize(embedding if embedding.dtype == torch.float64 else embedding.float(), dim=-1)
 
 
 class ClipModule(nn.Module):
-    """A CLIP with its tokenizer and preprocessing: unit embeddings [B, D] of images and texts, in float32."""
+    """A CLIP with its tokenizer and preprocessing: unit embeddings [B, D] of images and texts, in float32, or its own float64."""
 
     name: str
 

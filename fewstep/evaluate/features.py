@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.assets import ASSETS, asset_path
 from fewstep.evaluate.inception import Inception, inception_weights
-from fewstep.evaluate.protocol import DATA
+from fewstep.hub import DATA, cached
 
 RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that torch has too."""
@@ -130,15 +130,9 @@ def model_folder(name: str, what: str) -> Path:
     known = f"neither one of {', '.join(ASSETS)} nor a folder of a transformers model"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{what} {name!r}: {known}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-        raise ValueError(
-            f"{what} {name!r}: {known}, and not in the hub's cache; `hf download {name}` puts it there"
-        ) from None
+    if (folder := cached(name, "model")) is not None:
+        return folder
+    raise ValueError(f"{what} {name!r}: {known}, and not in the hub's cache; `hf download {name}` puts it there")
 
 
 def features_folder(name: str) -> Path:

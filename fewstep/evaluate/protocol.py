@@ -14,12 +14,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from fewstep import yaml12
 from fewstep.config import Strict
 from fewstep.describe import explain
+from fewstep.hub import DATA
 
 FOLDER = Path(__file__).parent / "protocols"
 """The named protocols; configs/protocols of the repository leads here, so that an installed package has them too."""
-
-DATA = "FEWSTEP_DATA"
-"""Environment variable: the folder with a subfolder of data for each protocol."""
 
 Metric = Literal[
     "fid", "fid_infinity", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"
@@ -82,7 +80,7 @@ class Comparison(Strict):
     metrics: tuple[Metric, ...]
     """Which scores."""
     reference: str | None = None
-    """Statistics of the real images: `fashion`, a file, or a folder of images."""
+    """Statistics of the real images: `fashion`, a file, a folder of images, or owner/name[:split] of a data set of the hub."""
     reference_from: str = ""
     """Where the reference comes from; told where it is missing."""
     nearest_k: PositiveInt = 5

@@ -32,6 +32,7 @@ from fewstep.evaluate.protocol import (
 from fewstep.evaluate.statistics import SUFFIXES, Statistics, check_metadata, load_statistics
 from fewstep.evaluate.view import look
 from fewstep.fashion import CLASSES, caption, load_embedded
+from fewstep.hub import dataset_files, is_dataset
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -40,7 +41,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class Sources:
     """What a comparison is made of, by name: resolved and checked, nothing loaded yet.
 
-    reference: `fashion`, or a .safetensors or .npz file of moments, or a folder of images.
+    reference: `fashion`, or a .safetensors or .npz file of moments, or a folder of images, or a data set of the hub.
     features, clip: `fashion` or a folder; clip is None for no CLIP score.
     prompts: a text file with one prompt a line; None for the captions of `fashion`.
     """
@@ -67,11 +68,12 @@ def resolve(
             raise ValueError(f"reference {reference!r}: this installation lacks its reference.safetensors")
         return Sources(reference, features or reference, clip, file)
     path = Path(reference)
-    if not path.exists():
+    if is_dataset(reference):
+        dataset_files(reference, "reference")
+    elif not path.exists():
         raise ValueError(
-            f"reference {reference!r} is neither bundled ({', '.join(ASSETS)}) nor a path: data sets from the hub "
-            "are not bundled, so give the path of its statistics (.npz with mu and sigma, .safetensors) or of a folder "
-            "of images"
+            f"reference {reference!r} is neither bundled ({', '.join(ASSETS)}) nor a path: give that of its statistics (.npz "
+            "with mu and sigma, .safetensors) or of a folder of images, or owner/name of a data set in the hub's cache"
         )
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ValueError(f"reference {reference!r}: a file of statistics ends in {' or '.join(SUFFIXES)}")
@@ -130,21 +132,24 @@ def _read(file: Path | bytes, where: str) -> Tensor:
         raise ValueError(f"image {where} cannot be read: {e}") from None
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.rglob("*.parquet"))
-    return [path] if path.suffix == ".parquet" else []
+def _files(source: str) -> tuple[list[Path], list[Path]]:
+    """Files of images, and parquet files that hold them, of a path or of a data set of the hub; at most one is not empty."""
+    path = Path(source)
+    if is_dataset(source):
+        path, shards = dataset_files(source, "images")
+        if shards:  # beside which an image is an illustration
+            return [], shards
+    if not path.is_dir():
+        return [], [path] if path.suffix == ".parquet" else []
+    images = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    return images, [] if images else sorted(path.rglob("*.parquet"))
 
 
-def _image_files(path: Path) -> list[Path]:
-    return sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else []
-
-
-def _parquet(path: Path, wanted: Container[int]) -> Iterator[Tensor]:
+def _parquet(files: Sequence[Path], wanted: Container[int]) -> Iterator[Tensor]:
     import pyarrow.parquet as pq
 
     number = 0
-    for file in _parquet_files(path):
+    for file in files:
         parquet = pq.ParquetFile(file)
         if "image" not in parquet.schema_arrow.names:
             raise ValueError(f"{file} has no column image; it has {', '.join(parquet.schema_arrow.names)}")
@@ -160,21 +165,18 @@ EVERY = range(sys.maxsize)
 
 def count_images(source: str) -> int:
     """How many images `real_images` gives. Few are read."""
-    path = Path(source)
-    if source in ASSETS or path.suffix == ".npz":
-        return sum(1 for _ in real_images(source))
-    if files := _image_files(path):
-        return len(files)
-    if (files := _parquet_files(path)) and path.exists():
+    images, shards = ([], []) if source in ASSETS else _files(source)
+    if shards and shards[0].exists():
         import pyarrow.parquet as pq
 
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    return sum(1 for _ in real_images(source))
+        return sum(pq.read_metadata(file).num_rows for file in shards)
+    return len(images) or sum(1 for _ in real_images(source))
 
 
 def real_images(source: str, wanted: Container[int] = EVERY) -> Iterator[Tensor]:
     """uint8 [3, H, W] of every image of a folder, of parquet files, of ADM's .npz, or of the 2,000 of `fashion`, in order.
 
+    source: a path, or owner/name[:split] of a data set of the hub that is on this machine (`fewstep.hub`).
     wanted: numbers of images, of which others are not decoded.
     Raises ValueError for a source without images, and for an image that cannot be read.
     """
@@ -182,18 +184,21 @@ def real_images(source: str, wanted: Container[int] = EVERY) -> Iterator[Tensor]
         yield from (image for i, image in enumerate(torch.from_numpy(load_embedded()[0])) if i in wanted)
         return
     path = Path(source)
-    if not path.exists():
-        raise ValueError(f"{source!r} is neither bundled ({', '.join(ASSETS)}) nor a path of images")
+    if not path.exists() and not is_dataset(source):
+        raise ValueError(
+            f"{source!r} is neither bundled ({', '.join(ASSETS)}) nor a path of images nor owner/name of a data set"
+        )
     if path.suffix == ".npz":
         arrays = load_statistics(path).images
         if arrays is None:
             raise ValueError(f"{path} holds no images (arr_0)")
         yield from (torch.from_numpy(image).permute(2, 0, 1) for i, image in enumerate(arrays) if i in wanted)
         return
-    if files := _image_files(path):
-        yield from (_read(file, str(file)) for i, file in enumerate(files) if i in wanted)
-    elif _parquet_files(path):
-        yield from _parquet(path, wanted)
+    images, shards = _files(source)
+    if images:
+        yield from (_read(file, str(file)) for i, file in enumerate(images) if i in wanted)
+    elif shards:
+        yield from _parquet(shards, wanted)
     else:
         raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}, .parquet, .npz with arr_0)")
 
@@ -271,12 +276,16 @@ def reference_path(protocol: str, c: Comparison, given: Given) -> str | None:
         return None
     path = given.references.get(c.name, c.reference)
     assert path is not None  # the protocol's own validation
+    if path in ASSETS:
+        return path
     option = "--reference" + (f" {c.name}=PATH" if c.name else "")
-    return (
-        path
-        if path in ASSETS
-        else str(find_data(given.folder or protocol, path, c.reference_from, option.removesuffix(" PATH")))
-    )
+    try:
+        return str(find_data(given.folder or protocol, path, c.reference_from, option.removesuffix(" PATH")))
+    except ValueError:
+        if not is_dataset(path):
+            raise
+    dataset_files(path, "reference")
+    return path
 
 
 def stored_moments(asset: str, c: Comparison) -> Moments | None:
@@ -296,7 +305,8 @@ def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution
         made = collect(real_images(path), features, c.view) if wants_features or stored is None else Statistics(None)
         return Statistics(stored or made.moments, made.features)
     file = Path(path)
-    if file.is_dir() or file.suffix == ".parquet":
+    pictures = file.is_dir() or file.suffix == ".parquet" or is_dataset(path)
+    if pictures:
         loaded = collect(real_images(path), features, c.view, keep=wants_features)
     else:
         loaded = load_statistics(file)
@@ -307,7 +317,7 @@ def load_reference(path: str, c: Comparison, features: ImageFeatures, resolution
     # A real image that is resized may have had any size before.
     if resolution is not None and c.view == View() and loaded.metadata.get("resolution") != "mixed":
         side = loaded.metadata.get("resolution")
-        if (file.is_dir() or file.suffix == ".parquet") and side != str(resolution):
+        if pictures and side != str(resolution):
             raise ValueError(
                 f"the reference {path} holds images of {side} pixels, and this evaluation is of {resolution}"
             )

@@ -26,6 +26,7 @@ from fewstep.evaluate.reference import (
     stored_moments,
 )
 from fewstep.evaluate.statistics import SUFFIXES, Statistics, load_statistics
+from fewstep.hub import is_dataset
 
 LIBRARIES = ("torch", "diffusers", "transformers", "torchmetrics")
 
@@ -71,7 +72,10 @@ def _reference(name: str, c: Comparison, given: Given) -> dict[str, Any]:
         return {"reference": path, "reference_images": "all images in the package"}
     file = asset_path(path) / "reference.safetensors" if path in ASSETS else Path(path)
     if not file.is_file():
-        return {"reference": path, "reference_images": "all images of the folder"}
+        return {
+            "reference": path,
+            "reference_images": f"all images of the {'data set' if is_dataset(path) else 'folder'}",
+        }
     statistics = load_statistics(file) if file.suffix in SUFFIXES else Statistics(None)
     known = path in ASSETS or "features" in statistics.metadata
     return {

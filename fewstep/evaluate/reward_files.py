@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.protocol import DATA
+from fewstep.hub import DATA
 
 
 @dataclass(frozen=True)

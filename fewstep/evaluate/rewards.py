@@ -30,7 +30,8 @@ CLIP_PREPROCESSING = {
 
 
 class Reward(nn.Module):
-    """A frozen network's opinion of images: higher is better. It moves with `.to(device)`, and computes in float32.
+    """A frozen network's opinion of images: higher is better. It moves with `.to(device)`, and computes in float32, or after
+    `.double()` in float64.
 
     Images and prompts of a call go where the network is; gradients go back to the images.
     """
@@ -40,7 +41,7 @@ class Reward(nn.Module):
         self.name = name
 
     def forward(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
-        """images [B, 3, H, W] in [0, 1], of any float type, and B prompts -> [B] in float32, differentiable in the images.
+        """images [B, 3, H, W] in [0, 1], of any float type, and B prompts -> [B], differentiable in the images.
 
         Raises ValueError where the numbers differ, or where prompts are None and the reward reads them.
         """

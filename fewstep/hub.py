@@ -1,0 +1,90 @@
+"""What of the hub lies on this machine: models and data sets in its cache, or under $FEWSTEP_DATA. Nothing is downloaded."""
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+DATA = "FEWSTEP_DATA"
+"""Environment variable: the folder with a subfolder of data for each protocol, and with models and data sets."""
+
+DATASET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
+SHARD = re.compile(r"(?:^|[-_])(?:\d+-of-(?P<total>\d+)(?:-[0-9a-f]{16})?|\d{5,})$|^\d+$")
+"""How names of parts end, as in train-00000-of-00004; older ones with a hash after it."""
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+"""Folders of images that are splits."""
+FILES = (".npz", ".safetensors", ".parquet")
+
+
+def cached(name: str, kind: Literal["model", "dataset"]) -> Path | None:
+    """The snapshot of a repository `owner/name` in the hub's cache; None where it has none, or the name is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type=kind, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
+def is_dataset(source: str) -> bool:
+    """Whether `source` is written as a data set of the hub, owner/name or owner/name:split, and is no path that exists."""
+    path = Path(source)
+    return DATASET.fullmatch(source) is not None and path.suffix not in FILES and not path.exists()
+
+
+def dataset_files(source: str, what: str) -> tuple[Path, list[Path]]:
+    """The folder of `owner/name[:split]`, and its parquet files in order; with none, images lie below the folder.
+
+    It is looked for as it stands, under $FEWSTEP_DATA/datasets and in the hub's cache. A split is told by the files' names, as
+    in data/train-00000-of-00004.parquet, after the folder where that is not `data` (`digits/train`), or is a folder of images
+    (`train`, `test`, ...); it may be left out where there is one only.
+
+    Raises ValueError, in one sentence that begins with `what`, for a data set that is not there or not whole, or a split that
+    it does not have.
+    """
+    match = DATASET.fullmatch(source)
+    assert match is not None  # is_dataset
+    name, split = match.groups()
+    told, bring = f"{what} {source!r}", f"`hf download --repo-type dataset {name}`"
+    root = os.environ.get(DATA)
+    places = [Path(name)] + ([Path(root) / "datasets" / name] if root else [])
+    folder = next((place for place in places if place.is_dir()), None) or cached(name, "dataset")
+    if folder is None:
+        raise ValueError(f"{told}: neither a path nor a data set in the hub's cache; {bring} puts it there")
+    if files := sorted(folder.rglob("*.parquet")):
+        groups: dict[str, list[Path]] = {}
+        for file in files:
+            groups.setdefault(_split(file.relative_to(folder)), []).append(file)
+        shards = groups[_chosen(list(groups), split, told, name)]
+        if (whole := max(_total(file) for file in shards)) > len(shards):
+            raise ValueError(f"{told}: {len(shards)} of its {whole} files are here; {bring} brings the others")
+        return folder, shards
+    inner = [sub for place in (folder, folder / "data") if place.is_dir() for sub in sorted(place.iterdir())]
+    splits = {sub.name: sub for sub in inner if sub.is_dir() and sub.name in SPLITS}
+    return (splits[_chosen(list(splits), split, told, name)] if splits or split else folder), []
+
+
+def _split(file: Path) -> str:
+    """What a file is a part of: its name without the number, after its folder."""
+    stem = SHARD.sub("", file.stem)
+    folder = file.parent.relative_to("data") if file.parent.parts[:1] == ("data",) else file.parent
+    return (folder / stem).as_posix()
+
+
+def _total(file: Path) -> int:
+    match = SHARD.search(file.stem)
+    return int((match and match["total"]) or 1)
+
+
+def _chosen(splits: list[str], split: str | None, told: str, name: str) -> str:
+    """The only split, or the one that is called `split` or ends in it."""
+    if split in splits:
+        return str(split)
+    found = splits if split is None else [s for s in splits if s.endswith(f"/{split}")]
+    if len(found) == 1:
+        return found[0]
+    if not splits:
+        raise ValueError(f"{told}: the data set has no splits; {name} is the whole of it")
+    problem = "choose a split, one of" if found else f"there is no split {split!r} among"
+    raise ValueError(f"{told}: {problem} {', '.join(found or splits)}, as {name}:{(found or splits)[0]}")
