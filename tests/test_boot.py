@@ -1,5 +1,6 @@
 """BOOT: its loss against formulas written out, its start, its starts of segments, what it exports, what it never opens."""
 
+import json
 import os
 import subprocess
 import sys
@@ -368,6 +369,7 @@ def test_pool_moves_a_few_states_and_goes_on_from_its_state():
             starts = pool.draw(cross, fresh(100.0 * i))
             # A state carries its own noise and condition, and has made one step for each segment.
             assert torch.equal(starts.z, (starts.cond["c"] + starts.segment[:, None]).expand(-1, 2))
+            assert torch.equal(pool.noise, pool.held.cond["c"][:4].expand(-1, 2))
             found.append(starts)
         return found
 
@@ -477,10 +479,14 @@ def weights(folder, iteration, names=("student", "ema", "student_optimizer")):
     return {f"{f.stem}.{k}": v for f in files for k, v in load_file(f).items()}
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("method", [{"guidance_scale": 2.0}, {"steps": 2, "start": "pool", "pool_size": 6}], ids=str)
 def test_resume_is_exact(tiny_sd, tmp_path, method):
     assert make(tiny_sd, tmp_path / "whole", method).fit()
-    trainer = make(tiny_sd, tmp_path / "again", method)
+    trainer = make(tiny_sd, tmp_path / "again", method, log_every=1)  # nor does it matter how often a run logs
     trainer.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
     trainer.fit()
     whole, again = (weights(tmp_path / name, 4) for name in ("whole", "again"))
@@ -533,7 +539,7 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
             [
                 *launch, "train/boot.py", "--config", "configs/boot_fashion_4step.yaml", f"teacher={tiny_sd}",
                 f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint_every=2", "log_every=1",
-                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=4",
+                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=8",
                 "method.warm_start=3", "method.pool_size=8", "method.optim.decay=constant", *overrides,
             ],
             cwd=ROOT, capture_output=True, text=True,
@@ -546,6 +552,8 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
     assert ckpt.read_json(folder / "state.json")["num_processes"] == 2, "the launch silently used one process"
     pools = [load_file(folder / f"method_{rank}.safetensors")["z"] for rank in (0, 1)]
     assert not torch.equal(*pools)
+    # One process alone draws 4 targets an iteration.
+    assert max(len(line["loss_by_sub_step"]) for line in log_of(tmp_path / "whole")) > 4
     assert all(torch.equal(v, runs["part"][k]) for k, v in runs["whole"].items())
 
 
@@ -569,6 +577,72 @@ def test_health_is_the_loss_along_the_chain(tiny_sd):
         own = nets["student"](z[:2], t, cond, progress=torch.full((2,), 1 / 8)).x0
     error = (own - edge).square().mean() / edge.var()
     assert batch.health["boundary_error"].item() == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, monkeypatch):
+    """Against what each iteration reported: means since the last line, of nothing else, and no zeros."""
+    seen, report = [], Boot._report
+
+    def kept(self, batch, each, index):
+        seen.append((each.tolist(), (2 * index).tolist()))
+        report(self, batch, each, index)
+
+    monkeypatch.setattr(Boot, "_report", kept)
+    changes = {"n_sub": 16, "m_teacher": 2, "boundary_frac": 0.5}
+    assert make(tiny_sd, tmp_path, changes, accumulate=2, batch_size=2, checkpoint_every=4).fit()
+    log = log_of(tmp_path)
+    assert len(seen) == 8 and len(log) == 2
+    for line, calls in zip(log, (seen[:4], seen[4:]), strict=True):
+        expected = {}
+        for losses, places in calls:
+            for loss, place in zip(losses, places, strict=True):
+                expected.setdefault(str(place), []).append(loss)
+        assert 1 < len(expected) < 8
+        wanted = {place: pytest.approx(sum(v) / len(v), rel=1e-5) for place, v in expected.items()}
+        assert line["loss_by_sub_step"] == wanted
+
+
+def test_drift_of_the_pool_is_the_distance_from_the_students_own_states(tiny_sd):
+    method, teacher = build(tiny_sd, steps=3, start="pool", pool_size=6, n_sub=2, guidance_scale=[1.0, 3.0])
+    nets, found = nets_for(method), set()
+    assert method.health(nets, 1) == {}
+    for i in range(12):
+        torch.manual_seed(i)
+        with torch.no_grad():
+            method._starts(nets, batch_for(teacher), None, None, None)
+            before = torch.get_rng_state()
+            figures = method.health(nets, i + 1)
+            assert torch.equal(before, torch.get_rng_state())
+            held, states, own = method.pool.held, [], []
+            for k in (held.segment[:4] > 0).nonzero().flatten().tolist():
+                z = method.pool.noise[k : k + 1]
+                cond = {key: v[k : k + 1] for key, v in held.cond.items()}
+                for j in range(int(held.segment[k])):
+                    p = nets["ema"](z, method.grid[j, :1], cond, held.scale[k : k + 1], torch.ones(1))
+                    z = ode_step(teacher.schedule, p, method.grid[j, -1:])
+                states.append(held.z[k : k + 1])
+                own.append(z)
+        found.add(len(states))
+        if not states:
+            assert figures == {}
+            continue
+        states, own = torch.cat(states), torch.cat(own)
+        expected = (states - own).square().mean() / states.var()
+        assert expected > 1e-4
+        assert figures["pool_drift"].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert len(found) > 1
+
+
+def test_drift_is_logged_while_starts_come_from_a_pool(tiny_sd, tmp_path):
+    for name, method, expected in (
+        ("pool", {"steps": 4, "start": "pool", "pool_size": 4}, [True, True]),
+        ("warm", {"steps": 4, "warm_start": 3, "pool_size": 4}, [True, False]),
+        ("own", {"steps": 2}, [False, False]),
+    ):
+        assert make(tiny_sd, tmp_path / name, method, checkpoint_every=4).fit()
+        log = log_of(tmp_path / name)
+        assert ["pool_drift" in line for line in log] == expected
+        assert all(line["start_std"] > 0 for line in log)
 
 
 def test_warning_when_the_boundary_is_lost(tiny_sd):
