@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -104,7 +105,7 @@ def test_a_taken_place_is_refused(tiny_sd):
 # The loss ---------------------------------------------------------------------------------------------------------------
 
 
-def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=None):
+def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=None, bound=lambda x0: x0):
     """The loss for one sample at a time: jump, the teacher's steps there, and the x0 whose jump from z lands where they do."""
     schedule, grid, n, m = teacher.schedule, method.grid, method.config.n_sub, method.config.m_teacher
     uncond = batch.uncond if uncond is None else uncond
@@ -127,7 +128,7 @@ def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=N
             if scale != 1:
                 without = nets["teacher"](x, t[None], null).x0
                 found = without + scale * (found - without)
-            return found
+            return bound(found)
 
         at, st = coefficients(grid[segment[i], first])
         x_t = x if first == 0 else at * student(first) + st * (x - aa * student(first)) / sa
@@ -187,6 +188,29 @@ def test_loss_of_guidance_equals_the_formulas(tiny_sd, changes):
             assert loss == pytest.approx(expected, rel=1e-3)
             found[scale] = loss
     assert (found[1.5] != found[3.0]) == method.embedded
+
+
+def dynamically(x0):
+    """One sample's x0 by dynamic thresholding at the quantile 0.9, written out."""
+    size = x0.abs().flatten().sort().values
+    place = 0.9 * (len(size) - 1)
+    low, high = size[int(place)], size[int(place) + 1]
+    s = max(1.0, (low + (place - int(place)) * (high - low)).item())
+    return x0.clamp(-s, s) / s
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("static", lambda x0: x0.clamp(-1, 1)), ("dynamic", dynamically)])
+def test_loss_of_thresholds_equals_the_formulas(tiny_ddpm_grey, kind, bound):
+    method, teacher = build(tiny_ddpm_grey, thresholding=kind, threshold_quantile=0.9)
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
+    with torch.no_grad():
+        loss = method.loss(nets, batch, z, segment, index)["boot"].item()
+        expected, free = (
+            written_out(method, teacher, nets, batch, z, segment, index, 1, bound=b).item()
+            for b in (bound, lambda x0: x0)
+        )
+    assert loss == pytest.approx(expected, rel=2e-3) and abs(free / expected - 1) > 0.05
 
 
 def test_loss_of_segments_equals_the_formulas(tiny_sd):
@@ -460,6 +484,31 @@ def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
         assert "others run without an error and draw badly" in (path / "README.md").read_text()
 
 
+def test_a_range_of_guidance_stays_with_the_caller_or_is_folded(tiny_sd):
+    """One evaluation a step whatever the caller asks for; and what the student says of that scale, or of the folded one."""
+    method, teacher = build(tiny_sd, guidance_scale=[1.0, 4.0])
+    student = nets_for(method, perturb=0.05)["student"].eval()
+    z = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    cond, t, s = batch_for(teacher, 1).cond, method.grid[0, :1], method.grid[0, -1:]
+
+    def said(scale):
+        with torch.no_grad():
+            return ode_step(teacher.schedule, student(z, t, cond, torch.tensor([scale]), torch.ones(1)), s)
+
+    assert (said(1.5) - said(3.0)).abs().max() > 1e-2
+    for folded in (None, 3.0):
+        stock = teacher.student_pipeline(student, method.scheduler(), folded)
+        sizes = []
+        stock.unet.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        for scale in (1.5, 3.0):
+            found = stock(
+                "a bag", num_inference_steps=1, guidance_scale=scale, output_type="latent",
+                generator=torch.Generator().manual_seed(3),
+            ).images  # fmt: skip
+            torch.testing.assert_close(found, said(scale if folded is None else folded), atol=1e-4, rtol=1e-4)
+        assert sizes == [1, 1]
+
+
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +568,39 @@ def test_prompts_or_nothing_are_enough(tiny_sd, tiny_ddpm_grey, tmp_path):
     assert make(
         tiny_ddpm_grey, tmp_path / "b", {"thresholding": "static"}, max_iterations=1, data={"source": "none"}
     ).fit()
+
+
+WITHOUT_IMAGES = """
+import runpy, sys
+def refuse(event, args):
+    if event == "open" and str(args[0]).endswith((".png", ".jpg", ".gz", ".parquet")) and args[1] in ("r", "rb"):
+        raise AssertionError(f"opened {args[0]}")
+sys.addaudithook(refuse)
+import fewstep
+assert fewstep.__file__.startswith(sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_without_any_image_source(tiny_sd, tmp_path):
+    """The whole command by a package that has no images, where the operating system would tell of one that is opened."""
+    shutil.copytree(ROOT / "fewstep", tmp_path / "fewstep", ignore=shutil.ignore_patterns("images.parquet", "*.png"))
+    (tmp_path / "prompts.txt").write_text("a bag\na coat\n")
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable, "-c", WITHOUT_IMAGES, str(tmp_path), str(ROOT / "train" / "boot.py"),
+            "--config", str(ROOT / "configs" / "boot_fashion.yaml"), f"teacher={tiny_sd}", f"output_dir={run}",
+            "data.source=prompts", f"data.path={tmp_path / 'prompts.txt'}", "max_iterations=2", "batch_size=2", "log_every=1",
+            "validate_every=1", "checkpoint_every=2", "evaluate=null", "cpu_threads=1", "method.n_sub=4",
+        ],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "pipeline" / "model_index.json").exists() and (run / "samples" / "2.png").exists()
 
 
 @pytest.mark.slow
