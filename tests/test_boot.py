@@ -390,7 +390,7 @@ def test_pool_moves_a_few_states_and_goes_on_from_its_state():
         found = []
         for i in range(first, last):
             torch.manual_seed(i)
-            starts = pool.draw(cross, fresh(100.0 * i))
+            starts = pool.draw(cross, fresh(100.0 * i + 100))
             # A state carries its own noise and condition, and has made one step for each segment.
             assert torch.equal(starts.z, (starts.cond["c"] + starts.segment[:, None]).expand(-1, 2))
             assert torch.equal(pool.noise, pool.held.cond["c"][:4].expand(-1, 2))
