@@ -198,9 +198,11 @@ def _over_training(runs: Sequence[Run]) -> str:
     ):
         cards = []
         for key in group:
-            lines = _log_lines(runs, key)
+            lines, x_label = _log_lines(runs, key), "iteration"
             name = COLUMNS[key][0] if key in COLUMNS and key not in SPEED else key.replace("_", " ")
-            cards.append(_card(name, chart(lines, x_label="iteration", y_label=name)))
+            if not lines:  # figures of several places, such as loss_by_sub_step
+                lines, x_label = _place_lines(runs, key), name.rpartition(" by ")[2]
+            cards.append(_card(name, chart(lines, x_label=x_label, y_label=name)))
             legend += lines
         if any(cards):
             parts.append(f'<p>{heading}</p><div class="cards">{"".join(cards)}</div><br>')
@@ -217,6 +219,19 @@ def _log_lines(runs: Sequence[Run], key: str) -> list[Line]:
         ]
         if points:
             lines.append(Line(run.name, points, _slot(i), dots=len(points) <= 12))
+    return lines
+
+
+def _place_lines(runs: Sequence[Run], key: str) -> list[Line]:
+    """Of each run the figures against their places, as they were at the end and, dashed, in the beginning."""
+    lines = []
+    for i, run in enumerate(runs):
+        records = [r for r in run.log if isinstance(r.get(key), Mapping)]
+        for record in records[:1] * (len(records) > 1) + records[-1:]:
+            last = record is records[-1]
+            name = run.name if last else f"{run.name}, iteration {record['iteration']:,}"
+            points = sorted((float(place), float(value)) for place, value in record[key].items())
+            lines.append(Line(name, points, _slot(i), dashed=not last, dots=len(points) <= 12))
     return lines
 
 

@@ -165,6 +165,7 @@ class Trainer:
                 self.rest()  # after the backward of losses on decoded images
                 for batch in batches:
                     window.add({key: value.detach() for key, value in batch.health.items()})
+                    window.tally(batch.tallies)
                 window.iterations += 1
                 self.iteration += 1
                 bar.update()
@@ -263,9 +264,13 @@ class Trainer:
 
     def _log(self, window: "_Window", bar: Any) -> None:
         c = self.config
+        with torch.no_grad(), self.accelerator.autocast():
+            window.add(self.method.health(self.raw, self.iteration))
         values = {k: float(v) for k, v in window.means().items()}
+        places = {k: seen_means(self.accelerator.reduce(v, "sum")) for k, v in window.tallies.items()}
         count = window.iterations * c.batch_size * c.accumulate * self.accelerator.num_processes
-        record = {"iteration": self.iteration, **values, "images_per_second": round(count / window.seconds(), 2)}
+        record: dict[str, Any] = {"iteration": self.iteration, **values, **places}
+        record["images_per_second"] = round(count / window.seconds(), 2)
         if self.device.type == "cuda":
             record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._record(record)
@@ -396,6 +401,7 @@ class _Window:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.tallies: dict[str, Tensor] = {}
         self.iterations, self.start = 0, time.perf_counter()
 
     def add(self, logs: dict[str, Tensor]) -> None:
@@ -403,11 +409,20 @@ class _Window:
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
 
+    def tally(self, tallies: dict[str, Tensor]) -> None:
+        for key, value in tallies.items():
+            self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
+
     def means(self) -> dict[str, Tensor]:
         return {key: value / self.counts[key] for key, value in self.sums.items()}
 
     def seconds(self) -> float:
         return time.perf_counter() - self.start
+
+
+def seen_means(tally: Tensor) -> dict[str, float]:
+    """Place -> mean, of sums and counts [2, n]; places that were not seen are left out."""
+    return {str(i): total / count for i, (total, count) in enumerate(tally.T.tolist()) if count}
 
 
 def lr_factor(optim: OptimConfig, update: int, updates: int) -> float:

@@ -1,6 +1,8 @@
 """BOOT: its loss against formulas written out, its start, its starts of segments, what it exports, what it never opens."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -103,7 +105,7 @@ def test_a_taken_place_is_refused(tiny_sd):
 # The loss ---------------------------------------------------------------------------------------------------------------
 
 
-def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=None):
+def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=None, bound=lambda x0: x0):
     """The loss for one sample at a time: jump, the teacher's steps there, and the x0 whose jump from z lands where they do."""
     schedule, grid, n, m = teacher.schedule, method.grid, method.config.n_sub, method.config.m_teacher
     uncond = batch.uncond if uncond is None else uncond
@@ -126,7 +128,7 @@ def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=N
             if scale != 1:
                 without = nets["teacher"](x, t[None], null).x0
                 found = without + scale * (found - without)
-            return found
+            return bound(found)
 
         at, st = coefficients(grid[segment[i], first])
         x_t = x if first == 0 else at * student(first) + st * (x - aa * student(first)) / sa
@@ -186,6 +188,29 @@ def test_loss_of_guidance_equals_the_formulas(tiny_sd, changes):
             assert loss == pytest.approx(expected, rel=1e-3)
             found[scale] = loss
     assert (found[1.5] != found[3.0]) == method.embedded
+
+
+def dynamically(x0):
+    """One sample's x0 by dynamic thresholding at the quantile 0.9, written out."""
+    size = x0.abs().flatten().sort().values
+    place = 0.9 * (len(size) - 1)
+    low, high = size[int(place)], size[int(place) + 1]
+    s = max(1.0, (low + (place - int(place)) * (high - low)).item())
+    return x0.clamp(-s, s) / s
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("static", lambda x0: x0.clamp(-1, 1)), ("dynamic", dynamically)])
+def test_loss_of_thresholds_equals_the_formulas(tiny_ddpm_grey, kind, bound):
+    method, teacher = build(tiny_ddpm_grey, thresholding=kind, threshold_quantile=0.9)
+    nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
+    segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
+    with torch.no_grad():
+        loss = method.loss(nets, batch, z, segment, index)["boot"].item()
+        expected, free = (
+            written_out(method, teacher, nets, batch, z, segment, index, 1, bound=b).item()
+            for b in (bound, lambda x0: x0)
+        )
+    assert loss == pytest.approx(expected, rel=2e-3) and abs(free / expected - 1) > 0.05
 
 
 def test_loss_of_segments_equals_the_formulas(tiny_sd):
@@ -365,9 +390,10 @@ def test_pool_moves_a_few_states_and_goes_on_from_its_state():
         found = []
         for i in range(first, last):
             torch.manual_seed(i)
-            starts = pool.draw(cross, fresh(100.0 * i))
+            starts = pool.draw(cross, fresh(100.0 * i + 100))
             # A state carries its own noise and condition, and has made one step for each segment.
             assert torch.equal(starts.z, (starts.cond["c"] + starts.segment[:, None]).expand(-1, 2))
+            assert torch.equal(pool.noise, pool.held.cond["c"][:4].expand(-1, 2))
             found.append(starts)
         return found
 
@@ -458,6 +484,31 @@ def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
         assert "others run without an error and draw badly" in (path / "README.md").read_text()
 
 
+def test_a_range_of_guidance_stays_with_the_caller_or_is_folded(tiny_sd):
+    """One evaluation a step whatever the caller asks for; and what the student says of that scale, or of the folded one."""
+    method, teacher = build(tiny_sd, guidance_scale=[1.0, 4.0])
+    student = nets_for(method, perturb=0.05)["student"].eval()
+    z = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    cond, t, s = batch_for(teacher, 1).cond, method.grid[0, :1], method.grid[0, -1:]
+
+    def said(scale):
+        with torch.no_grad():
+            return ode_step(teacher.schedule, student(z, t, cond, torch.tensor([scale]), torch.ones(1)), s)
+
+    assert (said(1.5) - said(3.0)).abs().max() > 1e-2
+    for folded in (None, 3.0):
+        stock = teacher.student_pipeline(student, method.scheduler(), folded)
+        sizes = []
+        stock.unet.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        for scale in (1.5, 3.0):
+            found = stock(
+                "a bag", num_inference_steps=1, guidance_scale=scale, output_type="latent",
+                generator=torch.Generator().manual_seed(3),
+            ).images  # fmt: skip
+            torch.testing.assert_close(found, said(scale if folded is None else folded), atol=1e-4, rtol=1e-4)
+        assert sizes == [1, 1]
+
+
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
@@ -477,10 +528,14 @@ def weights(folder, iteration, names=("student", "ema", "student_optimizer")):
     return {f"{f.stem}.{k}": v for f in files for k, v in load_file(f).items()}
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("method", [{"guidance_scale": 2.0}, {"steps": 2, "start": "pool", "pool_size": 6}], ids=str)
 def test_resume_is_exact(tiny_sd, tmp_path, method):
     assert make(tiny_sd, tmp_path / "whole", method).fit()
-    trainer = make(tiny_sd, tmp_path / "again", method)
+    trainer = make(tiny_sd, tmp_path / "again", method, log_every=1)  # nor does it matter how often a run logs
     trainer.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
     trainer.fit()
     whole, again = (weights(tmp_path / name, 4) for name in ("whole", "again"))
@@ -515,6 +570,39 @@ def test_prompts_or_nothing_are_enough(tiny_sd, tiny_ddpm_grey, tmp_path):
     ).fit()
 
 
+WITHOUT_IMAGES = """
+import runpy, sys
+def refuse(event, args):
+    if event == "open" and str(args[0]).endswith((".png", ".jpg", ".gz", ".parquet")) and args[1] in ("r", "rb"):
+        raise AssertionError(f"opened {args[0]}")
+sys.addaudithook(refuse)
+import fewstep
+assert fewstep.__file__.startswith(sys.argv[1])
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_without_any_image_source(tiny_sd, tmp_path):
+    """The whole command by a package that has no images, where the operating system would tell of one that is opened."""
+    shutil.copytree(ROOT / "fewstep", tmp_path / "fewstep", ignore=shutil.ignore_patterns("images.parquet", "*.png"))
+    (tmp_path / "prompts.txt").write_text("a bag\na coat\n")
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable, "-c", WITHOUT_IMAGES, str(tmp_path), str(ROOT / "train" / "boot.py"),
+            "--config", str(ROOT / "configs" / "boot_fashion.yaml"), f"teacher={tiny_sd}", f"output_dir={run}",
+            "data.source=prompts", f"data.path={tmp_path / 'prompts.txt'}", "max_iterations=2", "batch_size=2", "log_every=1",
+            "validate_every=1", "checkpoint_every=2", "evaluate=null", "cpu_threads=1", "method.n_sub=4",
+        ],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "pipeline" / "model_index.json").exists() and (run / "samples" / "2.png").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
     launch = [
@@ -533,7 +621,7 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
             [
                 *launch, "train/boot.py", "--config", "configs/boot_fashion_4step.yaml", f"teacher={tiny_sd}",
                 f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint_every=2", "log_every=1",
-                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=4",
+                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=8",
                 "method.warm_start=3", "method.pool_size=8", "method.optim.decay=constant", *overrides,
             ],
             cwd=ROOT, capture_output=True, text=True,
@@ -546,6 +634,8 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
     assert ckpt.read_json(folder / "state.json")["num_processes"] == 2, "the launch silently used one process"
     pools = [load_file(folder / f"method_{rank}.safetensors")["z"] for rank in (0, 1)]
     assert not torch.equal(*pools)
+    # One process alone draws 4 targets an iteration.
+    assert max(len(line["loss_by_sub_step"]) for line in log_of(tmp_path / "whole")) > 4
     assert all(torch.equal(v, runs["part"][k]) for k, v in runs["whole"].items())
 
 
@@ -569,6 +659,72 @@ def test_health_is_the_loss_along_the_chain(tiny_sd):
         own = nets["student"](z[:2], t, cond, progress=torch.full((2,), 1 / 8)).x0
     error = (own - edge).square().mean() / edge.var()
     assert batch.health["boundary_error"].item() == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, monkeypatch):
+    """Against what each iteration reported: means since the last line, of nothing else, and no zeros."""
+    seen, report = [], Boot._report
+
+    def kept(self, batch, each, index):
+        seen.append((each.tolist(), (2 * index).tolist()))
+        report(self, batch, each, index)
+
+    monkeypatch.setattr(Boot, "_report", kept)
+    changes = {"n_sub": 16, "m_teacher": 2, "boundary_frac": 0.5}
+    assert make(tiny_sd, tmp_path, changes, accumulate=2, batch_size=2, checkpoint_every=4).fit()
+    log = log_of(tmp_path)
+    assert len(seen) == 8 and len(log) == 2
+    for line, calls in zip(log, (seen[:4], seen[4:]), strict=True):
+        expected = {}
+        for losses, places in calls:
+            for loss, place in zip(losses, places, strict=True):
+                expected.setdefault(str(place), []).append(loss)
+        assert 1 < len(expected) < 8
+        wanted = {place: pytest.approx(sum(v) / len(v), rel=1e-5) for place, v in expected.items()}
+        assert line["loss_by_sub_step"] == wanted
+
+
+def test_drift_of_the_pool_is_the_distance_from_the_students_own_states(tiny_sd):
+    method, teacher = build(tiny_sd, steps=3, start="pool", pool_size=6, n_sub=2, guidance_scale=[1.0, 3.0])
+    nets, found = nets_for(method), set()
+    assert method.health(nets, 1) == {}
+    for i in range(12):
+        torch.manual_seed(i)
+        with torch.no_grad():
+            method._starts(nets, batch_for(teacher), None, None, None)
+            before = torch.get_rng_state()
+            figures = method.health(nets, i + 1)
+            assert torch.equal(before, torch.get_rng_state())
+            held, states, own = method.pool.held, [], []
+            for k in (held.segment[:4] > 0).nonzero().flatten().tolist():
+                z = method.pool.noise[k : k + 1]
+                cond = {key: v[k : k + 1] for key, v in held.cond.items()}
+                for j in range(int(held.segment[k])):
+                    p = nets["ema"](z, method.grid[j, :1], cond, held.scale[k : k + 1], torch.ones(1))
+                    z = ode_step(teacher.schedule, p, method.grid[j, -1:])
+                states.append(held.z[k : k + 1])
+                own.append(z)
+        found.add(len(states))
+        if not states:
+            assert figures == {}
+            continue
+        states, own = torch.cat(states), torch.cat(own)
+        expected = (states - own).square().mean() / states.var()
+        assert expected > 1e-4
+        assert figures["pool_drift"].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert len(found) > 1
+
+
+def test_drift_is_logged_while_starts_come_from_a_pool(tiny_sd, tmp_path):
+    for name, method, expected in (
+        ("pool", {"steps": 4, "start": "pool", "pool_size": 4}, [True, True]),
+        ("warm", {"steps": 4, "warm_start": 3, "pool_size": 4}, [True, False]),
+        ("own", {"steps": 2}, [False, False]),
+    ):
+        assert make(tiny_sd, tmp_path / name, method, checkpoint_every=4).fit()
+        log = log_of(tmp_path / name)
+        assert ["pool_drift" in line for line in log] == expected
+        assert all(line["start_std"] > 0 for line in log)
 
 
 def test_warning_when_the_boundary_is_lost(tiny_sd):

@@ -167,6 +167,21 @@ def test_a_student_that_is_the_teacher_draws_as_the_teacher(changes: dict[str, A
     assert torch.equal(found, teacher_samples(method.teacher, z, method.config.steps))
 
 
+def test_the_loss_falls_from_front_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the log has of every sub-step: the first targets are learnt while the last ones still wait for those before."""
+    seen, report = [], Boot._report
+
+    def kept(self: Boot, batch: Batch, each: Tensor, index: Tensor) -> None:
+        report(self, batch, each, index)
+        seen.append(batch.tallies["loss_by_sub_step"])
+
+    monkeypatch.setattr(Boot, "_report", kept)
+    train(240, 256, n_sub=16)
+    first, last = (torch.stack(part).sum(0) for part in (seen[:60], seen[-60:]))
+    left = (last[0] / last[1]) / (first[0] / first[1])
+    assert left[:5].max() < 0.1 and left[-3:].min() > 0.2, left
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps", "share"), [(1, 0.139), (4, 0.262)])
 def test_training_comes_close_to_the_fine_teacher(steps: int, share: float) -> None:

@@ -1,5 +1,7 @@
 """What stock diffusers does to a few-step student that is saved in the obvious way, each beside what BOOT exports instead."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
 )
-from families import build_pixart
+from families import build_dit, build_pixart, build_sd3, build_sdxl
 from torch import Tensor
 
 from fewstep.process import PredictionType, ShiftedFlow, VariancePreserving, ode_step, read
@@ -133,3 +136,45 @@ def test_pixart_cannot_take_one_step_of_dpm_solver(tmp_path: Path) -> None:
     ours: Any = teacher.student_pipeline(teacher.student(progress_embedding=True), teacher.jump_scheduler(1))
     drawn = ours("a bag", num_inference_steps=1, guidance_scale=1.0, output_type="latent").images
     assert drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("build", [partial(build_dit, num_labels=1000), build_pixart, build_sd3, build_sdxl])
+def test_pipelines_guide_by_default(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    """A second half of the batch, unless the caller says no: in SDXL the folder itself does, for the others the card."""
+    teacher = load_teacher(str(build(tmp_path / "teacher")))
+    ours: Any = teacher.student_pipeline(teacher.student(progress_embedding=True), teacher.jump_scheduler(1))
+    inputs = {"prompt": "a bag"} if teacher.conditions == "prompt" else {"class_labels": [3]}
+    said = {} if teacher.call_guidance_scale is None else {"guidance_scale": teacher.call_guidance_scale}
+    assert (said == {}) == (build is build_sdxl)
+    rows = []
+    for pipeline, more in ((teacher.pipeline, {}), (ours, {}), (ours, said)):
+        net = pipeline.unet if build is build_sdxl else pipeline.transformer
+        sizes = []
+
+        def counted(_: Any, args: Any, kwargs: Any, sizes: list[int] = sizes) -> None:
+            sizes.append(len(args[0] if args else kwargs["hidden_states"]))
+
+        handle = net.register_forward_pre_hook(counted, with_kwargs=True)
+        steps = 1 if pipeline is ours else 2
+        pipeline(**inputs, num_inference_steps=steps, output_type="np", **more)
+        handle.remove()
+        rows.append(sizes)
+    assert rows == [[2, 2], [1] if build is build_sdxl else [2], [1]]
+
+
+def test_sdxls_own_scheduler_scales_noise_and_begins_late(tmp_path: Path) -> None:
+    """EulerDiscreteScheduler counts in sigma / alpha: its noise is of another size. One leading step is at t = 1."""
+    teacher = load_teacher(str(build_sdxl(tmp_path / "sdxl")))
+    stock: Any = teacher.pipeline.scheduler
+    own = EulerDiscreteScheduler.from_config(stock.config, timestep_spacing="trailing")
+    for scheduler in (stock, own):
+        scheduler.set_timesteps(1)
+    assert stock.timesteps.tolist() == [1] and own.timesteps.tolist() == [999]
+    assert own.init_noise_sigma == pytest.approx(14.6, abs=0.1)
+    x, _ = noise()
+    for steps in (1, 4):
+        ours: Any = teacher.jump_scheduler(steps)
+        ours.set_timesteps(steps)
+        assert (
+            ours.timesteps[0] == 999 and ours.init_noise_sigma == 1 and torch.equal(ours.scale_model_input(x, 999), x)
+        )

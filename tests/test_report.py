@@ -89,6 +89,22 @@ def test_the_page_of_two_runs_holds_everything_and_loads_nothing(tmp_path: Path)
     assert "<td>0.12</td>" in text and "all runs" in text
 
 
+def test_figures_of_places_are_drawn_against_them(tmp_path: Path) -> None:
+    """At the end, and dashed in the beginning; a run of one line has no beginning."""
+    for name, count in (("long", 3), ("short", 1)):
+        (tmp_path / name).mkdir()
+        lines = [{"iteration": i, "loss_by_place": {"10": 4.0 / i, "2": 8.0}} for i in range(1, count + 1)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main(["report", str(tmp_path / "long"), str(tmp_path / "short"), "--output", str(tmp_path / "r.html")])
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<h3>loss by place</h3>" in text and 'aria-label="loss by place against place"' in text
+    assert re.findall(r"<title>(.*?: .*?)</title>", text) == [
+        "long, iteration 1, place 2: 8", "long, iteration 1, place 10: 4", "long, place 2: 8", "long, place 10: 1.333",
+        "short, place 2: 8", "short, place 10: 4",
+    ]  # fmt: skip
+    assert "<li>" in text and text.count("dashed") >= 3
+
+
 def test_runs_of_other_protocols_are_told_apart(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", protocol="bbbb", teacher=4.0)]
     main(["report", *map(str, runs), "--output", str(tmp_path / "r.html")])

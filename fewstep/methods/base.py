@@ -48,6 +48,8 @@ class Batch:
         generator: on the CPU, in the same state on every process: for draws that all of them must share.
         carried: what one step leaves for the later steps of its iteration.
         health: scalars for the log that are not descended.
+        tallies: what was added up at each of n places, and how often, [2, n]: the log has the means, over all processes, of the
+            places that were seen. Every process has to give the same names.
     """
 
     size: int
@@ -59,6 +61,7 @@ class Batch:
     generator: torch.Generator = field(default_factory=torch.Generator)
     carried: dict[str, Tensor] = field(default_factory=dict)
     health: dict[str, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
     raw: Sequence[Any] = ()
 
     @property
@@ -159,6 +162,13 @@ class Method(ABC):
 
     def rehearse(self) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Stands in for `prepare` where networks have no values and nothing is kept: `fewstep plan`."""
+
+    def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
+        """Scalars that are worth their cost only where a line of the log is written; called there, without gradient.
+
+        They may draw nothing at random: how often a run logs must not change what it learns.
+        """
+        return {}
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""

@@ -5,6 +5,7 @@ what it says itself, without gradient, corrected by one step of the teacher ther
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -179,18 +180,33 @@ class Boot(Method):
         if c.start == "teacher":
             from_teacher(cross, starts)
         else:
-            renoise = c.start == "renoise"
-            from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
+            self._follow(nets, starts)
         return starts
+
+    def _follow(self, nets: Networks, starts: Starts) -> None:
+        """Take noises to the segments' starts as the averaged student does, in place."""
+        renoise = self.config.start == "renoise"
+        from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
 
     # Health -----------------------------------------------------------------------------------------------------------
 
     def _report(self, batch: Batch, each: Tensor, index: Tensor) -> None:
-        """The loss [B] at the start of the chain, and in each third of the rest: it has to fall from front to back."""
+        """The loss [B] at every place of the chain, by the sub-step at which its target begins; and in few words: at the start
+        of the chain, and in each third of the rest."""
+        place = (self.config.m_teacher * index).to(each.device)
+        once = torch.stack([each, torch.ones_like(each)])
+        batch.tallies["loss_by_sub_step"] = once.new_zeros(2, self.config.n_sub).index_add_(1, place, once)
         part = torch.where(index == 0, 0, 1 + 3 * index // self.count)
         for i, name in enumerate(("boundary", "front", "middle", "back")):
             if len(rows := (part == i).nonzero().flatten()):
                 batch.health[f"loss_{name}"] = each[rows.to(each.device)].mean()
+
+    def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
+        """How far the states that the pool is trained on are from those that the student would meet."""
+        if self.config.start != "pool" and iteration > self.config.warm_start:
+            return {}
+        drift = self.pool.drift(partial(self._follow, nets))
+        return {} if drift is None else {"pool_drift": drift}
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         """A boundary error, as a share of x0's variance, that is large and does not fall: the chain lacks its beginning."""

@@ -1,7 +1,7 @@
 """Where the segments of BOOT begin: states that the student or the teacher reaches from pure noise, never from an image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -76,39 +76,67 @@ def from_teacher(cross: Cross, starts: Starts) -> None:
         starts.z[which.to(part.z.device)] = cross(part)
 
 
+WATCHED = 16
+"""States of a pool, at most, whose noise is kept."""
+
+
 class Pool:
     """States of the teacher that are drawn many times while a few of them move on: teacher starts at little cost.
 
     It fills with the first batches' noises; a state that has been at the last segment's start makes room for a new one.
+    The first few states are watched: their noises are kept, for what others would make of them.
     """
 
     def __init__(self, size: int, steps: int, n_sub: int) -> None:
         self.size, self.steps, self.n_sub = size, steps, n_sub
         self.held: Starts | None = None
+        self.noise: Tensor | None = None
 
     def draw(self, cross: Cross, fresh: Starts) -> Starts:
         """As many random states as `fresh` has noises, after that many / n_sub (at least one) moved one segment on."""
         if self.held is None or len(self.held) < self.size:
             self.held = _joined(self.held, fresh, self.size)
+        if self.noise is None:  # no more of them than a batch has, which is what memory was found for
+            self.noise = fresh.z[: min(self.size, WATCHED)].clone()
         held = self.held
         moved = torch.randperm(len(held))[: max(1, len(fresh) // self.n_sub)]
         last = held.segment[moved] == self.steps - 1
         if len(ending := moved[last]):
-            held.put(ending, fresh.rows(torch.arange(len(ending))))
+            new = fresh.rows(torch.arange(len(ending)))
+            held.put(ending, new)
+            watched = (ending < len(self.noise)).nonzero().flatten()
+            self.noise[ending[watched].to(new.z.device)] = new.z[watched.to(new.z.device)]
         if len(going := moved[~last]):
             held.z[going.to(held.z.device)] = cross(held.rows(going))
             held.segment[going] += 1
         return held.rows(torch.randint(len(held), (len(fresh),)))
 
+    def drift(self, follow: Callable[[Starts], None]) -> Tensor | None:
+        """Mean squared distance of the watched states from where `follow` takes their noises, as a share of their variance.
+
+        follow: takes noises to the segments' starts, in place. None as long as all watched states are noise.
+        """
+        if self.held is None or self.noise is None:
+            return None
+        moved = self.held.segment[: len(self.noise)].nonzero().flatten()
+        if len(moved) == 0:
+            return None
+        states = self.held.rows(moved)
+        own = replace(states, z=self.noise[moved.to(states.z.device)])
+        follow(own)
+        return (own.z - states.z).square().mean() / states.z.var()
+
     def state(self) -> dict[str, Tensor]:
-        if self.held is None:
+        if self.held is None or self.noise is None:
             return {}
-        named = {"z": self.held.z, "segment": self.held.segment} | {f"cond.{k}": v for k, v in self.held.cond.items()}
+        named = {"z": self.held.z, "segment": self.held.segment, "noise": self.noise}
+        named |= {f"cond.{k}": v for k, v in self.held.cond.items()}
         return named if self.held.scale is None else named | {"scale": self.held.scale}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
         self.held = Starts(tensors["z"], tensors["segment"].cpu(), cond, tensors.get("scale"))
+        self.noise = tensors["noise"]
 
 
 def _joined(held: Starts | None, fresh: Starts, size: int) -> Starts:
