@@ -226,6 +226,26 @@ def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> 
         torch.testing.assert_close(torch.tensor(drawn[0]), expected, rtol=0, atol=2e-3)
 
 
+def test_networks_whose_weights_wait_in_main_memory_answer_the_same(teacher: Teacher) -> None:
+    """To the bit, and in gradients that pass through; between calls there are none, and they come back as they were."""
+    x, t, cond = noise(teacher).requires_grad_(), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    before = {key: v.clone() for key, v in teacher.denoiser.state_dict().items()}
+    answers: list[Tensor] = []
+    for _ in range(2):
+        answers.append(teacher.denoiser(x, t, cond).x0)
+        answers += torch.autograd.grad(answers[-1].square().mean(), x)
+        if teacher.visited is None:
+            teacher.offload()
+        assert {p.device.type for p in teacher.denoiser.parameters()} == {"meta"}
+        assert teacher.device.type == teacher.null_condition(1)[next(iter(cond))].device.type == "cpu"
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3]) and answers[1].any()
+    with teacher.whole():
+        assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
+    assert next(teacher.denoiser.parameters()).device.type == "meta"
+    teacher.settle()
+    assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
+
+
 def test_features_are_maps(teacher: Teacher) -> None:
     found: list[Tensor] = []
     module = teacher.feature_module(teacher.denoiser)

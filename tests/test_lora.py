@@ -53,8 +53,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-def make(folder: Path, output: Path, method: str, iterations: int = 2, **changes: Any) -> Trainer:
+def make(
+    folder: Path, output: Path, method: str, iterations: int = 2, more: dict[str, Any] | None = None, **changes: Any
+) -> Trainer:
+    """more: changes of the method's settings."""
     kind, config_kind, settings = METHODS[method]
+    settings = settings | (more or {})
     teacher = load_teacher(str(folder))
     if teacher.conditions == "none":
         settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
@@ -412,6 +416,28 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
         assert not [key for key, value in found["off"].items() if not torch.equal(value, found[name][key])]
 
 
+@pytest.mark.parametrize("changes", [{}, {"gan_feature_source": "teacher"}], ids=["critic", "through the teacher"])
+def test_a_teacher_in_main_memory_changes_nothing(
+    changes: dict[str, Any], folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As on a GPU, weights leave after each layer's call; without one the option does nothing."""
+    found = {}
+    for name, leave in (("stays", False), ("leaves", True)):
+        trainer = make(
+            folders("sd"), tmp_path / name, "dmd2", more=changes, student="full", lora=None, offload_teacher=leave
+        )
+        assert not trainer.lends and trainer.teacher.visited is None
+        if leave:
+            trainer.teacher.offload()
+        assert trainer.fit()
+        assert {p.device.type for p in trainer.raw["teacher"].parameters()} == ({"meta"} if leave else {"cpu"})
+        assert "meta" not in {
+            p.device.type for role in ("student", "critic", "ema") for p in trainer.raw[role].parameters()
+        }
+        found[name] = load_file(tmp_path / name / "checkpoints" / "2" / "student.safetensors")
+    assert not [key for key, value in found["stays"].items() if not torch.equal(value, found["leaves"][key])]
+
+
 def test_eight_bit_optimizer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="adamw8bit needs bitsandbytes"):
@@ -458,6 +484,7 @@ def test_settings_of_adapters_belong_to_adapters() -> None:
         ({"lora": {"rank": 4}}, "student is 'full'"),
         ({"student": "lora", "lora": {"base_dtype": "bf16"}}, "set mixed_precision=bf16"),
         ({"student": "lora", "lora": {"rank": 0}}, "greater than 0"),
+        ({"student": "lora", "offload_teacher": True}, "offload_teacher: .* set offload_teacher=false or student=full"),
     ):
         with pytest.raises(ValidationError, match=message):
             RunConfig[DMD2Config].model_validate(values | wrong)

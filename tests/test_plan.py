@@ -152,6 +152,27 @@ def test_lora_roles_share_one_base(tmp_path, tiny_sd):
 
 
 @pytest.mark.slow
+def test_a_teacher_in_main_memory_is_counted_there(tmp_path, tiny_sd):
+    """But for its largest layer; and whole in what differentiates through it, which keeps it."""
+    settings = {"student_update_every": 1, "gan_weight": 0.1}
+    here = planned(tmp_path, "dmd2", tiny_sd, settings)
+    weights = here["roles"]["teacher"]["weights"]
+    away = planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true")
+    assert away["waiting"] == 4 * away["roles"]["teacher"]["parameters"]
+    assert away["roles"]["teacher"]["weights"] == weights - away["waiting"] < weights / 50  # buffers stay
+    assert here["resident"] - away["resident"] == away["waiting"]
+    saved = {phase: size - away["peaks"][phase] for phase, size in here["peaks"].items()}
+    assert saved.pop("start") == 0
+    assert len(set(saved.values())) == 1 and 0.9 * away["waiting"] < saved["student: forward"] < away["waiting"]
+    through = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"}, "offload_teacher=true")
+    assert through["waiting"] == away["waiting"]
+    beside = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"})
+    assert through["peaks"]["student: backward"] == beside["peaks"]["student: backward"]
+    assert through["peaks"]["critic: backward"] < beside["peaks"]["critic: backward"]
+    assert planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true", "--device", "cpu")["waiting"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["consistency", "dmd2", "boot"])
 def test_the_peak_is_that_of_a_real_run(case):
     """Within 10 %; measured in the allocations of torch's profiler."""

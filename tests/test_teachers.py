@@ -112,7 +112,7 @@ def test_missing_weights_are_told(tiny_sd: Path, tmp_path: Path) -> None:
 def test_adapters_that_are_in_the_pipeline_are_distilled(
     build: Callable[[Path], Path], part: str, targets: list[str], tmp_path: Path
 ) -> None:
-    """Fused, they are the teacher, of whole students and of those with adapters of their own; beside the weights they are refused."""
+    """Fused, they are the teacher, of students of either kind; beside the weights they are refused."""
     pipeline: Any = DiffusionPipeline.from_pretrained(build(tmp_path / "plain"))
     pipeline.set_progress_bar_config(disable=True)
     net = getattr(pipeline, part)
