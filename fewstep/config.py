@@ -200,7 +200,7 @@ class RunConfig(Strict, Generic[M]):
     offload: bool = False
     """Text encoders and VAE wait in main memory and visit the GPU while they are called, for time; without a GPU, nothing."""
     offload_teacher: bool = False
-    """The weights of the teacher's network wait in main memory, and each layer's visit the GPU while it is called, for time: all of
+    """Weights of the teacher's network wait in main memory, and a layer's visit the GPU while it is called, for time: all of
     them in every call. Not under adapters, whose base they are; without a GPU, nothing."""
     compile: bool = False
     """Compile the networks (torch.compile); the first iterations then take minutes."""

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import build_ddpm, build_sd
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_families import BUILDERS, METHODS, noise, raw
+from test_families import CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from test_trainer import ROOT, environment
 from torch import Tensor, nn
 
@@ -30,9 +29,6 @@ from fewstep.teachers.base import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
 from fewstep.trainer import Trainer
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {"sd": build_sd, "ddpm": build_ddpm, **BUILDERS}
-UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
-MATRIX = [(family, method) for family in FAMILIES for method in METHODS]
 QUICK = {("sd", "dmd2"), ("ddpm", "boot"), ("dit", "consistency"), ("sd3", "dmd2")}
 EXPORTED = {("sd", "dmd2"), ("sdxl", "consistency"), ("dit", "dmd2")}
 
@@ -47,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         if family not in built:
-            built[family] = FAMILIES[family](tmp_path_factory.mktemp("lora") / family)
+            built[family] = CONTRACT[family](tmp_path_factory.mktemp("lora") / family)
         return built[family]
 
     return folder
@@ -57,11 +53,9 @@ def make(
     folder: Path, output: Path, method: str, iterations: int = 2, more: dict[str, Any] | None = None, **changes: Any
 ) -> Trainer:
     """more: changes of the method's settings."""
-    kind, config_kind, settings = METHODS[method]
-    settings = settings | (more or {})
+    kind, config_kind, _ = METHODS[method]
     teacher = load_teacher(str(folder))
-    if teacher.conditions == "none":
-        settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
+    settings = settings_of(method, teacher) | (more or {})
     data = {"source": "fashion", "limit": 8} | ({"num_labels": 10} if teacher.conditions == "label" else {})
     values = {
         "teacher": str(folder), "output_dir": str(output), "data": data, "max_iterations": iterations, "cpu_threads": 1,
