@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from fewstep.config import DataConfig, RunConfig
+from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data import Raw, Source
+from fewstep.learning import new_optimizer
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
-from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, without_values
+from fewstep.rehearsal import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.teachers.base import Posterior, Teacher
 from fewstep.teachers.prompts import CACHED, CACHED_BYTES
 from fewstep.teachers.unweighted import Within, unweighted_teacher
@@ -138,6 +139,12 @@ def plan(
         return rehearsal.plan(precision, processes)
 
 
+class _Rehearsed(Trainer):
+    @staticmethod
+    def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
+        return EightBitStates(parameters) if o.optimizer == "adamw8bit" else new_optimizer(parameters, o)
+
+
 class _Rehearsal:
     """A trainer on networks without values, and what it was seen to hold and to compute."""
 
@@ -158,7 +165,7 @@ class _Rehearsal:
         if offloads:
             self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
         with without_values():
-            self.trainer = Trainer(config, self.method, self.teacher, source)
+            self.trainer = _Rehearsed(config, self.method, self.teacher, source)
         self.trainer.offloads = offloads
         self.lends = self.config.offload_teacher and device == "cuda"
         # Roles whose backward passes lead through the teacher's network, and so keep its weights on the GPU.

@@ -115,6 +115,8 @@ class Trainer:
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
+    new_optimizer = staticmethod(new_optimizer)
+
     def _prepare_roles(self, roles: dict[str, Role]) -> None:
         student = roles["student"].net
         assert isinstance(student, Denoiser)
@@ -135,7 +137,7 @@ class Trainer:
             else:
                 own.requires_grad_(True)
                 role.net.train()
-                optimizer = new_optimizer(own.parameters, role.optim)
+                optimizer = self.new_optimizer(own.parameters, role.optim)
                 self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(role.net, optimizer)
                 self.updates[name] = 0
             self.raw[name] = role.net
