@@ -118,7 +118,7 @@ class EightBitStates(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
             state, n = self.state[parameter], parameter.numel()
             if parameter.grad is None or state:
