@@ -203,7 +203,8 @@ class RunConfig(Strict, Generic[M]):
     """Weights of the teacher's network wait in main memory, and a layer's visit the GPU while it is called, for time: all of
     them in every call. Not under adapters, whose base they are; without a GPU, nothing."""
     compile: bool = False
-    """Compile the networks (torch.compile); the first iterations then take minutes."""
+    """Compile the networks (torch.compile); the first iterations then take minutes. torch 2.14 fails at a DiT with
+    gradient_checkpointing."""
     cpu_threads: PositiveInt | None = None
     """Threads of each process on a machine without a GPU; null = the machine's cores, shared among its processes."""
     log_every: PositiveInt = 10

@@ -493,19 +493,21 @@ def test_settings_of_adapters_belong_to_adapters() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_compiled_runs_train_resume_and_export(kind: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """With gradients that are computed again; the files are those of plain networks."""
-    changes: dict[str, Any] = {"compile": True, "gradient_checkpointing": True, "student": kind}
+@pytest.mark.parametrize(("family", "kind", "again"), [("dit", "full", False), ("sd", "lora", True)])
+def test_compiled_runs_train_resume_and_export(
+    family: str, kind: str, again: bool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`again`: with activations that are computed again. The files are those of plain networks."""
+    changes: dict[str, Any] = {"compile": True, "gradient_checkpointing": again, "student": kind}
     changes |= {} if kind == "lora" else {"lora": None}
-    whole = make(folders("sd"), tmp_path / "whole", "boot", **changes)
+    whole = make(folders(family), tmp_path / "whole", "boot", **changes)
     before = tensors(whole.raw["student"])
     assert whole.fit()
     assert any(not torch.equal(before[key], v) for key, v in whole.raw["student"].state_dict().items())
-    second = make(folders("sd"), tmp_path / "parts", "boot", **changes)
+    second = make(folders(family), tmp_path / "parts", "boot", **changes)
     second.resume(str(tmp_path / "whole" / "checkpoints" / "1"))
     assert second.fit()
-    plain = make(folders("sd"), tmp_path / "plain", "boot", **changes | {"compile": False})
+    plain = make(folders(family), tmp_path / "plain", "boot", **changes | {"compile": False})
     plain.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
     for name in ("student", "ema"):
         one, two = (
@@ -517,7 +519,7 @@ def test_compiled_runs_train_resume_and_export(kind: str, folders: Callable[[str
     common: dict[str, Any] = {"allowed_steps": own.allowed_steps(), "card": {"method": own.name, "prompt": "a bag"}}
     export(teacher, second.exported_weights(), own.scheduler(), tmp_path / "pipeline", **common)
     if kind == "lora":
-        base = str(folders("sd"))
+        base = str(folders(family))
         export_lora(teacher, second.exported_weights(), own.scheduler(), tmp_path / "lora", base=base, **common)
 
 
