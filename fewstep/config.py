@@ -201,8 +201,12 @@ class RunConfig(Strict, Generic[M]):
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
     offload: bool = False
     """Text encoders and VAE wait in main memory and visit the GPU while they are called, for time; without a GPU, nothing."""
+    offload_teacher: bool = False
+    """Weights of the teacher's network wait in main memory, and a layer's visit the GPU while it is called, for time: all of
+    them in every call. Not under adapters, whose base they are; without a GPU, nothing."""
     compile: bool = False
-    """Compile the networks (torch.compile); the first iterations then take minutes."""
+    """Compile the networks (torch.compile); the first iterations then take minutes. torch 2.14 fails at a DiT with
+    gradient_checkpointing."""
     cpu_threads: PositiveInt | None = None
     """Threads of each process on a machine without a GPU; null = the machine's cores, shared among its processes."""
     log_every: PositiveInt = 10
@@ -233,6 +237,11 @@ class RunConfig(Strict, Generic[M]):
         if self.student == "full" and self.lora is not None:
             raise ValueError(
                 "lora: these are settings of adapters, and student is 'full': set student=lora or lora=null"
+            )
+        if self.student == "lora" and self.offload_teacher:
+            raise ValueError(
+                "offload_teacher: under adapters the teacher's network is also the student's: set offload_teacher=false or "
+                "student=full"
             )
         dtype = self.adapters.base_dtype
         if dtype != "fp32" and dtype != self.mixed_precision:

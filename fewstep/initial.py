@@ -7,10 +7,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.methods.base import Role
+from fewstep.teachers import NETWORKS
 from fewstep.teachers.base import Denoiser, own_tensors
-
-NETWORKS = ("unet", "transformer")
-"""What pipelines call their denoising network."""
 
 
 def start_from(roles: dict[str, Role], folder: Path) -> None:

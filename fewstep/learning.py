@@ -37,14 +37,14 @@ class Own:
             a.copy_(b)
 
 
-def set_up(net: nn.Module, config: RunConfig[Any]) -> None:
-    """Let the denoisers in `net` run as the config says: checkpointed, compiled."""
+def set_up(net: nn.Module, config: RunConfig[Any], compiled: bool) -> None:
+    """Let the denoisers in `net` run as the config says: checkpointed; and compiled, if asked."""
     for part in net.modules():
         if isinstance(part, Denoiser):
             own: Any = part.net
             if config.gradient_checkpointing:
                 own.enable_gradient_checkpointing()
-            if config.compile:
+            if compiled:
                 part.compile_net()
 
 

@@ -9,12 +9,14 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
-from fewstep.config import DataConfig, RunConfig
+from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data import Raw, Source
+from fewstep.learning import new_optimizer
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
-from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, without_values
+from fewstep.rehearsal import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.teachers.base import Posterior, Teacher
 from fewstep.teachers.prompts import CACHED, CACHED_BYTES
 from fewstep.teachers.unweighted import Within, unweighted_teacher
@@ -57,6 +59,7 @@ class Plan:
 
     Attributes:
         parts: what else stays in memory, by the pipeline's names.
+        waiting: weights of the teacher's network in main memory, with `offload_teacher`.
         buckets: copies of gradients for their exchange among processes.
         prompts: to what the kept conditions of prompts may grow in a long run.
         resident: weights and states of optimizers, between iterations.
@@ -74,6 +77,7 @@ class Plan:
     processes: int
     roles: dict[str, RolePlan]
     parts: dict[str, int]
+    waiting: int
     buckets: int
     prompts: int
     resident: int
@@ -135,6 +139,12 @@ def plan(
         return rehearsal.plan(precision, processes)
 
 
+class _Rehearsed(Trainer):
+    @staticmethod
+    def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
+        return EightBitStates(parameters) if o.optimizer == "adamw8bit" else new_optimizer(parameters, o)
+
+
 class _Rehearsal:
     """A trainer on networks without values, and what it was seen to hold and to compute."""
 
@@ -155,8 +165,12 @@ class _Rehearsal:
         if offloads:
             self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
         with without_values():
-            self.trainer = Trainer(config, self.method, self.teacher, source)
+            self.trainer = _Rehearsed(config, self.method, self.teacher, source)
         self.trainer.offloads = offloads
+        self.lends = self.config.offload_teacher and device == "cuda"
+        # Roles whose backward passes lead through the teacher's network, and so keep its weights on the GPU.
+        self.through: set[str] = set()
+        self.teacher.denoiser.net.register_forward_pre_hook(self._hear, with_kwargs=True)
         self.trainer.rest()
         if cached and self.method.needs_images:
             self.trainer.batches.latents = self._latents
@@ -220,6 +234,15 @@ class _Rehearsal:
                 self.trainer._update(step, batches)
         self.trainer.rest()
 
+    def _hear(self, net: nn.Module, *given: Any) -> None:
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in tree_iter(given)):
+            self.through.add(self.meter.phase.partition(":")[0])
+
+    def _waiting(self, phase: str, weights: int, layer: int) -> int:
+        """Of the teacher's network, what is not on the GPU in a phase."""
+        role = phase.partition(":")[0]
+        return 0 if phase == "start" or role in self.through else weights - layer
+
     def _enter(self, phase: str) -> None:
         self.meter.phase = phase
 
@@ -251,7 +274,7 @@ class _Rehearsal:
                 trainable=sum(p.numel() for p in learnt),
                 weights=held(chain(net.parameters(), net.buffers()), counted),
                 gradients=sum(p.numel() * p.element_size() for p in learnt),
-                optimizer=held((v for v in states if isinstance(v, torch.Tensor)), counted),
+                optimizer=held((v for v in states if isinstance(v, Tensor)), counted),
                 activations=self.activations[name],
                 forward=forward / per_iteration,
                 backward=sum(n for (phase, _), n in flops.items() if phase == f"{name}: backward") / per_iteration,
@@ -261,6 +284,9 @@ class _Rehearsal:
             for name, part in self.teacher.pipeline.components.items()
             if isinstance(part, nn.Module)
         }
+        waiting, layer = self._lent()
+        if waiting:
+            roles["teacher"] = replace(roles["teacher"], weights=roles["teacher"].weights - waiting)
         within = sum(role.forward + role.backward for role in roles.values())
         return Plan(
             method=self.method.name,
@@ -271,16 +297,26 @@ class _Rehearsal:
             processes=processes,
             roles=roles,
             parts={name: size for name, size in parts.items() if size},
+            waiting=waiting,
             buckets=sum(role.gradients for role in roles.values()) if processes > 1 else 0,
             prompts=self._kept_prompts(),
             resident=sum(r.weights + r.optimizer for r in roles.values()) + sum(parts.values()),
             peaks={
-                phase: size for phase, size in self.meter.peaks.items() if phase not in ("loading", "resident", "unit")
+                phase: size - self._waiting(phase, waiting, layer)
+                for phase, size in self.meter.peaks.items()
+                if phase not in ("loading", "resident", "unit")
             },
             forward_tflop=unit / 1e12,
             elsewhere=sum(flops.values()) / per_iteration - within,
             timesteps=self._timesteps(),
         )
+
+    def _lent(self) -> tuple[int, int]:
+        """Bytes of the teacher's network that `offload_teacher` keeps in main memory, and those of its largest layer."""
+        if not self.lends:
+            return 0, 0
+        layers = [held(module.parameters(recurse=False), set()) for module in self.teacher.denoiser.net.modules()]
+        return sum(layers), max(layers)
 
     def _one_forward(self) -> int:
         """Operations of the teacher's network on one batch."""

@@ -7,9 +7,10 @@ on ordinary ones stays as it is.
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from itertools import chain
 from typing import Any
 
 import torch
@@ -105,6 +106,28 @@ def _copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         nn.Parameter(same, tensor.requires_grad) if learnable else same.requires_grad_(tensor.requires_grad)
     )
     return memo[id(tensor)]  # type: ignore[no-any-return]
+
+
+class EightBitStates(torch.optim.Optimizer):
+    """Keeps what bitsandbytes' AdamW8bit does, which itself needs values: two moments of one byte a value, and the scale of each
+    block of them; those of small tensors in float32."""
+
+    SMALL, BLOCK = 4096, 256
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in chain.from_iterable(group["params"] for group in self.param_groups):
+            state, n = self.state[parameter], parameter.numel()
+            if parameter.grad is None or state:
+                continue
+            for moment in ("1", "2"):
+                small = n < self.SMALL
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                if not small:
+                    state[f"absmax{moment}"] = torch.zeros(-(-n // self.BLOCK), device=parameter.device)
 
 
 class Meter(TorchDispatchMode):

@@ -63,6 +63,7 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads or share)
         self.folder = Path(config.output_dir)
         self.offloads = config.offload and self.device.type != "cpu"
+        self.lends = config.offload_teacher and self.device.type != "cpu"
         if self.offloads:
             teacher.parts.reload = None  # to wait in main memory, not to be read anew for each visit
         set_seed(config.seed)  # the same on every process, for weights that are drawn
@@ -78,6 +79,8 @@ class Trainer:
         if config.init_from is not None:
             start_from(roles, config.init_from)
         self._prepare_roles(roles)
+        if self.lends:
+            teacher.offload()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
         self.iteration, self.nonfinite = 0, 0
@@ -112,6 +115,8 @@ class Trainer:
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
+    new_optimizer = staticmethod(new_optimizer)
+
     def _prepare_roles(self, roles: dict[str, Role]) -> None:
         student = roles["student"].net
         assert isinstance(student, Denoiser)
@@ -123,13 +128,16 @@ class Trainer:
         self.updates: dict[str, int] = {}
         for name, role in self.roles.items():
             own = self.own[name] = Own.of(role.net.to(self.device))
-            set_up(role.net, self.config)
+            # Layers that come and go are not compiled.
+            set_up(
+                role.net, self.config, self.config.compile and not (self.lends and role.net is self.teacher.denoiser)
+            )
             if role.optim is None:
                 role.net.requires_grad_(False).eval()
             else:
                 own.requires_grad_(True)
                 role.net.train()
-                optimizer = new_optimizer(own.parameters, role.optim)
+                optimizer = self.new_optimizer(own.parameters, role.optim)
                 self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(role.net, optimizer)
                 self.updates[name] = 0
             self.raw[name] = role.net

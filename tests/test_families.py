@@ -1,9 +1,11 @@
 """Every family: the stock pipeline's own calls of its network, and every method on it, from training to a stranger's process.
 
-A new family joins by a line in BUILDERS.
+A new family joins by a line in BUILDERS, a new method by one in METHODS.
 """
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_ddpm, build_sd
 from diffusers import CMStochasticIterativeScheduler, FlowMatchEulerDiscreteScheduler
 from families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from safetensors.torch import load_file
@@ -20,6 +23,7 @@ from test_teachers import perturbed
 from torch import Tensor
 
 from fewstep.cached import Cache
+from fewstep.commands.plan import METHODS as TRAINED
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.evaluate import sample
@@ -30,7 +34,7 @@ from fewstep.methods.consistency import Consistency, ConsistencyConfig
 from fewstep.methods.dmd2 import DMD2, DMD2Config
 from fewstep.methods.scm import Scm, ScmConfig
 from fewstep.process import ShiftedFlow, add_noise, ode_step
-from fewstep.teachers import Teacher, load_teacher
+from fewstep.teachers import FAMILIES, Teacher, load_teacher
 from fewstep.teachers.edm import Edm
 from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
 from fewstep.teachers.guidance import concatenate
@@ -46,11 +50,27 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sana": build_sana,
     "edm": build_edm,
 }
+CONTRACT: dict[str, Callable[[Path], Path]] = {"sd": build_sd, "ddpm": build_ddpm, **BUILDERS}
+"""All families; the first two have further tests of their own in test_teachers.py."""
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "consistency": (
         Consistency,
         ConsistencyConfig,
         {"solver_steps": 8, "steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2},
+    ),
+    "mlcm": (
+        Consistency,
+        ConsistencyConfig,
+        {
+            "solver_steps": 8,
+            "steps": 4,
+            "endpoint": "phase",
+            "phases": 4,
+            "states": "trajectory",
+            "replay": 4,
+            "guidance_range": [1.0, 3.0],
+            "export_guidance_scale": 2,
+        },
     ),
     "dmd2": (DMD2, DMD2Config, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
     "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
@@ -60,14 +80,17 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {"steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2, "warmup_iterations": 0},
     ),
 }
-UNGUIDED: dict[str, dict[str, Any]] = {
-    "consistency": {"guidance_range": None, "export_guidance_scale": None, "grid": "karras", "solver": "heun"},
-    "dmd2": {"guidance_scale": 1.0},
-    "boot": {"guidance_scale": 1.0, "steps": 1},
-    "scm": {"guidance_range": None, "export_guidance_scale": None},
+UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
+"""For families without an unconditional answer."""
+ONE_JUMP: dict[str, dict[str, Any]] = {
+    "consistency": {"grid": "karras", "solver": "heun"},
+    "mlcm": {"phases": 1},
+    "boot": {"steps": 1},
 }
-"""Changes for a family without an unconditional answer, whose stock pipeline takes one deterministic step."""
-MATRIX = [(family, method) for family in BUILDERS for method in METHODS]
+"""For EDM's, whose stock pipeline takes one deterministic step."""
+MATRIX = [(family, method) for family in CONTRACT for method in METHODS]
+TESTED = {"sd", "ddpm"}
+"""On which the methods' own tests are."""
 QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("dit", "scm"), ("edm", "consistency")}
 """What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
 
@@ -78,7 +101,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(family: str) -> Path:
         if family not in built:
-            built[family] = BUILDERS[family](tmp_path_factory.mktemp("families") / family)
+            built[family] = CONTRACT[family](tmp_path_factory.mktemp("families") / family)
         return built[family]
 
     return folder
@@ -226,6 +249,26 @@ def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> 
         torch.testing.assert_close(torch.tensor(drawn[0]), expected, rtol=0, atol=2e-3)
 
 
+def test_networks_whose_weights_wait_in_main_memory_answer_the_same(teacher: Teacher) -> None:
+    """To the bit, and in gradients that pass through; between calls there are none, and they come back as they were."""
+    x, t, cond = noise(teacher).requires_grad_(), torch.tensor([999, 400]), teacher.condition(raw(teacher))
+    before = {key: v.clone() for key, v in teacher.denoiser.state_dict().items()}
+    answers: list[Tensor] = []
+    for _ in range(2):
+        answers.append(teacher.denoiser(x, t, cond).x0)
+        answers += torch.autograd.grad(answers[-1].square().mean(), x)
+        if teacher.visited is None:
+            teacher.offload()
+        assert {p.device.type for p in teacher.denoiser.parameters()} == {"meta"}
+        assert teacher.device.type == teacher.null_condition(1)[next(iter(cond))].device.type == "cpu"
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3]) and answers[1].any()
+    with teacher.whole():
+        assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
+    assert next(teacher.denoiser.parameters()).device.type == "meta"
+    teacher.settle()
+    assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
+
+
 def test_features_are_maps(teacher: Teacher) -> None:
     found: list[Tensor] = []
     module = teacher.feature_module(teacher.denoiser)
@@ -238,16 +281,34 @@ def test_features_are_maps(teacher: Teacher) -> None:
 # Methods ----------------------------------------------------------------------------------------------------------------
 
 
-def trainer_for(folder: Path, output: Path, method: str, iterations: int = 2) -> Trainer:
-    kind, config_kind, settings = METHODS[method]
+def test_every_family_and_every_method_is_here(folders: Callable[[str], Path]) -> None:
+    kinds = {json.loads((folders(family) / "model_index.json").read_text())["_class_name"] for family in CONTRACT}
+    assert {FAMILIES[kind] for kind in kinds} == set(FAMILIES.values())
+    assert {method.__name__ for method, _, _ in METHODS.values()} == {name for _, name, _ in TRAINED.values()}
+
+
+def settings_of(method: str, teacher: Teacher, steps: int | None = None) -> dict[str, Any]:
+    """What METHODS has, for a family that may lack something, and for another count of steps."""
+    settings = METHODS[method][2]
+    if steps is not None:
+        settings = settings | {"steps": steps} | ({"phases": steps} if "phases" in settings else {})
+    if not teacher.guidable:
+        settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
+    return settings | (ONE_JUMP.get(method, {}) if isinstance(teacher, Edm) else {})
+
+
+def trainer_for(
+    folder: Path, output: Path, method: str, iterations: int = 2, every: int = 1, steps: int | None = None
+) -> Trainer:
+    kind, config_kind, _ = METHODS[method]
     teacher = load_teacher(str(folder))
-    settings = settings | ({} if teacher.guidable else UNGUIDED[method])
-    labels = {} if teacher.conditions == "prompt" else {"num_labels": 10}
+    settings = settings_of(method, teacher, steps)
+    labels = {"num_labels": 10} if teacher.conditions == "label" else {}
     size = 1 if folder.name in ("flux", "sana") else 2  # their many tokens and pixels take their time
     config = RunConfig[config_kind].model_validate(
         {
             "teacher": str(folder), "output_dir": str(output), "data": {"source": "fashion", "limit": 8} | labels,
-            "max_iterations": iterations, "cpu_threads": 1, "batch_size": size, "checkpoint_every": 1, "log_every": 1,
+            "max_iterations": iterations, "cpu_threads": 1, "batch_size": size, "checkpoint_every": every, "log_every": 1,
             "mixed_precision": "no", "method": {"optim": {"lr": 1e-3}} | settings,
         }
     )  # fmt: skip
@@ -258,7 +319,10 @@ def weights(output: Path, name: str) -> dict[str, Tensor]:
     return load_file(output / "checkpoints" / "2" / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize(("family", "method"), MATRIX)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [pytest.param(f, m, marks=pytest.mark.slow if f in TESTED and m != "mlcm" else ()) for f, m in MATRIX],
+)
 def test_methods_train_and_resume(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """Two iterations; and the second alone, in a new Trainer from the first one's checkpoint, to the same bits."""
     whole = trainer_for(folders(family), tmp_path / "whole", method)
@@ -281,12 +345,35 @@ def test_methods_train_and_resume(family: str, method: str, folders: Callable[[s
     [pytest.param(f, m, marks=() if (f, m) in QUICK else pytest.mark.slow) for f, m in MATRIX],
 )
 def test_methods_export(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """Export compares the folder, in a process without fewstep, with the student in memory at every allowed count."""
-    trainer = trainer_for(folders(family), tmp_path / "run", method, iterations=1)
+    """Ten iterations; then export compares the folder, in a process without fewstep that passes `num_inference_steps` alone
+    (and what the card says), with the student in memory: images and timesteps at every allowed count."""
+    _train_and_export(trainer_for(folders(family), tmp_path / "run", method, iterations=10, every=10), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize(("family", "method"), MATRIX)
+def test_methods_export_for_other_counts(
+    family: str, method: str, steps: int, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if family == "edm" and method in ("boot", "mlcm"):
+        pytest.skip("one deterministic step is all that its stock pipeline takes")
+    trainer = trainer_for(folders(family), tmp_path / "run", method, iterations=2, every=2, steps=steps)
+    assert steps in trainer.method.allowed_steps()
+    _train_and_export(trainer, tmp_path)
+
+
+def _train_and_export(trainer: Trainer, folder: Path) -> None:
     own, teacher = trainer.method, trainer.teacher
+    before = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
     assert trainer.fit()
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "warning" not in line]
+    assert len(losses) == trainer.iteration
+    assert all(math.isfinite(value) for line in losses for value in line.values())
+    assert any(not torch.equal(before[k], v) for k, v in trainer.raw["student"].state_dict().items())
     path = export(
-        teacher, trainer.exported_weights(), own.scheduler(), tmp_path / "pipeline", allowed_steps=own.allowed_steps(),
+        teacher, trainer.exported_weights(), own.scheduler(), folder / "pipeline", allowed_steps=own.allowed_steps(),
         guidance_scale=own.export_guidance_scale, card={"method": own.name, "prompt": "a bag"},
     )  # fmt: skip
     assert (path / "README.md").exists()

@@ -59,6 +59,14 @@ def test_every_config_validates(path: Path) -> None:
     (MODELS.get(path.stem) or MODELS[path.stem.split("_")[0]]).model_validate(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3", "flux"])
+def test_large_families_have_a_recipe_of_every_method_with_its_budget(family: str) -> None:
+    recipes = [path for path in CONFIGS if f"_{family}" in path.stem]
+    methods = {"consistency" if path.stem.startswith("lcm") else path.stem.split("_")[0] for path in recipes}
+    assert methods >= {"consistency", "mlcm", "dmd2", "boot"}
+    assert not [path.name for path in recipes if "# Budget" not in path.read_text()]
+
+
 def test_interfaces_are_not_probed() -> None:
     """An attribute is part of an interface or it is not: nothing asks `hasattr`."""
     for path in PACKAGE.rglob("*.py"):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import nn
 
-from fewstep.rehearsal import Meter, Untroubled, convertible, cuda_types, held, without_values
+from fewstep.rehearsal import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.teachers.unweighted import unweighted_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +64,24 @@ def test_shared_storages_count_once():
     counted = set()
     assert held(iter([weight, weight.T, weight[0]]), counted) == 400
     assert held(iter([weight]), counted) == 0
+
+
+def test_eight_bit_states_are_those_of_bitsandbytes():
+    optim = pytest.importorskip("bitsandbytes.optim")
+    sizes = ((100,), (64, 63), (64, 64), (70, 90))
+    found = []
+    for kind in (EightBitStates, optim.AdamW8bit):
+        parameters = [nn.Parameter(torch.ones(size)) for size in sizes]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = kind(parameters)
+        for _ in range(2):
+            optimizer.step()
+        states = [optimizer.state[parameter] for parameter in parameters]
+        named = [{k: v for k, v in s.items() if torch.is_tensor(v) and "qmap" not in k} for s in states]
+        found.append([{k: (v.dtype, v.numel()) for k, v in s.items()} for s in named])
+    assert found[0] == found[1]
+    assert found[0][2]["state1"] == (torch.uint8, 4096) and found[0][1]["state1"] == (torch.float32, 4032)
 
 
 def test_types_are_those_of_autocast_on_cuda():
@@ -139,6 +157,14 @@ def test_consistency_costs_six_forwards(tmp_path, tiny_sd):
 
 
 @pytest.mark.slow
+def test_eight_bit_moments_are_a_quarter(tmp_path, tiny_sd):
+    """Of a network this small not all of them; and bitsandbytes need not be there."""
+    settings = {"steps": 2, "optim": {"lr": 1e-4, "optimizer": "adamw8bit"}}
+    student = planned(tmp_path, "boot", tiny_sd, settings)["roles"]["student"]
+    assert 0.5 * student["trainable"] * 4 < student["optimizer"] < 0.7 * student["trainable"] * 4
+
+
+@pytest.mark.slow
 def test_lora_roles_share_one_base(tmp_path, tiny_sd):
     settings = {"student_update_every": 1, "gan_weight": 0.1}
     full = planned(tmp_path, "dmd2", tiny_sd, settings)
@@ -149,6 +175,27 @@ def test_lora_roles_share_one_base(tmp_path, tiny_sd):
         assert lora["roles"][role]["weights"] < base / 2
         assert full["roles"][role]["weights"] >= base
     assert lora["peak"] < full["peak"]
+
+
+@pytest.mark.slow
+def test_a_teacher_in_main_memory_is_counted_there(tmp_path, tiny_sd):
+    """But for its largest layer; and whole in what differentiates through it, which keeps it."""
+    settings = {"student_update_every": 1, "gan_weight": 0.1}
+    here = planned(tmp_path, "dmd2", tiny_sd, settings)
+    weights = here["roles"]["teacher"]["weights"]
+    away = planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true")
+    assert away["waiting"] == 4 * away["roles"]["teacher"]["parameters"]
+    assert away["roles"]["teacher"]["weights"] == weights - away["waiting"] < weights / 50  # buffers stay
+    assert here["resident"] - away["resident"] == away["waiting"]
+    saved = {phase: size - away["peaks"][phase] for phase, size in here["peaks"].items()}
+    assert saved.pop("start") == 0
+    assert len(set(saved.values())) == 1 and 0.9 * away["waiting"] < saved["student: forward"] < away["waiting"]
+    through = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"}, "offload_teacher=true")
+    assert through["waiting"] == away["waiting"]
+    beside = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"})
+    assert through["peaks"]["student: backward"] == beside["peaks"]["student: backward"]
+    assert through["peaks"]["critic: backward"] < beside["peaks"]["critic: backward"]
+    assert planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true", "--device", "cpu")["waiting"] == 0
 
 
 @pytest.mark.slow

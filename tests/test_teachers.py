@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import build_sd
+from diffusers import DiffusionPipeline
+from families import build_sd3, build_sdxl
+from safetensors.torch import load_file, save_file
 
+from fewstep.config import LoraConfig
 from fewstep.teachers import Denoiser, Teacher, load_teacher
 from fewstep.teachers.sd import guidance_embedding
 
@@ -82,6 +89,58 @@ def test_broken_folder_is_one_sentence(broken: str, expected: str, tiny_sd: Path
     with pytest.raises(ValueError, match=expected) as e:
         load_teacher(str(tmp_path / "sd"))
     assert "\n" not in str(e.value)
+
+
+def test_missing_weights_are_told(tiny_sd: Path, tmp_path: Path) -> None:
+    """diffusers goes on with random ones."""
+    path = shutil.copytree(tiny_sd, tmp_path / "sd") / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_out.bias"], weights["conv_in.weight"]
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"lacks 2 weights of its unet, first conv_in\.weight"):
+        load_teacher(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize(
+    ("build", "part", "targets"),
+    [
+        (build_sd, "unet", ["to_q", "conv1"]),
+        pytest.param(build_sdxl, "unet", ["to_k", "net.2"], marks=pytest.mark.slow),
+        (build_sd3, "transformer", ["to_v"]),
+    ],
+)
+def test_adapters_that_are_in_the_pipeline_are_distilled(
+    build: Callable[[Path], Path], part: str, targets: list[str], tmp_path: Path
+) -> None:
+    """Fused, they are the teacher, of students of either kind; beside the weights they are refused."""
+    pipeline: Any = DiffusionPipeline.from_pretrained(build(tmp_path / "plain"))
+    pipeline.set_progress_bar_config(disable=True)
+    net = getattr(pipeline, part)
+    net.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    drawn = pipeline("a bag", **call, generator=torch.Generator().manual_seed(1)).images
+    pipeline.save_pretrained(tmp_path / "beside")
+    with pytest.raises(ValueError, match=f"saved with adapters in its {part}: .* fuse_lora"):
+        load_teacher(str(tmp_path / "beside"))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "fused")
+    teacher = load_teacher(str(tmp_path / "fused"))
+    again = teacher.pipeline("a bag", **call, generator=torch.Generator().manual_seed(1)).images
+    torch.testing.assert_close(again, drawn, rtol=1e-3, atol=1e-3)
+    plain: Any = load_teacher(str(tmp_path / "plain")).pipeline
+    other = plain("a bag", **call, generator=torch.Generator().manual_seed(1)).images
+    assert (other - drawn).abs().max() > 0.05
+    x, t, cond = noise(teacher), T, teacher.condition(PROMPTS)
+    expected = teacher.denoiser(x, t, cond).x0
+    assert torch.equal(teacher.student()(x, t, cond).x0, expected)
+    teacher.adapt(LoraConfig(rank=2))
+    assert torch.equal(teacher.student()(x, t, cond).x0, expected)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def text(p: "Plan") -> str:
         row = "".join(map(gib, (r.weights, r.gradients, r.optimizer, r.activations)))
         lines.append(f"{title:24}{row}   {counts}")
     lines += [f"{name:24}{gib(size)}" for name, size in p.parts.items()]
+    if p.waiting:
+        lines.append(f"{'teacher, in main memory':24}{gib(p.waiting)}")
     if p.buckets:
         lines.append(f"{'exchange of gradients':24}{' ' * 10}{gib(p.buckets)}")
     if p.prompts:

@@ -48,7 +48,7 @@ class Discriminator(nn.Module):
 
 def new_discriminator(teacher: Teacher, layers: Sequence[str]) -> Discriminator:
     """Fresh heads, of the size that a probe finds."""
-    device = next(teacher.denoiser.parameters()).device
+    device = teacher.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))

@@ -147,7 +147,7 @@ def new_critic(teacher: Teacher, layers: Sequence[str]) -> Critic:
     """A critic that starts as the teacher, with a fresh head for each layer, of the size that a probe finds there."""
     if not layers:
         return Critic(teacher.learner())
-    device = next(teacher.denoiser.parameters()).device
+    device = teacher.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))

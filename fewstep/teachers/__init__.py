@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from fewstep.assets import ASSETS, asset_path
 from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
@@ -28,6 +29,9 @@ FAMILIES = {
     "ConsistencyModelPipeline": ("edm", "Edm"),
 }
 """Class of a pipeline -> module here, loaded when needed, and the Teacher in it."""
+
+NETWORKS = ("unet", "transformer")
+"""What pipelines call their denoising network."""
 
 
 def load_teacher(name_or_path: str) -> Teacher:
@@ -55,6 +59,7 @@ def load_teacher(name_or_path: str) -> Teacher:
         except Exception as error:  # diffusers, transformers and safetensors each raise what they like for broken files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"the teacher {name_or_path} cannot be loaded: {reason}") from error
+    _check_weights(source, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     module, name = FAMILIES[kind]
     family: type[Teacher] = getattr(import_module(f"fewstep.teachers.{module}"), name)
@@ -93,6 +98,29 @@ def _check_parts(source: str, index: Mapping[str, Any], skipped: Container[str])
         raise ValueError(
             f"the teacher {source} lacks the folder {', '.join(missing)}, which its model_index.json names"
         )
+
+
+def _check_weights(source: str, pipeline: Any) -> None:
+    """ValueError where a local folder has not all weights of the denoising network: diffusers leaves random ones, and warns.
+
+    So it does for a pipeline that was saved with adapters in it, whose scale its files do not hold.
+    """
+    name = next(name for name in NETWORKS if name in pipeline.components)
+    files = sorted((Path(source) / name).glob("*.safetensors"))
+    if not files:  # at a hub id
+        return
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            found |= set(opened.keys())
+    lacking = [key for key in pipeline.components[name].state_dict() if key not in found]
+    if any(".lora_" in key for key in found):
+        raise ValueError(
+            f"the teacher {source} was saved with adapters in its {name}: load it as you did, call fuse_lora() and "
+            "unload_lora_weights(), and save it again"
+        )
+    if lacking:
+        raise ValueError(f"the teacher {source} lacks {len(lacking)} weights of its {name}, first {lacking[0]}")
 
 
 def _missing(name_or_path: str) -> str:

@@ -154,6 +154,7 @@ class Teacher(ABC):
         prompts: what keeps conditions of prompts; None for teachers without prompts.
         lora_targets: ends of the names of the linear and convolutional modules that adapters are for by default.
         lora: adapters under which networks learn, see `adapt`; None = whole copies learn.
+        visited: the device that the network's layers visit, see `offload`; None = the network stays where it is.
     """
 
     pipeline: "DiffusionPipeline"
@@ -172,6 +173,7 @@ class Teacher(ABC):
     prompts: "PromptCache | None" = None
     lora_targets: tuple[str, ...]
     lora: LoraConfig | None = None
+    visited: torch.device | None = None
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -287,8 +289,26 @@ class Teacher(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is, and conditions and latents with it."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser runs, and conditions and latents with it."""
+        return self.visited or next(self.denoiser.parameters()).device
+
+    def offload(self) -> None:
+        """The network's weights leave for main memory; each layer's come back, where the network was, while it is called.
+
+        Gradients may pass through it: what a backward pass needs stays there until it is over.
+        """
+        from accelerate import cpu_offload
+
+        self.visited = self.device
+        cpu_offload(self.denoiser.net, self.visited)
+
+    def settle(self) -> None:
+        """The network's weights, if they are away, come back to stay."""
+        from accelerate.hooks import remove_hook_from_submodules
+
+        if self.visited is not None:
+            remove_hook_from_submodules(self.denoiser.net)
+            self.visited = None
 
     @cached_property
     def parts(self) -> Parts:
@@ -310,15 +330,17 @@ class Teacher(ABC):
 
     def recall(self, names: Sequence[str]) -> None:
         """Those of these parts that are away return to the denoiser's device and dtype."""
-        weight = next(self.denoiser.parameters())
-        self.parts.recall(names, weight.device, weight.dtype)
+        self.parts.recall(names, self.device, next(self.denoiser.parameters()).dtype)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """The pipeline has all of its parts within the block; those that were away leave again after it."""
-        away = tuple(self.parts.away)
+        away, lent = tuple(self.parts.away), self.visited is not None
+        self.settle()
         self.recall(away)
         try:
             yield
         finally:
             self.release(away)
+            if lent:
+                self.offload()
