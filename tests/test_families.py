@@ -370,7 +370,11 @@ def _train_and_export(trainer: Trainer, folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "warning" not in line]
     assert len(losses) == trainer.iteration
-    assert all(math.isfinite(value) for line in losses for value in line.values())
+    figures = [value for line in losses for value in line.values()]
+    places = [
+        value for figure in figures if isinstance(figure, dict) for value in figure.values()
+    ]  # such as BOOT's sub-steps
+    assert all(math.isfinite(value) for value in figures + places if not isinstance(value, dict))
     assert any(not torch.equal(before[k], v) for k, v in trainer.raw["student"].state_dict().items())
     path = export(
         teacher, trainer.exported_weights(), own.scheduler(), folder / "pipeline", allowed_steps=own.allowed_steps(),
