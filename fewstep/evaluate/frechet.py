@@ -117,6 +117,8 @@ def _root(m: Moments) -> tuple[Tensor, bool]:
         if not failed:
             return factor, True
     root = _pivoted_cholesky(m.covariance, d if m.count is None else min(d, m.count - 1))
+    if m.covariance.trace() - root.square().sum() > 1e-9 * m.covariance.trace():  # of more images than are told
+        root = _pivoted_cholesky(m.covariance, d)
     if m.count is None or m.count > d:
         _warn_rank(root.shape[1], d)
     return root, False
