@@ -116,16 +116,14 @@ def _root(m: Moments) -> tuple[Tensor, bool]:
         factor, failed = torch.linalg.cholesky_ex(m.covariance)
         if not failed:
             return factor, True
-    root = _pivoted_cholesky(m.covariance, d if m.count is None else min(d, m.count - 1))
-    if m.covariance.trace() - root.square().sum() > 1e-9 * m.covariance.trace():  # of more images than are told
-        root = _pivoted_cholesky(m.covariance, d)
+    root = _pivoted_cholesky(m.covariance)
     if m.count is None or m.count > d:
         _warn_rank(root.shape[1], d)
     return root, False
 
 
-def _pivoted_cholesky(covariance: Tensor, rank: int, block: int = 64) -> Tensor:
-    """R [D, r] with R R' = a positive semidefinite [D, D] of rank r, of at most `rank` columns: what is left is rounding.
+def _pivoted_cholesky(covariance: Tensor, block: int = 64) -> Tensor:
+    """R [D, r] with R R' = a positive semidefinite [D, D] of rank r: what is left is rounding.
 
     Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 10.3, in blocks as LAPACK's dpstrf, which torch lacks.
     It costs D^2 r, and a tenth of the time of eigenvectors for 500 images in 2048 dimensions.
@@ -133,8 +131,8 @@ def _pivoted_cholesky(covariance: Tensor, rank: int, block: int = 64) -> Tensor:
     d = len(covariance)
     left, diagonal = covariance.clone(), covariance.diagonal().clone()
     least = d * torch.finfo(covariance.dtype).eps * diagonal.max().clamp(min=0)
-    rows, start = covariance.new_zeros(rank, d), 0
-    for k in range(rank):
+    rows, start = covariance.new_zeros(d, d), 0
+    for k in range(d):
         pivot = int(diagonal.argmax())
         if diagonal[pivot] <= least:
             return rows[:k].T
