@@ -215,6 +215,21 @@ def test_the_clip_score_does_not_depend_on_the_batch_size(images: Tensor) -> Non
         assert scores == pytest.approx(scores[:1] * 3, rel=tolerance) and scores[0] > 10
 
 
+def test_features_in_float64_are_those_of_float32_and_do_not_depend_on_the_batch(
+    inception_file: Path, images: Tensor
+) -> None:
+    names = ["fashion", "efficientnet-lite0", f"inception@{inception_file}", f"inception-clean@{inception_file}"]
+    for name in names:
+        coarse = load_features(name)(images[:8])
+        features = load_features(name).double()
+        together = features(images[:8])
+        assert coarse.dtype == torch.float32 and together.dtype == torch.float64
+        torch.testing.assert_close(coarse.double(), together, rtol=1e-3, atol=1e-4 * float(together.std()))
+        assert not torch.equal(coarse.double(), together)
+        alone = torch.cat([features(images[i : i + 1]) for i in range(8)])
+        torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-11 * float(together.std()))
+
+
 def test_open_clips_models_score_as_they_do_by_themselves(images: Tensor, tmp_path: Path) -> None:
     open_clip: Any = pytest.importorskip("open_clip")
     config = {

@@ -15,7 +15,8 @@ from rewards import small_rewards
 from torch import nn
 
 from fewstep.assets import asset_path
-from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, load_reward, sample
+from fewstep.cli import main
+from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, sample
 from fewstep.evaluate.generate import batches, remaining_batches
 from fewstep.evaluate.keep import Keeper
 from fewstep.evaluate.reference import collect
@@ -100,6 +101,24 @@ def test_images_are_identical_for_every_batch_size() -> None:
     one = draw(1)
     for size in (7, 64):
         assert torch.equal(draw(size), one)
+
+
+def test_the_command_in_fp64_gives_the_same_scores_for_every_batch_size(folder: Path, tmp_path: Path) -> None:
+    """`--dtype fp64` scores in float64 too: features, CLIP and rewards."""
+    rows = []
+    for size in (1, 7, 13):
+        output, keep = tmp_path / f"{size}.json", tmp_path / str(size)
+        main(
+            ["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), "--dtype", "fp64", "--steps", "1"]
+            + ["--batch-size", str(size), "--keep", str(keep), "--output", str(output)]
+        )
+        report = json.loads(output.read_text())
+        rows.append({key: value for key, value in report["results"][0].items() if key not in NOT_SCORES})
+        values = Keeper.load(next((keep / "1_steps").glob("batch_*"))).values
+        assert {value.dtype for value in values.values()} == {torch.float64}
+    assert rows[0]["fid"] > 0 and rows[0]["kid"] != 0 and rows[0]["pickscore"] != 0
+    for row in rows[1:]:
+        assert row == pytest.approx(rows[0], rel=1e-9)
 
 
 def test_an_interrupted_evaluation_goes_on_to_identical_scores(
@@ -232,9 +251,7 @@ def exact_scores(folder: Path, **options: Any) -> list[dict[str, Any]]:
     protocol = load_protocol(str(folder / "exact.yaml"))[1]
     rows = []
     for size in SIZES:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fewstep.evaluate.scores.load_reward", lambda name: load_reward(name).double())
-            row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
+        row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
         files = [Keeper.load(file) for file in sorted((folder / f"kept_{size}" / "1_steps").glob("batch_*"))]
         order = torch.tensor([i for file in files for i in file.indices]).argsort()
         kept = torch.cat([file.values["0.features"] for file in files])[order]

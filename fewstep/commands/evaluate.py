@@ -29,6 +29,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from fewstep.evaluate import describe_protocol, evaluate_images, evaluate_protocol, format_table, write_report
 
     settings = describe_protocol(protocol, name=name, batch_size=args.batch_size, given=given)
+    import torch
     from accelerate import Accelerator
 
     accelerator = Accelerator()
@@ -55,6 +56,7 @@ def evaluate(args: argparse.Namespace) -> None:
             name=model,
             batch_size=args.batch_size,
             device=accelerator.device,
+            dtype=torch.float64 if args.dtype == "fp64" else torch.float32,
             accelerator=accelerator,
         )
     if accelerator.is_main_process:

@@ -29,7 +29,7 @@ def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
 
     one_progress_bar()
     path = str(asset_path(name) / "pipeline") if name in ASSETS else name
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtypes = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
     try:
         return DiffusionPipeline.from_pretrained(path, dtype=dtypes[dtype]).to(device)
     # A broken folder ends in any of these, according to what is broken.
@@ -78,4 +78,9 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="noise of image i is fixed by (seed, i) (default: 0)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="(default: fp32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp64", "fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of the pipeline; scoring is in fp32, or all in fp64, where no digit depends on the batch size (default: fp32)",
+    )

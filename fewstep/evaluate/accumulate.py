@@ -11,7 +11,7 @@ from fewstep.evaluate.distances import diversity, inception_score
 
 
 class Kept(Metric):
-    """All features, each in the row of its image: [num_images, D] in float32.
+    """All features, each in the row of its image: [num_images, D].
 
     States of torchmetrics that are lists would hang where processes have different numbers of batches, and could not tell
     a sample that came twice. These are sums over processes, to which every process contributes its own rows.
@@ -22,14 +22,16 @@ class Kept(Metric):
     features: Tensor
     seen: Tensor
 
-    def __init__(self, num_images: int, dimensions: int, *, sync_on_compute: bool = True) -> None:
+    def __init__(
+        self, num_images: int, dimensions: int, dtype: torch.dtype = torch.float32, *, sync_on_compute: bool = True
+    ) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
-        self.add_state("features", torch.zeros(num_images, dimensions), dist_reduce_fx="sum")
+        self.add_state("features", torch.zeros(num_images, dimensions, dtype=dtype), dist_reduce_fx="sum")
         self.add_state("seen", torch.zeros(num_images, dtype=torch.int32), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, indices: Sequence[int]) -> None:
         rows = torch.as_tensor(list(indices), device=self.features.device)
-        self.features.index_add_(0, rows, features.float())
+        self.features.index_add_(0, rows, features.to(self.features.dtype))
         self.seen.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
 
     def compute(self) -> Tensor:

@@ -84,7 +84,7 @@ class OpenClip(ClipModule):
     @torch.no_grad()
     def image_embeddings(self, images: Tensor) -> Tensor:
         pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images.cpu()]
-        pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.anchor.device)
+        pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.anchor)
         return _embedding(self.model.encode_image(pixels))  # type: ignore[operator]
 
     @torch.no_grad()

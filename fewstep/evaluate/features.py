@@ -1,4 +1,4 @@
-"""Image features: networks behind their own preprocessing, done in torch and in float32."""
+"""Image features: networks behind their own preprocessing, done in torch and in float32, or after `.double()` in float64."""
 
 import hashlib
 import importlib
@@ -25,7 +25,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 class Preprocess(nn.Module):
-    """What a folder's image processor does, batched: uint8 [B, 3, H, W] -> float32 [B, 3, h, w].
+    """What a folder's image processor does, batched: uint8 or float [B, 3, H, W] -> float32, or its own float64, [B, 3, h, w].
 
     Resizing is PIL's, but not rounded to uint8 afterwards.
     """
@@ -58,7 +58,7 @@ class Preprocess(nn.Module):
                 return _pair(size)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.float()
+        x = images.to(self.mean.dtype)
         height, width = x.shape[-2:]
         target = self._target(height, width)
         if target != (height, width):
@@ -88,7 +88,7 @@ def load_preprocess(folder: Path) -> Preprocess:
 
 
 class ImageFeatures(nn.Module):
-    """Pooled features: uint8 images [B, 3, H, W] -> float32 [B, D].
+    """Pooled features: uint8 images [B, 3, H, W] -> float32, or after `.double()` float64, [B, D].
 
     `measure` gives {"features": [B, D]}, and the "logits" [B, C] of a network that classifies.
     """
@@ -99,14 +99,15 @@ class ImageFeatures(nn.Module):
         """`module` holds what `network` computes with, so that it moves along; `network` may wrap it in anything."""
         super().__init__()
         self.name, self.network, self.module = name, network, module
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where images have to go
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where images have to go, and in what dtype features come
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> dict[str, Tensor]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
-        values = {key: value.float() for key, value in self.network(images.to(self.anchor.device)).items()}
+        outputs = self.network(images.to(self.anchor.device))
+        values = {key: value.to(self.anchor.dtype) for key, value in outputs.items()}
         if values["features"].ndim != 2 or len(values["features"]) != len(images):
             shape = list(values["features"].shape)
             raise ValueError(f"features {self.name!r} of {len(images)} images have the shape {shape}, not [B, D]")
@@ -231,7 +232,8 @@ def _efficientnet() -> ImageFeatures:
     net.eval()
 
     def network(images: Tensor) -> dict[str, Tensor]:
-        x = F.interpolate(images.float(), size=(112, 112), mode="bilinear", align_corners=False, antialias=True)
+        x = images.to(net._conv_stem.weight.dtype)
+        x = F.interpolate(x, size=(112, 112), mode="bilinear", align_corners=False, antialias=True)
         return {"features": net.extract_features((x - 127) / 128).mean((2, 3))}
 
     return ImageFeatures("efficientnet-lite0", network, net)

@@ -30,15 +30,15 @@ def inception_weights(path: str | None) -> Path:
 
 
 def clean_resize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] to float32 [B, 3, 299, 299] as clean-fid: antialiased bicubic, not rounded (Parmar et al. 2022)."""
-    x = images.float()
+    """[B, 3, H, W] in [0, 255] to float32, or float64 from float64, [B, 3, 299, 299] as clean-fid: antialiased bicubic, not rounded (Parmar et al. 2022)."""
+    x = images if images.dtype == torch.float64 else images.float()
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
     return x
 
 
 class Inception(nn.Module):
-    """uint8 images [B, 3, H, W] to pooled features [B, 2048] and logits without bias [B, 1008], in float32."""
+    """uint8 images [B, 3, H, W] to pooled features [B, 2048] and logits without bias [B, 1008], in float32, or its own float64."""
 
     def __init__(self, weights: Path, resize: Literal["tensorflow", "clean"]) -> None:
         super().__init__()
@@ -49,12 +49,13 @@ class Inception(nn.Module):
         self.layers, self.head = nn.Sequential(*modules[:-1]), modules[-1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.head.weight.dtype)
         if self.resize == "clean":
             x = clean_resize(images)
         else:
             from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-            x = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIDE, SIDE), align_corners=False)
+            x = interpolate_bilinear_2d_like_tensorflow1x(images, size=(SIDE, SIDE), align_corners=False)
         features = self.layers((x - 128) / 128).flatten(1)
         return features, features @ self.head.weight.T
 

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.assets import ASSETS
@@ -52,11 +53,12 @@ class Reward(nn.Module):
             raise ValueError(f"reward {base!r} needs prompts, and there are none")
         if prompts is not None and len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        return self.score(images.float() * 255, prompts or ())
+        images = images if images.dtype == torch.float64 else images.float()
+        return self.score(images * 255, prompts or ())
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """float32 [B, 3, H, W] in [0, 255] -> [B]."""
+        """float32 or float64 [B, 3, H, W] in [0, 255] -> [B]."""
 
 
 class ClipReward(Reward):

@@ -15,6 +15,7 @@ from fewstep.evaluate.generate import (
     batches,
     condition_kind,
     counted,
+    network,
     num_labels,
     remaining_batches,
     sample,
@@ -178,6 +179,11 @@ class _Run:
         )
 
 
+def scoring_dtype(pipeline: Any) -> torch.dtype:
+    """float64 for a pipeline of float64, else float32."""
+    return torch.float64 if next(network(pipeline).parameters()).dtype == torch.float64 else torch.float32
+
+
 def fingerprint_of(what: Subjects) -> str:
     import hashlib
 
@@ -199,7 +205,7 @@ def evaluate_protocol(
 ) -> list[dict[str, Any]]:
     """The protocol's scores, time, network evaluations and memory of a diffusers pipeline, one row per step count.
 
-    The pipeline is on its device already. With an accelerator of several processes, all of them call this: each draws
+    The pipeline is on its device already. Scoring is in float32, or with a pipeline of float64 in float64. With an accelerator of several processes, all of them call this: each draws
     its share of the batches, and all return the same rows; scores do not depend on how many they are.
     `guidance_scale` None leaves the pipeline's own default; `seconds_per_image` is process time, scoring not included;
     `network_evaluations` is per image, two per step under classifier-free guidance; `peak_memory_gib` is the largest of the
@@ -223,7 +229,7 @@ def evaluate_protocol(
             raise ValueError(
                 f"protocol {protocol_name} is for images of {protocol.resolution} pixels; the pipeline draws {side}"
             )
-        instruments = Instruments(protocol_name, protocol, given, side, device)
+        instruments = Instruments(protocol_name, protocol, given, side, device, scoring_dtype(pipeline))
         run = _Run(
             pipeline,
             protocol,
@@ -254,12 +260,14 @@ def evaluate_images(
     name: str,
     batch_size: int = 100,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
     accelerator: "Accelerator | None" = None,
 ) -> list[dict[str, Any]]:
     """The protocol's scores of the first images of a folder, of parquet files or of ADM's .npz, as one row.
 
     With an accelerator of several processes, all of them call this, each measures its share, and all return the same row.
-    Prompts are the protocol's, in the order of the images' names. ValueError for too few images, or of another resolution.
+    Prompts are the protocol's, in the order of the images' names. dtype: of the networks that score, float32 or float64.
+    ValueError for too few images, or of another resolution.
     """
     place = device or torch.device("cpu")
     n = protocol.images
@@ -272,7 +280,7 @@ def evaluate_images(
     side = first.shape[-1]
     if protocol.resolution is not None and first.shape[-2:] != (protocol.resolution,) * 2:
         raise ValueError(f"protocol {protocol_name} is for images of {protocol.resolution} pixels; {source} has {side}")
-    instruments = Instruments(protocol_name, protocol, given, side, place)
+    instruments = Instruments(protocol_name, protocol, given, side, place, dtype)
     example = instruments.measure(first[None].to(place), what.prompts and what.prompts[:1])
     rank, world = _place(accelerator)
     scores = Scores(instruments, what, example, sync=world > 1, device=place)

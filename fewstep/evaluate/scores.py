@@ -19,10 +19,21 @@ from fewstep.evaluate.view import look
 
 
 class Instruments:
-    """The networks and reference statistics of a protocol, loaded once for all rows."""
+    """The networks and reference statistics of a protocol, loaded once for all rows.
 
-    def __init__(self, name: str, protocol: Protocol, given: Given, resolution: int, device: torch.device) -> None:
-        self.protocol = protocol
+    dtype: float32, or float64, in which the batch size moves scores by no more than its rounding.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        protocol: Protocol,
+        given: Given,
+        resolution: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.protocol, self.dtype = protocol, dtype
         self.networks: list[ImageFeatures] = []
         self.lenses: list[int] = []
         """Of each comparison, the number of the first that has its features and view: what they share is computed once."""
@@ -33,15 +44,15 @@ class Instruments:
         for i, (c, path) in enumerate(zip(protocol.comparisons, paths, strict=True)):
             same = [j for j in range(i) if (protocol.comparisons[j].features, protocol.comparisons[j].view) == _lens(c)]
             loaded = next((n for n in self.networks if n.name == c.features), None)
-            self.networks.append(loaded or load_features(c.features).to(device))
+            self.networks.append(loaded or load_features(c.features).to(device, dtype))
             self.lenses.append(same[0] if same else i)
             self.statistics.append(None if path is None else load_reference(path, c, self.networks[i], resolution))
             m = None if self.statistics[i] is None else self.statistics[i].moments  # type: ignore[union-attr]
             if {"fid", "fid_infinity"} & set(c.metrics) and m is not None:
                 for count in (protocol.images, m.count):  # before anything is drawn
                     warn_few(count, len(m.mean))
-        self.clip: ClipModule | None = None if protocol.clip is None else load_scoring(protocol.clip).to(device)
-        self.rewards: dict[str, Reward] = {name: load_reward(name).to(device) for name in protocol.rewards}
+        self.clip: ClipModule | None = None if protocol.clip is None else load_scoring(protocol.clip).to(device, dtype)
+        self.rewards: dict[str, Reward] = {name: load_reward(name).to(device, dtype) for name in protocol.rewards}
 
     def measure(self, images: Tensor, prompts: Sequence[str] | None) -> dict[str, Tensor]:
         """What the scores need of uint8 images [B, 3, H, W], on the networks' device: [B, ...] each."""
@@ -57,7 +68,7 @@ class Instruments:
             values["cosine"] = ClipScore(self.clip, self.protocol.clip).cosines(images, prompts)
         for name, reward in self.rewards.items():
             with torch.no_grad():
-                values[f"reward.{name}"] = reward(images.float() / 255, prompts)
+                values[f"reward.{name}"] = reward(images.to(self.dtype) / 255, prompts)
         return values
 
     def _of(self, lens: int) -> list[Comparison]:
@@ -82,7 +93,8 @@ class Scores:
         self.metrics: dict[str, Any] = {}
         n, groups = instruments.protocol.images, _groups(what)
         for i, c in enumerate(instruments.protocol.comparisons):
-            width = example[f"{instruments.lenses[i]}.features"].shape[1]
+            features = example[f"{instruments.lenses[i]}.features"]
+            width = features.shape[1]
             statistics = instruments.statistics[i]
             if statistics is not None and statistics.moments is not None:
                 check_width(instruments.networks[i].name, width, len(statistics.moments.mean))
@@ -90,7 +102,7 @@ class Scores:
                     fid = FrechetDistance(instruments.networks[i], statistics.moments, sync_on_compute=sync)
                     self.metrics[f"{i}.fid"] = fid
             if (NEED_FEATURES | {"fid_infinity"}) & set(c.metrics):
-                self.metrics[f"{i}.kept"] = Kept(n, width, sync_on_compute=sync)
+                self.metrics[f"{i}.kept"] = Kept(n, width, features.dtype, sync_on_compute=sync)
             if "diversity" in c.metrics:
                 self.metrics[f"{i}.diversity"] = Diversity(groups, width, sync_on_compute=sync)
             if "inception_score" in c.metrics:
