@@ -262,6 +262,17 @@ def test_a_feature_that_is_always_zero_makes_no_difference() -> None:
     assert frechet_distance(*map(moments, dead)) == pytest.approx(wanted, rel=1e-9)
 
 
+def test_features_that_never_vary_in_one_or_both_leave_the_quick_way_open(caplog: pytest.LogCaptureFixture) -> None:
+    """As ReLU's that never fire; the same value in all images, up to the rounding of sums, is no variance."""
+    x, y = draw(100, 40, 0), draw(80, 40, 1, shift=1.0)
+    x[:, 3], x[:, 7], y[:, 7], y[:, 11] = 0.3, 0.0, 0.1, 0.7
+    m = moments(x)
+    assert frechet_distance(m, moments(y)) == pytest.approx(exact(x, y), rel=1e-10)
+    residue = Moments(m.mean, m.covariance + 1e-17 * torch.eye(40).double(), m.count)
+    assert frechet_distance(residue, moments(y)) == pytest.approx(exact(x, y), rel=1e-10)
+    assert "rank" not in caplog.text
+
+
 def test_distance_equals_torch_fidelity_and_pytorch_fids_formula() -> None:
     peer: Any = pytest.importorskip("torch_fidelity.metric_fid")
     linalg: Any = pytest.importorskip("scipy.linalg")

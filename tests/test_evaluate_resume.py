@@ -108,10 +108,8 @@ def test_the_command_in_fp64_gives_the_same_scores_for_every_batch_size(folder: 
     rows = []
     for size in (1, 7, 13):
         output, keep = tmp_path / f"{size}.json", tmp_path / str(size)
-        main(
-            ["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), "--dtype", "fp64", "--steps", "1"]
-            + ["--batch-size", str(size), "--keep", str(keep), "--output", str(output)]
-        )
+        options = f"--dtype fp64 --steps 1 --batch-size {size} --keep {keep} --output {output}".split()
+        main(["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), *options])
         report = json.loads(output.read_text())
         rows.append({key: value for key, value in report["results"][0].items() if key not in NOT_SCORES})
         values = Keeper.load(next((keep / "1_steps").glob("batch_*"))).values

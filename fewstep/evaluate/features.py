@@ -99,7 +99,9 @@ class ImageFeatures(nn.Module):
         """`module` holds what `network` computes with, so that it moves along; `network` may wrap it in anything."""
         super().__init__()
         self.name, self.network, self.module = name, network, module
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where images have to go, and in what dtype features come
+        self.register_buffer(
+            "anchor", torch.zeros(()), persistent=False
+        )  # images go where it is, features have its dtype
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -64,6 +64,12 @@ def _distance(a: Moments, b: Moments) -> float:
         )
     if not all(v.isfinite().all() for m in (a, b) for v in (m.mean, m.covariance)):
         raise ValueError("a mean or a covariance of image features is not finite")
+    traces = a.covariance.trace() + b.covariance.trace()
+    squared = (a.mean - b.mean).square().sum()
+    # What never varies in one of them, as a feature that never fires, adds nothing to the root of A B.
+    varies = _varies(a) & _varies(b)
+    if not varies.all():
+        a, b = (Moments(m.mean[varies], m.covariance[varies][:, varies], m.count) for m in (a, b))
     (root, full), (other, other_full) = _root(a), _root(b)
     if full and other_full:
         # tr sqrt(A B) = tr sqrt(R' B R) with A = R R', whose argument is symmetric: no complex parts.
@@ -71,9 +77,14 @@ def _distance(a: Moments, b: Moments) -> float:
         cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
     else:
         # With B = S S' too these are the singular values of R' S.
-        cross = _nuclear_norm(root.T @ other, 2e-9 * (a.covariance.trace() + b.covariance.trace()))
-    squared = (a.mean - b.mean).square().sum()
-    return max(0.0, float(squared + a.covariance.trace() + b.covariance.trace() - 2 * cross))
+        cross = _nuclear_norm(root.T @ other, 2e-9 * traces)
+    return max(0.0, float(squared + traces - 2 * cross))
+
+
+def _varies(m: Moments) -> Tensor:
+    """[D], False where the variance is no more than rounding."""
+    variance = m.covariance.diagonal()
+    return variance > torch.finfo(variance.dtype).eps * variance.max()
 
 
 def frechet_infinity(generated: Tensor, real: Moments, *, points: int = 15, seed: int = 0) -> float:

@@ -30,7 +30,10 @@ def inception_weights(path: str | None) -> Path:
 
 
 def clean_resize(images: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 255] to float32, or float64 from float64, [B, 3, 299, 299] as clean-fid: antialiased bicubic, not rounded (Parmar et al. 2022)."""
+    """[B, 3, H, W] in [0, 255] to [B, 3, 299, 299] as clean-fid: antialiased bicubic, not rounded (Parmar et al. 2022).
+
+    float64 stays what it is; all else becomes float32.
+    """
     x = images if images.dtype == torch.float64 else images.float()
     if x.shape[-2:] != (SIDE, SIDE):
         x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
@@ -38,7 +41,7 @@ def clean_resize(images: Tensor) -> Tensor:
 
 
 class Inception(nn.Module):
-    """uint8 images [B, 3, H, W] to pooled features [B, 2048] and logits without bias [B, 1008], in float32, or its own float64."""
+    """uint8 images [B, 3, H, W] to pooled features [B, 2048] and logits without bias [B, 1008], in its own dtype."""
 
     def __init__(self, weights: Path, resize: Literal["tensorflow", "clean"]) -> None:
         super().__init__()

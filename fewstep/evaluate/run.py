@@ -205,8 +205,9 @@ def evaluate_protocol(
 ) -> list[dict[str, Any]]:
     """The protocol's scores, time, network evaluations and memory of a diffusers pipeline, one row per step count.
 
-    The pipeline is on its device already. Scoring is in float32, or with a pipeline of float64 in float64. With an accelerator of several processes, all of them call this: each draws
-    its share of the batches, and all return the same rows; scores do not depend on how many they are.
+    The pipeline is on its device already; scoring is in float32, or beside a pipeline of float64 in float64. With an
+    accelerator of several processes, all of them call this: each draws its share of the batches, and all return the same
+    rows; scores do not depend on how many they are.
     `guidance_scale` None leaves the pipeline's own default; `seconds_per_image` is process time, scoring not included;
     `network_evaluations` is per image, two per step under classifier-free guidance; `peak_memory_gib` is the largest of the
     processes, on a GPU what torch allocated, else what was ever resident.
