@@ -291,7 +291,9 @@ def settings_of(method: str, teacher: Teacher, steps: int | None = None) -> dict
     """What METHODS has, for a family that may lack something, and for another count of steps."""
     settings = METHODS[method][2]
     if steps is not None:
-        settings = settings | {"steps": steps} | ({"phases": steps} if "phases" in settings else {})
+        # Phases of one teacher's step each leave an unguided student nothing to learn: it is its teacher, to the bit.
+        phases = {"phases": steps, "solver_steps": max(8, 2 * steps)} if "phases" in settings else {}
+        settings = settings | {"steps": steps} | phases
     if not teacher.guidable:
         settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
     return settings | (ONE_JUMP.get(method, {}) if isinstance(teacher, Edm) else {})
