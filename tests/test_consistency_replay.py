@@ -1,13 +1,14 @@
 """More trajectories than samples in a batch: every batch draws others, each goes on by itself."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
-from test_consistency_states import FREE, SCHEDULE, TIMES, answer, fresh, imageless
+from test_consistency_states import FREE, SCHEDULE, TIMES, answer, fresh, imageless, step
 
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.consistency_replay import Replay
@@ -21,9 +22,9 @@ BATCH, SIZE = 12, 60
 def turns(pool, count, first=0):
     """States of `count` iterations; every fresh sample has a tag of its own."""
     for turn in range(first, first + count):
-        at = pool.draw(answer, TIMES, fresh(BATCH, turn))
+        at = pool.draw(step, TIMES, fresh(BATCH, turn))
         yield replace(at, x=at.x.clone(), index=at.index.clone(), cond={k: v.clone() for k, v in at.cond.items()})
-        pool.move(answer(at, TIMES[at.index]), fresh(BATCH, 1000 + turn))
+        pool.move(partial(step, at), fresh(BATCH, 1000 + turn))
 
 
 def seen(states):
@@ -38,7 +39,7 @@ def seen(states):
 def test_every_trajectory_goes_on_by_itself():
     """By one step of the teacher, segment for segment to the last, whenever it is drawn; with its own conditions and scale."""
     torch.manual_seed(0)
-    states = list(turns(Replay(SCHEDULE, 8, SIZE), 200))
+    states = list(turns(Replay(8, SIZE), 200))
     for at in states:
         tags = at.cond["tag"]
         assert len(tags.unique()) == BATCH
@@ -62,11 +63,11 @@ def test_batches_are_of_other_samples_and_of_all_segments():
         tags = [set(at.cond["tag"].tolist()) for at in states]
         return sum(len(a & b) for a, b in pairwise(tags)) / (len(tags) - 1)
 
-    pool = Replay(SCHEDULE, 8, SIZE)
+    pool = Replay(8, SIZE)
     list(turns(pool, 5))
     states = list(turns(pool, 300, first=5))
     assert shared(states) == pytest.approx(BATCH**2 / SIZE * 8 / 9, rel=0.1)  # a ninth of the drawn have begun anew
-    assert shared(turns(Trajectories(SCHEDULE, 8), 100)) == pytest.approx(BATCH * 8 / 9, rel=0.1)
+    assert shared(turns(Trajectories(8), 100)) == pytest.approx(BATCH * 8 / 9, rel=0.1)
     index = torch.cat([at.index for at in states])
     start = (index == 39).float().mean().item()
     parts = torch.histc(index[index < 39].float() // 5, 8, 0, 7) / len(index)
@@ -78,17 +79,17 @@ def test_batches_are_of_other_samples_and_of_all_segments():
 def test_evaluations_are_spent_at_the_start_alone():
     counted: list[int] = []
 
-    def counting(at, t):
-        counted.append(len(t))
-        return answer(at, t)
+    def counting(at, index):
+        counted.append(len(index))
+        return step(at, index)
 
-    pool = Replay(SCHEDULE, 8, 30)
+    pool = Replay(8, 30)
     for turn, sizes in enumerate([12, 24, 30, 30, 30]):
         counted.clear()
         at = pool.draw(counting, TIMES, fresh(BATCH, turn))
         assert pool.pool is not None and len(pool.pool.x) == sizes
         assert sum(counted) == (sum(i % 9 for i in range(BATCH)) if turn < 3 else 0)
-        pool.move(answer(at, TIMES[at.index]), fresh(BATCH, turn))
+        pool.move(partial(step, at), fresh(BATCH, turn))
     again = replace(fresh(BATCH), index=torch.full((BATCH,), 19))
     pool.draw(counting, TIMES[1::2], again)  # another stage's grid
     assert pool.pool is not None and len(pool.pool.x) == BATCH and pool.pool.index.max() == 19
@@ -97,7 +98,7 @@ def test_evaluations_are_spent_at_the_start_alone():
 @pytest.mark.parametrize("before", [1, 7])  # while trajectories are still begun, and after
 def test_goes_on_from_its_state(before):
     torch.manual_seed(0)
-    pool, rest = Replay(SCHEDULE, 8, SIZE), Replay(SCHEDULE, 8, SIZE)
+    pool, rest = Replay(8, SIZE), Replay(8, SIZE)
     list(turns(pool, before))
     rest.load_state({key: v.clone() for key, v in pool.state().items()})
     random = torch.get_rng_state()
@@ -128,7 +129,7 @@ def test_a_loss_resumes(tiny_sd):
 def test_impossible(tiny_sd):
     with pytest.raises(ValidationError, match="replay: 8 trajectories are kept of states trajectory"):
         config(replay=8)
-    with pytest.raises(ValidationError, match="rollout shared"):
+    with pytest.raises(ValidationError, match="rollout shared or solver"):
         config(**FREE, rollout="sample", replay=8)
     teacher = load_teacher(str(tiny_sd))
     method = Consistency(config(**FREE, target_decay=None, replay=3), teacher)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -52,21 +53,25 @@ def answer(at, t):
     return exact(at.x, t)
 
 
+def step(at, index):
+    return ode_step(SCHEDULE, answer(at, TIMES[at.index]), TIMES[index])
+
+
 # Trajectories -------------------------------------------------------------------------------------------------------------
 
 
 def test_trajectories_visit_every_segment_once_and_begin_anew():
     torch.manual_seed(0)
-    pool, size = Trajectories(SCHEDULE, 8), 18
+    pool, size = Trajectories(8), 18
     seen: list[list[int]] = [[] for _ in range(size)]
     for turn in range(19):
-        at = pool.draw(answer, TIMES, fresh(size, turn))
+        at = pool.draw(step, TIMES, fresh(size, turn))
         assert sorted((pool.visit.unique()).tolist()) == list(range(9))  # all segments in every batch
         for i, index in enumerate(at.index.tolist()):
             seen[i].append(index)
         born = (pool.visit == 0).nonzero().flatten()
         assert (at.index[born] == 39).all()
-        pool.move(answer(at, TIMES[at.index]), fresh(size, turn + 1))
+        pool.move(partial(step, at), fresh(size, turn + 1))
         again = (pool.visit == 0).nonzero().flatten()
         assert pool.held is not None and pool.held.scale is not None
         assert pool.held.cond["tag"][again].tolist() == (again + 100 * (turn + 1)).tolist()  # new prompts, noise, scale
@@ -83,13 +88,41 @@ def test_states_lie_on_the_teachers_trajectories():
     """Where the teacher is exact and its steps are many, marginals are those of the noised data."""
     torch.manual_seed(0)
     size = 20_000
-    pool = Trajectories(SCHEDULE, 40)  # a step for every grid point
-    at = pool.draw(answer, TIMES, fresh(size))
+    pool = Trajectories(40)  # a step for every grid point
+    at = pool.draw(step, TIMES, fresh(size))
     for index in (5, 20, 38):
         x = at.x[at.index == index]
         alpha, sigma = SCHEDULE(TIMES[index : index + 1])
         assert x.mean().item() == pytest.approx(float(alpha) * MEAN, abs=0.1)
         assert x.std().item() == pytest.approx(float((alpha**2 * STD**2 + sigma**2).sqrt()), rel=0.12)
+
+
+def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(tiny_sd):
+    """The states of an iteration are, point for point, the x_s of the one before; and no evaluation is added."""
+    teacher = load_teacher(str(tiny_sd))
+    settings = FREE | {"target_decay": None, "rollout": "solver", "solver_steps": 5, "steps": 5, "phases": 1, "teacher_steps": 3}
+    method = Consistency(config(**settings), teacher)
+    nets, batch = nets_for(method), imageless(teacher)
+    torch.manual_seed(0)
+    solved: list[torch.Tensor] = []
+    solve = method._solve
+    method._solve = lambda *a: solved.append(solve(*a)) or solved[-1]
+    calls: list[int] = []
+    handle = nets["teacher"].net.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        method.loss(nets, batch)
+        for _ in range(12):
+            held = method.trajectories.held
+            before, visit = held.x.clone(), method.trajectories.visit.clone()
+            solved.clear(), calls.clear()
+            method.loss(nets, batch)
+            assert len(solved) == 1 and len(calls) == 3  # three steps of the guided teacher, both sides in one call
+            after, goes_on = method.trajectories.held, visit < 4
+            assert torch.equal(after.x[goes_on], solved[0][goes_on])
+            assert torch.equal(method.trajectories.visit, torch.where(goes_on, visit + 1, 0))
+            assert torch.equal(after.index, 4 - method.trajectories.visit)
+            assert not torch.equal(after.x, before)
+    handle.remove()
 
 
 def test_each_states_own_trajectory_takes_the_papers_steps():

@@ -8,6 +8,7 @@ is consistent in, and how that changes during training (the stages of the config
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +76,8 @@ class Consistency(Method):
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.last_stage = self.stages[-1].plan.start
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
-        segments, replay = config.rollout_segments, config.replay
-        self.trajectories = (
-            Replay(teacher.schedule, segments, replay) if replay else Trajectories(teacher.schedule, segments)
-        )
+        segments = None if config.rollout == "solver" else config.rollout_segments
+        self.trajectories = Replay(segments, config.replay) if config.replay else Trajectories(segments)
         self.reward: Reward | None = None
         self.distance = self._distance()
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
@@ -196,8 +195,8 @@ class Consistency(Method):
             else:
                 first = self._teacher(nets, batch, at, grid.t)
                 x_s = self._solve(stage, nets, batch, at, grid, first)
-                if stage.plan.states == "trajectory" and c.rollout == "shared":
-                    self.trajectories.move(first, fresh)
+                if stage.plan.states == "trajectory" and c.rollout != "sample":
+                    self._move(stage, first, x_s, fresh)
             target = x_s
             if c.tuning is None or bool((grid.s > grid.end).any()):  # early in tuning most targets are the data
                 target_net = nets["student" if c.target_decay is None else "target"]
@@ -277,7 +276,7 @@ class Consistency(Method):
     ) -> State:
         """Noise, grid positions and guidance scales, with the batch's conditions."""
         n, device = len(stage.grid.t), batch.device
-        if stage.plan.states == "trajectory" and self.config.rollout == "shared":
+        if stage.plan.states == "trajectory" and self.config.rollout != "sample":
             index = torch.full((batch.size,), n - 1, device=device)
         if index is None and self.config.lognormal is not None:
             levels = noise_level(self.teacher.schedule, stage.grid.t).log().to(device)
@@ -313,10 +312,24 @@ class Consistency(Method):
         def answer(at: State, times: Tensor) -> Prediction:
             return self._teacher(nets, batch, at, times)
 
-        if self.config.rollout == "shared":
-            return self.trajectories.draw(answer, grid.t, fresh)
-        segments = self.config.rollout_segments
-        return replace(fresh, x=teacher_rollout(answer, schedule, grid.t, segments, fresh))
+        if self.config.rollout == "sample":
+            segments = self.config.rollout_segments
+            return replace(fresh, x=teacher_rollout(answer, schedule, grid.t, segments, fresh))
+        points = grid.to(batch.device)
+
+        def step(at: State, index: Tensor) -> Tensor:
+            first = answer(at, points.t[at.index])
+            if self.config.rollout == "solver":
+                return self._solve(stage, nets, batch, at, points.at(at.index), first)
+            return ode_step(schedule, first, points.t[index])
+
+        return self.trajectories.draw(step, grid.t, fresh)
+
+    def _move(self, stage: Stage, first: Prediction, x_s: Tensor, fresh: State) -> None:
+        """Shared trajectories go on by what the loss has of the teacher: its prediction at x_t, or its solver's x_s."""
+        t = stage.grid.t.to(x_s.device)
+        jump = partial(ode_step, self.teacher.schedule, first)
+        self.trajectories.move(lambda index: x_s if self.config.rollout == "solver" else jump(t[index]), fresh)
 
     def _teacher(self, nets: Networks, batch: Batch, at: State, t: Tensor) -> Prediction:
         if at.scale is None:

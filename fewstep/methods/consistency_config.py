@@ -94,8 +94,9 @@ class ConsistencyConfig(Strict):
     """Between steps: x0 noised anew, any count up to `steps`; or the ODE's jumps, for which `steps` is the most phases."""
     states: States = "noised_data"
     """Where the student is trained: noised images, the teacher's trajectories from noise, or noised samples of its own."""
-    rollout: Literal["shared", "sample"] = "shared"
-    """Trajectories: one evaluation of the teacher moves a state on and is its target; or each state has its own from noise."""
+    rollout: Literal["shared", "solver", "sample"] = "shared"
+    """Trajectories: one evaluation of the teacher moves a state on by a segment and gives its target; or what the solver
+    makes of a state for its target is the next state, at every point of the grid; or each state has its own from noise."""
     rollout_segments: PositiveInt = 8
     """Steps of a whole trajectory of the teacher; each ends at a random point of its segment."""
     replay: NonNegativeInt = 0
@@ -226,9 +227,9 @@ class ConsistencyConfig(Strict):
                     f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
                     f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
                 )
-        if self.replay and (self.rollout != "shared" or all(stage.states != "trajectory" for stage in plan)):
+        if self.replay and (self.rollout == "sample" or all(stage.states != "trajectory" for stage in plan)):
             raise ValueError(
-                f"replay: {self.replay} trajectories are kept of states trajectory with rollout shared; set it to 0"
+                f"replay: {self.replay} trajectories are kept of states trajectory with rollout shared or solver; set it to 0"
             )
         if self.rolls_out and self.student_steps > self.steps:
             raise ValueError(f"student_steps: {self.student_steps} are more than steps ({self.steps})")

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.methods.consistency_states import Answer, State, Trajectories
-from fewstep.process import Prediction, Schedule
+from fewstep.methods.consistency_states import State, Step, Trajectories
 
 
 class Replay(Trajectories):
@@ -18,14 +17,14 @@ class Replay(Trajectories):
     trajectories an iteration, spread over all segments, are begun until there are `size`.
     """
 
-    def __init__(self, schedule: Schedule, segments: int, size: int) -> None:
-        super().__init__(schedule, segments)
+    def __init__(self, segments: int | None, size: int) -> None:
+        super().__init__(segments)
         self.size = size
         self.pool: State | None = None
         self.visits = torch.zeros(0, dtype=torch.long)
         self.drawn = torch.zeros(0, dtype=torch.long)
 
-    def draw(self, answer: Answer, times: Tensor, fresh: State) -> State:
+    def draw(self, step: Step, times: Tensor, fresh: State) -> State:
         if self.size < (wanted := len(fresh.x)):
             raise ValueError(
                 f"method.replay: {self.size} trajectories are fewer than a batch has samples, {wanted}; set it to several "
@@ -34,7 +33,7 @@ class Replay(Trajectories):
         if not torch.equal(times, self.times):
             self.times, self.pool = times, None
         if self.pool is None or len(self.pool.x) < self.size:
-            self._begin(self._spread(answer, fresh))
+            self._begin(self._spread(step, fresh))
         assert self.pool is not None
         device = fresh.x.device
         self.drawn = torch.randperm(len(self.pool.x))[:wanted]
@@ -42,9 +41,9 @@ class Replay(Trajectories):
         self.visit = self.visits[self.drawn].to(device)
         return self.held
 
-    def move(self, p: Prediction, fresh: State) -> None:
-        super().move(p, fresh)
-        assert self.pool is not None and self.held is not None  # there is no prediction before a draw
+    def move(self, there: Callable[[Tensor], Tensor], fresh: State) -> None:
+        super().move(there, fresh)
+        assert self.pool is not None and self.held is not None  # nothing can be moved before a draw
         self.pool = _each(lambda kept, new: kept.index_copy_(0, self.drawn, new.cpu()), self.pool, self.held)
         self.visits[self.drawn] = self.visit.cpu()
 

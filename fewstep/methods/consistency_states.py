@@ -34,65 +34,74 @@ class State:
 
 Answer = Callable[[State, Tensor], Prediction]
 """The guided teacher at states and their timesteps t [B]."""
+Step = Callable[[State, Tensor], Tensor]
+"""The guided teacher's way from states to other positions in the grid, [B]: x [B, C, h, w] there."""
 
 
 class Trajectories:
     """One trajectory of the teacher for each sample of a batch; every iteration trains on all of them, then moves them on.
 
     A trajectory is at pure noise first, then once in each of `segments` equal parts of the grid, at a random point of it,
-    by one DDIM step from the last (Xie et al. 2024, MLCM, algorithm 1, whose every state has a trajectory of its own).
+    by one step from the last (Xie et al. 2024, MLCM, algorithm 1, whose every state has a trajectory of its own).
     What the teacher says at a state gives the loss its target and takes the trajectory on: states cost nothing. The
     samples are at different segments, so that a batch always has states from all of the trajectory.
+
+    segments: None = the grid's own, each point once.
     """
 
-    def __init__(self, schedule: Schedule, segments: int) -> None:
-        self.schedule, self.segments = schedule, segments
+    def __init__(self, segments: int | None) -> None:
+        self.segments = segments
         self.times = torch.zeros(0)
         self.held: State | None = None
         self.visit = torch.zeros(0, dtype=torch.long)
 
-    def draw(self, answer: Answer, times: Tensor, fresh: State) -> State:
+    def draw(self, step: Step, times: Tensor, fresh: State) -> State:
         """The states to train at, of `fresh`'s size; new ones, from its noises, where there are none for this grid yet.
 
         times: the grid, [N], ascending, on the CPU.
         """
         if self.held is None or len(self.held.x) != len(fresh.x) or not torch.equal(times, self.times):
             self.times = times
-            self.held = self._spread(answer, fresh)
+            self.held = self._spread(step, fresh)
         return self.held
 
-    def move(self, p: Prediction, fresh: State) -> None:
-        """Take the trajectories on by the teacher's prediction at them; those at their end begin anew from `fresh`."""
-        assert self.held is not None  # there is no prediction before a draw
+    def move(self, there: Callable[[Tensor], Tensor], fresh: State) -> None:
+        """Take the trajectories on to positions [B] of which `there` gives x; those at their end begin anew from `fresh`."""
+        assert self.held is not None  # nothing can be moved before a draw
         visit = self.visit + 1
-        ended = visit > self.segments
+        ended = visit > self._last
         self.visit = torch.where(ended, 0, visit)
         index = self._place(self.visit)
-        x = ode_step(self.schedule, p, self.times.to(index.device)[index])
+        x = there(index)
         scale = self.held.scale
         if scale is not None and fresh.scale is not None:
             scale = torch.where(ended, fresh.scale, scale)
         cond = {k: torch.where(_over(ended, v), fresh.cond[k], v) for k, v in self.held.cond.items()}
         self.held = State(torch.where(_over(ended, x), fresh.x, x), index, cond, scale)
 
-    def _spread(self, answer: Answer, fresh: State) -> State:
+    def _spread(self, step: Step, fresh: State) -> State:
         """Trajectories from noise, each as many segments on as its place in the batch says."""
-        times = self.times.to(fresh.x.device)
-        self.visit = torch.arange(len(fresh.x), device=times.device) % (self.segments + 1)
+        self.visit = torch.arange(len(fresh.x), device=fresh.x.device) % (self._last + 1)
         x, index = fresh.x.clone(), fresh.index.clone()
-        for v in range(1, self.segments + 1):
+        for v in range(1, self._last + 1):
             on = (self.visit >= v).nonzero().flatten()
             if not len(on):  # a batch of fewer samples than segments
                 break
             part = State(x, index, fresh.cond, fresh.scale).rows(on)
-            p = answer(part, times[part.index])
             index[on] = self._place(torch.full_like(on, v))
-            x[on] = ode_step(self.schedule, p, times[index[on]])
+            x[on] = step(part, index[on])
         return State(x, index, fresh.cond, fresh.scale)
 
+    @property
+    def _last(self) -> int:
+        """The last visit, after which a trajectory ends."""
+        return len(self.times) - 1 if self.segments is None else self.segments
+
     def _place(self, visit: Tensor) -> Tensor:
-        """A random grid position for each trajectory's `visit` [B]: the noisiest for 0, else within the segment."""
+        """The grid position of each trajectory's `visit` [B]: the noisiest for 0, else a random one of the segment."""
         n, m = len(self.times), self.segments
+        if m is None:
+            return n - 1 - visit
         low, high = n - n * visit // m, n - n * (visit - 1) // m
         drawn = low + (torch.rand(len(visit), device=visit.device) * (high - low)).long()
         return torch.where(visit == 0, n - 1, drawn)
