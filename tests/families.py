@@ -112,8 +112,8 @@ def build_pixart(folder: Path, sigma: bool = False, sample_size: int = 32, patch
     return folder
 
 
-def build_sd3(folder: Path) -> Path:
-    """A StableDiffusion3Pipeline of 32x32 images with a shift of 3."""
+def build_sd3(folder: Path, medium: bool = False) -> Path:
+    """A StableDiffusion3Pipeline of 32x32 images with a shift of 3; or with the transformer of SD 3.5 medium."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def build_sd3(folder: Path) -> Path:
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
-        pos_embed_max_size=8,
+        pos_embed_max_size=8, **({"qk_norm": "rms_norm", "dual_attention_layers": (0,)} if medium else {}),
     )  # fmt: skip
     _stir(transformer)
     StableDiffusion3Pipeline(

@@ -100,7 +100,14 @@ def test_states_lie_on_the_teachers_trajectories():
 def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(tiny_sd):
     """The states of an iteration are, point for point, the x_s of the one before; and no evaluation is added."""
     teacher = load_teacher(str(tiny_sd))
-    settings = FREE | {"target_decay": None, "rollout": "solver", "solver_steps": 5, "steps": 5, "phases": 1, "teacher_steps": 3}
+    settings = FREE | {
+        "target_decay": None,
+        "rollout": "solver",
+        "solver_steps": 5,
+        "steps": 5,
+        "phases": 1,
+        "teacher_steps": 3,
+    }
     method = Consistency(config(**settings), teacher)
     nets, batch = nets_for(method), imageless(teacher)
     torch.manual_seed(0)

@@ -155,7 +155,7 @@ def recorded(net: Any) -> Iterator[list[dict[str, Tensor]]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("family", [*BUILDERS, "pixart_sigma", "pixart_1024", "schnell", "sana_euler"])
+@pytest.mark.parametrize("family", [*BUILDERS, "pixart_sigma", "pixart_1024", "sd35", "schnell", "sana_euler"])
 def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     family: str, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -163,6 +163,7 @@ def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     variants: dict[str, Callable[[Path], Path]] = {
         "pixart_sigma": partial(build_pixart, sigma=True),
         "pixart_1024": partial(build_pixart, sample_size=128, patch_size=16),
+        "sd35": partial(build_sd3, medium=True),
         "schnell": partial(build_flux, schnell=True),
         "sana_euler": partial(build_sana, solver=False),
     }
@@ -363,6 +364,13 @@ def test_methods_export_for_other_counts(
     trainer = trainer_for(folders(family), tmp_path / "run", method, iterations=2, every=2, steps=steps)
     assert steps in trainer.method.allowed_steps()
     _train_and_export(trainer, tmp_path)
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "dmd2" else pytest.mark.slow) for m in METHODS])
+def test_stable_diffusion_3_5_exports(method: str, tmp_path: Path) -> None:
+    """Its transformer has normalised queries and keys, and blocks with a second attention."""
+    folder = build_sd3(tmp_path / "sd35", medium=True)
+    _train_and_export(trainer_for(folder, tmp_path / "run", method), tmp_path)
 
 
 def _train_and_export(trainer: Trainer, folder: Path) -> None:

@@ -50,8 +50,8 @@ def compare(args: argparse.Namespace) -> None:
         result["to_teacher"] = {key: paired(a[key], b[key]) for key in a}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    rows, labels = [images[role][:16] for role, *_ in calls], [f"{role}, {steps} step{'s' * (steps > 1)}" for role, _, steps in calls]
-    grid(rows, labels).save(args.output.with_suffix(".png"))
+    labels = [f"{role}, {steps} step{'s' * (steps > 1)}" for role, _, steps in calls]
+    grid([images[role][:16] for role, *_ in calls], labels).save(args.output.with_suffix(".png"))
     print(_comparison_text(result))
     print(f"written to {args.output.with_suffix('.png')} and {args.output.with_suffix('.json')}")
 
