@@ -119,6 +119,15 @@ def test_the_command_in_fp64_gives_the_same_scores_for_every_batch_size(folder: 
         assert row == pytest.approx(rows[0], rel=1e-9)
 
 
+def test_what_was_kept_in_fp32_is_not_gone_on_with_in_fp64(folder: Path, tmp_path: Path) -> None:
+    """The weights are the same to the last digit; noises and features are not."""
+    command = ["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), "--steps", "1", "--keep", str(tmp_path)]
+    command += ["--output", str(tmp_path / "evaluation.json")]
+    main(command)
+    with pytest.raises(SystemExit, match="keeps images of another evaluation"):
+        main([*command, "--dtype", "fp64"])
+
+
 def test_an_interrupted_evaluation_goes_on_to_identical_scores(
     pipeline: Any, protocol: Protocol, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

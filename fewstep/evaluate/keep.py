@@ -29,9 +29,9 @@ class Measured:
 
 
 def fingerprint(pipeline: Any) -> str:
-    """Tells one pipeline from another by its class, its scheduler and sums over its network's weights."""
+    """Tells one pipeline from another by its class, its scheduler, and types and sums of its network's weights."""
     with torch.no_grad():
-        sums = [f"{name} {float(p.double().sum()):.17g}" for name, p in network(pipeline).named_parameters()]
+        sums = [f"{name} {p.dtype} {float(p.double().sum()):.17g}" for name, p in network(pipeline).named_parameters()]
     scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
     return hashlib.sha256("\n".join([type(pipeline).__name__, scheduler, *sums]).encode()).hexdigest()[:16]
 
