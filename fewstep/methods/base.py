@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.config import OptimConfig
 from fewstep.teachers.base import Cond, Teacher
+from fewstep.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -121,6 +122,13 @@ class Preparation:
     processes: int
     wait: Callable[[], None]
     load_reward: Callable[[str], Reward]
+
+    def trajectories(self, teacher: Teacher, name: str, settings: TrajectorySettings) -> Trajectories:
+        """The teacher's, drawn by all processes into the run's folder `name`, where they are not there yet, and read."""
+        folder, where = self.folder / name, (self.device, self.process, self.processes)
+        draw_trajectories(teacher, self.conditions, self.choices, folder, settings, self.seed, *where)
+        self.wait()
+        return read_trajectories(folder, settings, self.seed)
 
 
 class Method(ABC):

@@ -32,6 +32,7 @@ from fewstep.methods.consistency_grid import Grid, boundary_scalings, karras_gri
 from fewstep.methods.consistency_replay import Replay
 from fewstep.methods.consistency_solver import solve
 from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.consistency_stored import remembered, stored_settings
 from fewstep.methods.consistency_tuning import gap_weights, log_levels, lognormal_index, tuned_timestep
 from fewstep.methods.critic import named_layers
 from fewstep.methods.dmd2_health import accuracies
@@ -40,6 +41,8 @@ from fewstep.methods.perceptual import load_lpips
 from fewstep.process import Prediction, add_noise, guide, like, noise_level, ode_step
 from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate
+from fewstep.trajectories import Trajectories as Stored
+from fewstep.trajectories import stand_in
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
 
@@ -78,6 +81,13 @@ class Consistency(Method):
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
         segments = None if config.rollout == "solver" else config.rollout_segments
         self.trajectories = Replay(segments, config.replay) if config.replay else Trajectories(segments)
+        self.stored: Stored | None = None
+        self.stored_settings = None
+        if config.stored is not None:
+            scales = config.guidance_range or (1.0, 1.0)
+            self.stored_settings = stored_settings(
+                config.stored, self.stages[0].grid, teacher.num_train_timesteps, scales
+            )
         self.reward: Reward | None = None
         self.distance = self._distance()
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
@@ -122,7 +132,7 @@ class Consistency(Method):
         if c.dropout is not None:
             set_dropout(student, c.dropout)
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
-        if c.target_decay is not None:
+        if c.target_decay is not None:  # never with target_step end
             roles["target"] = Role(student.clone(), follows="student", decay=c.target_decay)
         if c.gan_weight:
             roles["discriminator"] = Role(new_discriminator(self.teacher, self.layers), optim=c.gan_optim or c.optim)
@@ -153,6 +163,12 @@ class Consistency(Method):
                 self.reward = at.load_reward(self.config.reward)
             except ValueError as error:
                 raise ValueError(f"method.reward: {error}") from None
+        if self.stored_settings is not None:
+            self.stored = at.trajectories(self.teacher, "trajectories", self.stored_settings)
+
+    def rehearse(self) -> None:
+        if self.config.stored is not None:
+            self.stored = stand_in(self.teacher, len(self.stages[0].grid.t))
 
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()
@@ -192,13 +208,16 @@ class Consistency(Method):
         with torch.no_grad():
             if c.target_step == "same_noise":
                 x_s = add_noise(self.teacher.schedule, batch.x0, fresh.x, grid.s)
+            elif at.x_s is not None:
+                x_s = at.x_s
             else:
                 first = self._teacher(nets, batch, at, grid.t)
                 x_s = self._solve(stage, nets, batch, at, grid, first)
                 if stage.plan.states == "trajectory" and c.rollout != "sample":
                     self._move(stage, first, x_s, fresh)
             target = x_s
-            if c.tuning is None or bool((grid.s > grid.end).any()):  # early in tuning most targets are the data
+            # The end itself needs no network, and early in tuning most targets are the data.
+            if c.target_step != "end" and (c.tuning is None or bool((grid.s > grid.end).any())):
                 target_net = nets["student" if c.target_decay is None else "target"]
                 with replayed(masks, batch.device):
                     there = target_net(x_s, grid.s.clamp_min(0), at.cond, told)
@@ -276,7 +295,7 @@ class Consistency(Method):
     ) -> State:
         """Noise, grid positions and guidance scales, with the batch's conditions."""
         n, device = len(stage.grid.t), batch.device
-        if stage.plan.states == "trajectory" and self.config.rollout != "sample":
+        if stage.plan.states == "trajectory" and self.config.rollout in ("shared", "solver"):
             index = torch.full((batch.size,), n - 1, device=device)
         if index is None and self.config.lognormal is not None:
             levels = noise_level(self.teacher.schedule, stage.grid.t).log().to(device)
@@ -308,6 +327,11 @@ class Consistency(Method):
                 x = self._rollout(nets, fresh, times)
                 x0 = nets["ema"](x, times[-1].expand(batch.size), fresh.cond, told).x0
                 return replace(fresh, x=add_noise(schedule, x0, torch.randn_like(x0), t))
+
+        if self.config.rollout == "stored":
+            if self.stored is None:
+                raise ValueError("the teacher's trajectories are not there yet: call prepare first")
+            return remembered(self.stored, self.teacher, fresh, to_end=self.config.target_step == "end")
 
         def answer(at: State, times: Tensor) -> Prediction:
             return self._teacher(nets, batch, at, times)

@@ -63,6 +63,17 @@ class PlannedStage(Strict):
     reward_weight: float
 
 
+class StoredConfig(Strict):
+    count: PositiveInt
+    """Trajectories that the teacher draws before training; they are kept in the run's folder and not drawn twice."""
+    batch_size: PositiveInt = 64
+    """Trajectories drawn at a time; also the size of a file."""
+    solver: Literal["ddim", "dpm"] = "dpm"
+    """DDIM (Euler), or DPM-Solver++ of second order."""
+    substeps: PositiveInt = 2
+    """Steps of the solver from one point of the grid to the next; more below the last one, as details are made there."""
+
+
 class ConsistencyConfig(Strict):
     optim: OptimConfig
     """Optimizer of the student."""
@@ -74,8 +85,9 @@ class ConsistencyConfig(Strict):
     """Root in which Karras' levels are even."""
     solver: Solver = "ddim"
     """The teacher's step from one point to the next: one evaluation, or Heun's two (CD)."""
-    target_step: Literal["solver", "same_noise"] = "solver"
-    """x_s by the teacher's step (distillation), or of the same image and noise as x_t (training: no teacher is called)."""
+    target_step: Literal["solver", "same_noise", "end"] = "solver"
+    """x_s by the teacher's step (distillation); of the same image and noise as x_t (training: no teacher is called); or the
+    end of the teacher's trajectory, for which no target network is asked (`rollout: stored`)."""
     tuning: TuningConfig | None = None
     """Easy Consistency Tuning: t is any of the teacher's timesteps and s follows from it, in place of a grid; null = the grid."""
     lognormal: tuple[float, Annotated[float, Gt(0)]] | None = None
@@ -94,9 +106,12 @@ class ConsistencyConfig(Strict):
     """Between steps: x0 noised anew, any count up to `steps`; or the ODE's jumps, for which `steps` is the most phases."""
     states: States = "noised_data"
     """Where the student is trained: noised images, the teacher's trajectories from noise, or noised samples of its own."""
-    rollout: Literal["shared", "solver", "sample"] = "shared"
+    rollout: Literal["shared", "solver", "sample", "stored"] = "shared"
     """Trajectories: one evaluation of the teacher moves a state on by a segment and gives its target; or what the solver
-    makes of a state for its target is the next state, at every point of the grid; or each state has its own from noise."""
+    makes of a state for its target is the next state, at every point of the grid; or each state has its own from noise; or
+    all are drawn before training, and their states at the points of the grid kept."""
+    stored: StoredConfig | None = None
+    """Trajectories for `rollout: stored`; null = none."""
     rollout_segments: PositiveInt = 8
     """Steps of a whole trajectory of the teacher; each ends at a random point of its segment."""
     replay: NonNegativeInt = 0
@@ -227,7 +242,10 @@ class ConsistencyConfig(Strict):
                     f"sampling: jumps need endpoint phase and as many steps as there are phases; found endpoint "
                     f"{plan[-1].endpoint}, steps {self.steps}, phases {most}"
                 )
-        if self.replay and (self.rollout == "sample" or all(stage.states != "trajectory" for stage in plan)):
+        self._stored_possible()
+        if self.replay and (
+            self.rollout in ("sample", "stored") or all(stage.states != "trajectory" for stage in plan)
+        ):
             raise ValueError(
                 f"replay: {self.replay} trajectories are kept of states trajectory with rollout shared or solver; set it to 0"
             )
@@ -240,3 +258,23 @@ class ConsistencyConfig(Strict):
         if self.reward is None and any(stage.reward_weight > 0 for stage in plan):
             raise ValueError("reward_weight: needs a reward, which is null; such as reward=clip@fashion")
         return self
+
+    def _stored_possible(self) -> None:
+        stored = self.rollout == "stored"
+        if stored != (self.stored is not None):
+            raise ValueError(
+                "stored: rollout stored needs its trajectories; such as stored={count: 10000}"
+                if stored
+                else "stored: nothing uses these trajectories; set rollout to stored, or stored to null"
+            )
+        if stored:
+            if self.stages or self.plan[0].states != "trajectory" or self.endpoint == "phase" or self.grid == "karras":
+                raise ValueError(
+                    "rollout: stored trajectories need states trajectory, one stage, an even grid and endpoint x0 or x0_plain"
+                )
+            if self.keep_guidance:
+                raise ValueError("rollout: stored trajectories have no null conditions; set keep_guidance to false")
+        if self.target_step == "end" and not stored:
+            raise ValueError("target_step: end is known of stored trajectories only; set rollout to stored")
+        if self.target_step == "end" and self.target_decay is not None:
+            raise ValueError("target_decay: target_step end asks no target network; set it to null")

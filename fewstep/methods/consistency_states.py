@@ -20,12 +20,14 @@ class State:
         index: position in the grid, [B].
         cond: conditions.
         scale: guidance scales, [B]; None = no guidance.
+        x_s: where the loss has its target, like x, if that was drawn with the states; else None.
     """
 
     x: Tensor
     index: Tensor
     cond: Cond
     scale: Tensor | None
+    x_s: Tensor | None = None
 
     def rows(self, on: Tensor) -> "State":
         scale = None if self.scale is None else self.scale[on]

@@ -23,10 +23,10 @@ from fewstep.methods.critic import Noised, features, named_layers, new_critic, n
 from fewstep.methods.dmd2_config import DMD2Config, Range
 from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
 from fewstep.methods.perceptual import load_lpips
-from fewstep.pairs import Pairs, PairSettings, draw_pairs, read_pairs
 from fewstep.process import Prediction, add_noise, guide, output_of
 from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate, guided
+from fewstep.trajectories import Trajectories, TrajectorySettings, even_timesteps, stand_in
 
 
 class DMD2(Method):
@@ -50,7 +50,7 @@ class DMD2(Method):
         self.needs_images = (config.gan_weight > 0 and config.gan_real == "images") or config.inputs == "noised_data"
         self.timesteps = self._timesteps(config.count)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
-        self.pairs: Pairs | None = None
+        self.pairs: Trajectories | None = None
         self.distance = self._distance()
 
     # Roles, steps, sampling -------------------------------------------------------------------------------------------
@@ -95,18 +95,13 @@ class DMD2(Method):
         if c is None:
             return
         scale = self.config.guidance_scale if c.guidance_scale is None else c.guidance_scale
-        settings = PairSettings(c.count, c.batch_size, c.solver_steps, scale, at.seed)
-        folder = at.folder / "pairs"
-        where = (at.device, at.process, at.processes)
-        draw_pairs(self.teacher, at.conditions, at.choices, folder, settings, *where)
-        at.wait()
-        self.pairs = read_pairs(folder, settings)
+        times = even_timesteps(c.solver_steps, self.teacher.num_train_timesteps)
+        settings = TrajectorySettings(c.count, c.batch_size, times, times[:1], "ddim", (scale, scale))
+        self.pairs = at.trajectories(self.teacher, "pairs", settings)
 
     def rehearse(self) -> None:
         if self.config.pairs is not None:
-            example = {"prompt": "", "label": 0, "none": None}[self.teacher.conditions]
-            one = torch.zeros(1, *self.teacher.latent_shape)
-            self.pairs = Pairs(one, one, [example])
+            self.pairs = stand_in(self.teacher, 1)
 
     # The student's turn -----------------------------------------------------------------------------------------------
 
@@ -243,7 +238,9 @@ class DMD2(Method):
     def _pick(self, batch: Batch) -> tuple[Tensor, Tensor, Cond]:
         if self.pairs is None:
             raise ValueError("the teacher's pairs are not there yet: call prepare first")
-        return self.pairs.pick(batch.size, self.teacher, batch.device)
+        index, cond = self.pairs.pick(batch.size, self.teacher)
+        noise, x0 = self.pairs.x[index].to(batch.device).unbind(1)
+        return noise, x0, cond
 
     def _judged(self, nets: Networks, at: Noised) -> dict[str, Any]:
         """What the critic's heads are to judge: noised samples, or the frozen teacher's features of them."""

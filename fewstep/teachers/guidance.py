@@ -19,8 +19,8 @@ def both_sides(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, uncond: 
     return Prediction(x0[0], eps[0]), Prediction(x0[1], eps[1])
 
 
-def guided(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float) -> Prediction:
-    """The denoiser's reading under guidance; a scale of 1 is none and costs half as much."""
-    if scale == 1:
+def guided(denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: Tensor | float) -> Prediction:
+    """The denoiser's reading under guidance by a number or [B]; the number 1 is none and costs half as much."""
+    if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)  # type: ignore[no-any-return]
     return guide(*both_sides(denoiser, x_t, t, cond, uncond), scale)
