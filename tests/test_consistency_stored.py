@@ -14,7 +14,7 @@ from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.methods.base import Preparation
 from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig, StoredConfig
+from fewstep.methods.consistency_config import ConsistencyConfig, StageConfig, StoredConfig
 from fewstep.methods.consistency_grid import boundary_scalings
 from fewstep.teachers import load_teacher
 from fewstep.trainer import Trainer
@@ -146,7 +146,11 @@ def test_runs_without_images_and_resumes_exactly(tiny_sd, tmp_path):
     [
         ({"stored": None}, "stored: rollout stored needs its trajectories"),
         ({"rollout": "solver", "target_step": "solver"}, "stored: nothing uses these trajectories"),
-        ({"states": "noised_data"}, "rollout: stored trajectories need states trajectory"),
+        ({"states": "noised_data"}, "rollout: stored trajectories need, in every stage, states trajectory"),
+        (
+            {"stages": (StageConfig(iterations=2), StageConfig(solver_steps=40))},
+            "rollout: stored .* the same solver_steps",
+        ),
         ({"endpoint": "phase", "phases": 2}, "rollout: stored trajectories need"),
         ({"grid": "karras"}, "rollout: stored trajectories need"),
         ({"target_decay": 0.95}, "target_decay: target_step end asks no target network"),

@@ -268,9 +268,14 @@ class ConsistencyConfig(Strict):
                 else "stored: nothing uses these trajectories; set rollout to stored, or stored to null"
             )
         if stored:
-            if self.stages or self.plan[0].states != "trajectory" or self.endpoint == "phase" or self.grid == "karras":
+            plan, points = self.plan, self.plan[0].solver_steps
+            if self.grid == "karras" or any(
+                stage.states != "trajectory" or stage.endpoint == "phase" or stage.solver_steps != points
+                for stage in plan
+            ):
                 raise ValueError(
-                    "rollout: stored trajectories need states trajectory, one stage, an even grid and endpoint x0 or x0_plain"
+                    "rollout: stored trajectories need, in every stage, states trajectory, endpoint x0 or x0_plain and the same "
+                    "solver_steps of an even grid"
                 )
             if self.keep_guidance:
                 raise ValueError("rollout: stored trajectories have no null conditions; set keep_guidance to false")
