@@ -7,6 +7,7 @@ In units of F, one forward of the network on a batch, with backwards 2 F and an 
 boot: 6 F. Student 1, and 1 + 2 for the next target; teacher 2 (with and without prompt). For k segments, another (k - 1) / 2
     of the averaged student to the states where they begin.
 consistency: 4 + 2 m F, 6 for m = 1. Student 1 + 2, target 1, and m = `teacher_steps` times teacher 2 (with and without prompt).
+    On stored trajectories no teacher, and for their ends no target: 3 F (method.stored.count=256 draws fewer of them first).
 dmd2, a round being `student_update_every` iterations: on each, k forwards of the student for k simulated steps, and the
     critic's 3 + 6 e (denoising; real and fake in one batch); on all but the first, 1 for the student's last step without
     gradient; on the first, 3 with it, teacher 2, critic 1, and e + e for the gradient in the discriminator's input.
@@ -104,16 +105,20 @@ def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
 
 def _bare_consistency(trainer: Trainer, method: Consistency) -> Callable[[], None]:
     batch = trainer.batches.draw(trainer.iteration, 0)
-    x, t, g = batch.x0, torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
+    x = torch.randn(batch.size, *trainer.teacher.latent_shape)
+    t, g = torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
     both = concatenate(batch.cond, batch.uncond)
-    student, target, teacher = (trainer.raw[name] for name in ("student", "target", "teacher"))
+    student, target, teacher = (trainer.raw.get(name) for name in ("student", "target", "teacher"))
+    asked = 0 if method.config.rollout == "stored" else method.config.teacher_steps
+    assert student is not None and teacher is not None
 
     def run() -> None:
         student(x, t, batch.cond, g).x0.square().mean().backward()
         with torch.no_grad():
-            for _ in range(method.config.teacher_steps):
+            for _ in range(asked):
                 teacher(torch.cat([x, x]), torch.cat([t, t]), both)
-            target(x, t, batch.cond, g)
+            if target is not None:
+                target(x, t, batch.cond, g)
         student.zero_grad()
 
     return run

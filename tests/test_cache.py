@@ -144,7 +144,7 @@ def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: 
     data = {"source": "fashion", "limit": 24}
     assert make(built("sd"), tmp_path / "plain", data=data, **shown).fit()
     arguments = [f"teacher={built('sd')}", f"data.cache={tmp_path / 'cache'}", "data.limit=24", "batch_size=4"]
-    main(["cache", str(ROOT / "configs" / "consistency_fashion.yaml"), *arguments])
+    main(["cache", str(ROOT / "configs" / "lcm_fashion.yaml"), *arguments])
     trainer = make(built("sd"), tmp_path / "cached", data=data | {"cache": str(tmp_path / "cache")}, **shown)
     assert set(trainer.teacher.parts.away) == {"text_encoder", "vae"}
     assert trainer.fit()
@@ -168,7 +168,7 @@ def test_broken_images_are_left_out_of_both(built: Callable[[str], str], tmp_pat
     plain = make(built("sd"), tmp_path / "run", data=skip).batches
     cache = tmp_path / "cache"
     arguments = [f"data={json.dumps(data)}", f"data.cache={cache}", f"teacher={built('sd')}", "batch_size=4"]
-    config = str(ROOT / "configs" / "consistency_fashion.yaml")
+    config = str(ROOT / "configs" / "lcm_fashion.yaml")
     with pytest.raises(SystemExit, match="1 of 10 images cannot be read"):
         main(["cache", config, *arguments])
     main(["cache", config, *arguments, "data.on_error=skip"])
@@ -299,7 +299,7 @@ def command(teacher: str, cache: Path, processes: int = 1) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
     return [
-        *launch, "-m", "fewstep.cli", "cache", "configs/consistency_fashion.yaml", f"teacher={teacher}",
+        *launch, "-m", "fewstep.cli", "cache", "configs/lcm_fashion.yaml", f"teacher={teacher}",
         f"data.cache={cache}", "data.limit=2000", "batch_size=50",
     ]  # fmt: skip
 
@@ -332,7 +332,7 @@ def test_the_command_on_two_processes_after_a_kill(built: Callable[[str], str], 
 
 
 def test_the_command_says_what_it_wants(tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "consistency_fashion.yaml")
+    config = str(ROOT / "configs" / "lcm_fashion.yaml")
     with pytest.raises(SystemExit, match=r"data\.cache is null; set it in the config, or as data\.cache=FOLDER"):
         main(["cache", config])
     with pytest.raises(SystemExit, match=r"data\.sauce: unknown key"):

@@ -267,7 +267,7 @@ def command(teacher_path, folder, processes=1, *overrides):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
     return [
-        *launch, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", f"teacher={teacher_path}",
+        *launch, "train/consistency.py", "--config", "configs/lcm_fashion.yaml", f"teacher={teacher_path}",
         f"output_dir={folder}", "data.limit=32", "batch_size=4", "max_iterations=6", "checkpoint_every=3",
         "validate_every=0", "evaluate=null", "log_every=1", "cpu_threads=1", "method.steps=1", *overrides,
     ]  # fmt: skip
