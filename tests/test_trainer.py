@@ -330,7 +330,10 @@ def test_kill_amid_checkpoints_leaves_the_last_one_whole(teacher_path, tmp_path)
 
 def test_missing_teacher_is_one_sentence(tmp_path):
     done = subprocess.run(
-        [sys.executable, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", "teacher=./nowhere"],
+        [
+            sys.executable, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", "teacher=./nowhere",
+            f"output_dir={tmp_path}",
+        ],
         cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr and "nowhere" in done.stderr
