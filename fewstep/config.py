@@ -165,6 +165,9 @@ class EvaluateConfig(ReferenceConfig):
     """Samples per measurement."""
     batch_size: PositiveInt = 100
     """Samples drawn at a time."""
+    teacher_from: str | None = None
+    """Report (evaluation.json) from which the teacher's scores are taken where it has them for the same teacher, protocol and
+    guidance, time and memory only being measured; an asset's name = the report of its teacher; null = none."""
     teacher_guidance_scale: NonNegativeFloat | None = None
     """Guidance of the teacher's samples, 1 = none; null = the teacher's recommended scale."""
 

@@ -63,14 +63,12 @@ def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
 def check_guidance(config: RunConfig[Any], method: "Method") -> None:
     """Raises ValueError for adapters that would be written as if they were not to be guided, and for a teacher that would be
     drawn for pictures or scores under guidance that its pipeline does not have."""
-    from fewstep.evaluate import recommended_guidance_scale
     from fewstep.evaluate.generate import check_guidance_scale
+    from fewstep.validation import teacher_guidance_scale
 
     if config.evaluate or config.validate_every:
-        scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
-        scale = recommended_guidance_scale(config.teacher) if scale is None else scale
         try:
-            check_guidance_scale(method.teacher.pipeline, scale)
+            check_guidance_scale(method.teacher.pipeline, teacher_guidance_scale(config))
         except ValueError as e:
             raise ValueError(f"evaluate.teacher_{e}; set evaluate.teacher_guidance_scale to 1") from None
     if method.keeps_guidance and config.student == "lora":

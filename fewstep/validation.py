@@ -36,12 +36,15 @@ def small_scores(
     return {"fid": row["fid"], "clip_score": row.get("clip_score"), "images": s.num_images}
 
 
-def student_guidance_scale(config: "RunConfig[Any]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
-    """What a student's pipeline is called with: the teacher's scale, if it keeps guidance; None = nothing has to be passed."""
-    if not keeps_guidance:
-        return teacher.call_guidance_scale
+def teacher_guidance_scale(config: "RunConfig[Any]") -> float | None:
+    """What the teacher's pipeline is called with; None = nothing, its own default holds."""
     scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
     return recommended_guidance_scale(config.teacher) if scale is None else scale
+
+
+def student_guidance_scale(config: "RunConfig[Any]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
+    """What a student's pipeline is called with: the teacher's scale, if it keeps guidance; None = nothing has to be passed."""
+    return teacher_guidance_scale(config) if keeps_guidance else teacher.call_guidance_scale
 
 
 class Pictures:
@@ -61,8 +64,7 @@ class Pictures:
         self.indices = list(range(8))
         # A source of few conditions, or of none, is shown with several noises for each.
         self.conditions = source.conditions_at([i % len(source) for i in self.indices])
-        scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
-        self.guidance_scale = recommended_guidance_scale(config.teacher) if scale is None else scale
+        self.guidance_scale = teacher_guidance_scale(config)
         self.teacher_rows: list[Tensor] = []
 
     def draw(self, student: Any) -> "Image.Image":

@@ -26,7 +26,14 @@ def evaluate(args: argparse.Namespace) -> None:
     one_progress_bar()
     name, protocol, given = protocol_of(args, args.num_images)
     # What is missing is told before any weight loads.
-    from fewstep.evaluate import describe_protocol, evaluate_images, evaluate_protocol, format_table, write_report
+    from fewstep.evaluate import (
+        describe_protocol,
+        evaluate_images,
+        evaluate_protocol,
+        fingerprints,
+        format_table,
+        write_report,
+    )
 
     settings = describe_protocol(protocol, name=name, batch_size=args.batch_size, given=given)
     import torch
@@ -35,8 +42,9 @@ def evaluate(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
     model = args.name or args.pipeline
     if drawn:
+        pipeline = load_pipeline(args.pipeline, args.dtype, accelerator.device)
         rows = evaluate_protocol(
-            load_pipeline(args.pipeline, args.dtype, accelerator.device),
+            pipeline,
             protocol,
             protocol_name=name,
             given=given,
@@ -47,6 +55,8 @@ def evaluate(args: argparse.Namespace) -> None:
             accelerator=accelerator,
             keep=args.keep,
         )
+        own = fingerprints(pipeline)
+        rows = [row | {"fingerprints": own} for row in rows]
     else:
         rows = evaluate_images(
             args.pipeline,

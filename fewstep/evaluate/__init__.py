@@ -1,6 +1,7 @@
 """Scoring: features, Fréchet distance, CLIP score, and the evaluation of a pipeline."""
 
 from fewstep.evaluate.clip_score import ClipScore, load_clip
+from fewstep.evaluate.earlier import COSTS, Earlier, earlier_rows, fingerprints
 from fewstep.evaluate.features import ImageFeatures, load_features
 from fewstep.evaluate.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
 from fewstep.evaluate.generate import sample
@@ -18,7 +19,9 @@ from fewstep.evaluate.rewards import Reward, load_reward
 from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
 
 __all__ = [
+    "COSTS",
     "ClipScore",
+    "Earlier",
     "FrechetDistance",
     "Given",
     "ImageFeatures",
@@ -26,9 +29,11 @@ __all__ = [
     "Protocol",
     "Reward",
     "describe_protocol",
+    "earlier_rows",
     "evaluate",
     "evaluate_images",
     "evaluate_protocol",
+    "fingerprints",
     "first_images",
     "format_table",
     "frechet_distance",

@@ -1,6 +1,5 @@
 """What an interrupted evaluation has done: the features of finished batches, by which it goes on without drawing them again."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,8 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.evaluate.generate import network
-
 COSTS = ("seconds", "evaluations")
 
 
@@ -26,14 +23,6 @@ class Measured:
     values: dict[str, Tensor]
     seconds: float
     evaluations: int
-
-
-def fingerprint(pipeline: Any) -> str:
-    """Tells one pipeline from another by its class, its scheduler, and types and sums of its network's weights."""
-    with torch.no_grad():
-        sums = [f"{name} {p.dtype} {float(p.double().sum()):.17g}" for name, p in network(pipeline).named_parameters()]
-    scheduler = json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str)
-    return hashlib.sha256("\n".join([type(pipeline).__name__, scheduler, *sums]).encode()).hexdigest()[:16]
 
 
 class Keeper:

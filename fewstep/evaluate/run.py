@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep.evaluate.earlier import fingerprints
 from fewstep.evaluate.generate import (
     ConditionKind,
     batches,
@@ -20,7 +21,7 @@ from fewstep.evaluate.generate import (
     remaining_batches,
     sample,
 )
-from fewstep.evaluate.keep import Keeper, Measured, fingerprint
+from fewstep.evaluate.keep import Keeper, Measured
 from fewstep.evaluate.protocol import Protocol
 from fewstep.evaluate.reference import (
     NOTHING,
@@ -92,6 +93,7 @@ class _Run:
         self.accelerator, self.keep = accelerator, keep
         self.device = torch.device(pipeline.device)
         self.rank, self.world = _place(accelerator)
+        self.fingerprints = fingerprints(pipeline) if keep is not None else {}
 
     def row(self, steps: int, bar: "tqdm[Any]") -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -136,7 +138,7 @@ class _Run:
         settings = {
             "protocol": self.protocol.hash(),
             "conditions": fingerprint_of(self.what),
-            "pipeline": fingerprint(self.pipeline),
+            "pipeline": self.fingerprints,
             "steps": steps,
             "guidance_scale": self.guidance_scale,
         }

@@ -26,6 +26,10 @@ Trained on the 60,000 training images of [Fashion-MNIST](https://github.com/zala
     apt-get install dataset-fashion-mnist
     python train/teacher.py --config configs/teacher_fashion.yaml
     python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
+    fewstep evaluate fashion --steps 1 2 3 4 6 8 50 --num-images 2000 --name teacher --output fewstep/assets/fashion/evaluation.json
+    python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
+
+The last line once more, for this card.
 
 {note}
 
@@ -36,6 +40,7 @@ Trained on the 60,000 training images of [Fashion-MNIST](https://github.com/zala
 | `pipeline/` | `autoencoder.py`, `denoiser.py` | VAE to 8x8x4, UNet, text tower of `clip/` |
 | `reference.safetensors` | `reference.py` | mean and covariance of the features of all training images |
 | `images.parquet` | `reference.py` | real training images with label and caption |
+| `evaluation.json` | `fewstep evaluate` | scores of the teacher, which runs take (`evaluate.teacher_from`) |
 | `samples.png` | `measure.py` | one row per class, then test images above their VAE reconstructions |
 
 ![samples](samples.png)
