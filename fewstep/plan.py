@@ -179,9 +179,6 @@ class _Rehearsal:
         self.activations: dict[str, int] = defaultdict(int)
         for name, optimizer in self.trainer.optimizers.items():
             optimizer.optimizer.register_step_pre_hook(lambda *_, name=name: self._enter(f"{name}: optimizer"))
-            if device == "cuda":  # there, AdamW takes all weights at once by default, and with them the memory for it
-                for group in optimizer.param_groups:
-                    group["foreach"] = True
 
     def _cache(self) -> None:
         """Conditions and latents as if `data.cache` held them: without encoders, and without a file."""

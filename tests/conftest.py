@@ -1,6 +1,7 @@
 """Tiny untrained pipelines from the real classes, seeded, each saved once a session as a folder."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for each core of this process, to a bound: every one of them holds torch and the session's tiny pipelines."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if config.getoption("usepdb") else min(cores, 8)
 
 
 def clip_tokenizer(folder: Path) -> Any:
