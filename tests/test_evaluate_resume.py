@@ -24,7 +24,7 @@ from fewstep.evaluate.statistics import save_statistics
 from fewstep.fashion import load_embedded
 
 PROMPTS = ["a bag", "", "ein Kleid, rot 👗", 'a "quoted", dress', "a coat"]
-NOT_SCORES = ("model", "guidance_scale", "seconds_per_image", "peak_memory_gib")
+NOT_SCORES = ("fingerprints", "model", "guidance_scale", "seconds_per_image", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
