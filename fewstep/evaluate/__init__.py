@@ -1,7 +1,7 @@
 """Scoring: features, Fréchet distance, CLIP score, and the evaluation of a pipeline."""
 
 from fewstep.evaluate.clip_score import ClipScore, load_clip
-from fewstep.evaluate.earlier import COSTS, Earlier, earlier_rows, fingerprints
+from fewstep.evaluate.earlier import MEASURED_ANEW, Earlier, earlier_rows, fingerprints
 from fewstep.evaluate.features import ImageFeatures, load_features
 from fewstep.evaluate.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
 from fewstep.evaluate.generate import sample
@@ -19,7 +19,7 @@ from fewstep.evaluate.rewards import Reward, load_reward
 from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
 
 __all__ = [
-    "COSTS",
+    "MEASURED_ANEW",
     "ClipScore",
     "Earlier",
     "FrechetDistance",

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fewstep.assets import ASSETS, asset_path
+from fewstep.teachers import NETWORKS
 
-COSTS = ("seconds_per_image", "network_evaluations", "peak_memory_gib")
-"""What depends on the machine, and is measured again."""
+MEASURED_ANEW = ("seconds_per_image", "network_evaluations", "peak_memory_gib")
+"""What depends on the machine."""
 
 UNCOMPARED = ("batch_size", "versions")
 """What a protocol's description holds beside what scores depend on."""
@@ -82,5 +83,4 @@ def earlier_rows(
 
 
 def _same(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    networks = ("unet", "transformer")
-    return any(name in a and name in b for name in networks) and all(a[key] == b[key] for key in a.keys() & b.keys())
+    return any(name in a and name in b for name in NETWORKS) and all(a[key] == b[key] for key in a.keys() & b.keys())

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.teachers import NETWORKS
+
 ConditionKind = Literal["prompt", "label", "none"]
 
 DIT_NULL_LABEL = 1000
@@ -18,7 +20,7 @@ DIT_NULL_LABEL = 1000
 
 def network(pipeline: Any) -> nn.Module:
     """The network that a pipeline evaluates at every step."""
-    for name in ("unet", "transformer"):
+    for name in NETWORKS:
         if isinstance(module := pipeline.components.get(name), nn.Module):
             return module
     raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
