@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fewstep.assets import ASSETS
 from fewstep.card import update_card
 from fewstep.stranger import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher, quiet
+from fewstep.teachers.base import Scale
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -43,7 +44,7 @@ def export(
     path: Path,
     *,
     allowed_steps: Sequence[int],
-    guidance_scale: float | None = None,
+    guidance_scale: Scale | None = None,
     keeps_guidance: bool = False,
     dtype: str = "fp32",
     card: dict[str, Any],
@@ -126,10 +127,10 @@ def options_of(teacher: Teacher, guidance_scale: float | None) -> dict[str, Any]
     return labels | ({} if guidance_scale is None else {"guidance_scale": guidance_scale})
 
 
-def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, options: dict[str, Any]) -> str:
+def _guidance_text(student: Denoiser, guidance_scale: Scale | None, kind: str, options: dict[str, Any]) -> str:
     net: Any = student.net
     if "guidance_scale" in options:
-        scale = "the scale that its teacher was given" if guidance_scale is None else f"a scale of {guidance_scale:g}"
+        scale = "the scale that its teacher was given" if guidance_scale is None else scale_text(guidance_scale)
         return (
             f"Guidance: {scale} is part of the weights. Pass `guidance_scale=1.0`, as above: without it a {kind} "
             "guides by default, which takes twice the time and spoils the images, and no file in this folder can tell it "
@@ -146,9 +147,16 @@ def _guidance_text(student: Denoiser, guidance_scale: float | None, kind: str, o
             "evaluation for it; give one from the range it was trained on. A `negative_prompt` has no effect."
         )
     return (
-        f"Guidance: a scale of {guidance_scale:g} (1 = none) is part of the weights; a `guidance_scale` or "
+        f"Guidance: {scale_text(guidance_scale)} (1 = none) is part of the weights; a `guidance_scale` or "
         "`negative_prompt` given to the call has no effect."
     )
+
+
+def scale_text(guidance_scale: Scale) -> str:
+    """A folded guidance scale in words: the subject of a sentence in the singular."""
+    if not isinstance(guidance_scale, Mapping):
+        return f"a scale of {guidance_scale:g}"
+    return "a scale of " + ", ".join(f"{scale:g} at timestep {t}" for t, scale in guidance_scale.items())
 
 
 def draw(

@@ -26,11 +26,12 @@ from fewstep.export import (
     own_copies,
     put_in_place,
     refuses,
+    scale_text,
     tolerance_of,
 )
 from fewstep.stranger import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher
-from fewstep.teachers.base import own_tensors
+from fewstep.teachers.base import Scale, own_tensors
 from fewstep.teachers.lora import NAME, adapters
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Update:
         return _stored(tensors, dtype)
 
 
-def update_of(teacher: Teacher, student: Denoiser, guidance_scale: float | None = None) -> Update:
+def update_of(teacher: Teacher, student: Denoiser, guidance_scale: Scale | None = None) -> Update:
     """What the student's adapters, and what is folded for export, change of the teacher.
 
     Raises ValueError where that is more than weights of rank r and biases: a guidance embedding that is left live.
@@ -118,7 +119,7 @@ def export_lora(
     *,
     base: str,
     allowed_steps: Sequence[int],
-    guidance_scale: float | None = None,
+    guidance_scale: Scale | None = None,
     dtype: str = "fp32",
     card: dict[str, Any],
 ) -> Path:
@@ -235,7 +236,7 @@ def _card(
     code: str,
     allowed_steps: Sequence[int],
     dtype: str,
-    guidance_scale: float | None,
+    guidance_scale: Scale | None,
 ) -> str:
     teacher = str(card.get("teacher", "unknown"))
     teacher = Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
@@ -245,7 +246,7 @@ def _card(
         "base_model": teacher,
         "tags": ["diffusers", "lora", "few-step", "distillation", str(card.get("method", "distillation"))],
     }
-    scale = "" if guidance_scale is None else f" A scale of {guidance_scale:g} is part of the adapters."
+    scale = "" if guidance_scale is None else f" {scale_text(guidance_scale).capitalize()} is part of the adapters."
     merging = (
         "They can be merged (`fuse_lora`)." if not update.shift else "They also shift biases, and so cannot be merged."
     )

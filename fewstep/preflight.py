@@ -2,6 +2,7 @@
 
 import difflib
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fewstep import checkpoint
@@ -74,6 +75,10 @@ def check_guidance(config: RunConfig[Any], method: "Method") -> None:
     if method.keeps_guidance and config.student == "lora":
         raise ValueError(
             "method.keep_guidance: a file of adapters cannot be checked under guidance yet; set student=full"
+        )
+    if isinstance(method.export_guidance_scale, Mapping) and config.student == "lora":
+        raise ValueError(
+            "method.export_guidance_scale: a file of adapters has no place for scales that differ between steps; give one number"
         )
 
 

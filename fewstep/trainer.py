@@ -300,7 +300,7 @@ class Trainer:
             self.accelerator.log({k: v for k, v in record.items() if k != "iteration"}, step=self.iteration)
 
     def _shown_best(self) -> dict[str, str]:
-        return {"best fid": f"{self.best['fid']:.1f}"} if self.best else {}
+        return {"best fid": f"{self.best['fid']:.3g}"} if self.best else {}
 
     def _pipeline(self) -> Any:
         ema = self.raw["ema"]

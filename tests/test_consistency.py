@@ -147,6 +147,8 @@ def test_index_zero_target_is_the_solver_state(tiny_sd_path):
         ({"steps": 7}, "does not divide solver_steps"),
         ({"guidance_range": (5.0, 3.0)}, "guidance_range"),
         ({"export_guidance_scale": 20.0}, "outside guidance_range"),
+        ({"steps": 2, "export_guidance_scale": (5.0, 20.0)}, "20.0 lies outside guidance_range"),
+        ({"steps": 4, "export_guidance_scale": (5.0, 4.0)}, "2 scales for 4 steps; give one number or 4"),
         ({"huber_c": 0.0}, "huber_c"),
     ],
 )

@@ -1,8 +1,9 @@
-"""A student that keeps guidance: not guided in training, exported to be guided, negative prompts included."""
+"""Exported guidance: a scale for each step; and a student that keeps guidance, not guided in training, exported to be."""
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from families import build_dit
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 
@@ -59,3 +60,35 @@ def test_impossible(tiny_ddpm):
     teacher = load_teacher(str(tiny_ddpm))
     with pytest.raises(ValueError, match=r"method\.keep_guidance"):
         Consistency(config(**KEPT), teacher)
+
+
+def test_a_scale_for_each_step_is_exported(tiny_sd, tmp_path):
+    """The export compares stock diffusers, in a process without fewstep, with the student in memory at every count."""
+    teacher = load_teacher(str(tiny_sd))
+    scales = (4.0, 3.0, 5.0, 6.0)
+    method = Consistency(config(solver_steps=40, steps=4, export_guidance_scale=scales), teacher)
+    assert method.export_guidance_scale == {999: 4.0, 749: 3.0, 499: 5.0, 249: 6.0}
+    student = nets_for(method)["student"]
+    torch.nn.init.normal_(student.net.time_embedding.cond_proj.weight, std=0.5)
+
+    def drawn(scale):
+        folder = export(
+            teacher, student, method.scheduler(), tmp_path / "student", allowed_steps=method.allowed_steps(),
+            guidance_scale=scale, card={"method": "consistency", "paper": "", "teacher": "tiny", "data": "none", "prompt": "a"},
+        )  # fmt: skip
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"output_type": "pt", "guidance_scale": 9.0}
+        return [pipeline("a", num_inference_steps=n, generator=torch.manual_seed(0), **options).images for n in (1, 4)]
+
+    own = drawn(method.export_guidance_scale)
+    assert "a scale of 4 at timestep 999, 3 at timestep 749" in (tmp_path / "student" / "README.md").read_text()
+    first = drawn(4.0)
+    torch.testing.assert_close(own[0], first[0], rtol=0, atol=1e-4)  # of one step, all is the first scale
+    assert (own[1] - first[1]).abs().max() > 1e-3
+
+
+def test_a_scale_for_each_step_needs_a_unet_that_is_told(tmp_path):
+    teacher = load_teacher(str(build_dit(tmp_path)))
+    with pytest.raises(ValueError, match="one scale for each step is for Stable Diffusion and SDXL"):
+        Consistency(config(steps=2, export_guidance_scale=(3.0, 4.0)), teacher)

@@ -91,7 +91,7 @@ ONE_JUMP: dict[str, dict[str, Any]] = {
 MATRIX = [(family, method) for family in CONTRACT for method in METHODS]
 TESTED = {"sd", "ddpm"}
 """On which the methods' own tests are."""
-QUICK = {("sdxl", "dmd2"), ("dit", "consistency"), ("sd3", "boot"), ("dit", "scm"), ("edm", "consistency")}
+QUICK = {("sdxl", "dmd2"), ("sd3", "boot"), ("dit", "scm"), ("edm", "consistency")}
 """What is exported in every run of the tests; the rest is slow, for each is a process of its own."""
 
 

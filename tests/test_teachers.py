@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.config import LoraConfig
 from fewstep.teachers import Denoiser, Teacher, load_teacher
-from fewstep.teachers.sd import guidance_embedding
+from fewstep.teachers.sd import guidance_embedding, shift_at
 
 T = torch.tensor([999, 10])
 PROMPTS = ["a bag", "a shoe"]
@@ -227,6 +227,30 @@ def test_fold_is_exact(sd: Teacher) -> None:
     assert (other - live).abs().max() > 1e-3
     for name, p in student.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+def test_fold_of_a_scale_for_each_timestep_is_exact(sd: Teacher) -> None:
+    """At its timesteps the folded network is the student told their scales; what the caller says does not matter."""
+    student, cond = perturbed(sd, True), sd.condition(PROMPTS)
+    scales = {999: 1.5, 874: 3.5, 749: 1.0, 499: 7.0, 249: 2.0, 124: 2.0}
+    unet = sd.student_pipeline(student, sd.renoise_scheduler(8), scales).unet
+    folded = Denoiser(unet, student.call, student.schedule, student.prediction_type)
+    for t, scale in scales.items():
+        at = torch.full((2,), t)
+        live = student(noise(sd), at, cond, torch.full((2,), scale)).eps
+        torch.testing.assert_close(folded(noise(sd), at, cond, torch.full((2,), 9.0)).eps, live, rtol=1e-5, atol=1e-5)
+        other = student(noise(sd), at, cond, torch.full((2,), scale + 1)).eps
+        assert (other - live).abs().max() > 1e-3
+
+
+def test_more_shifts_than_a_layer_has_inputs_are_refused() -> None:
+    layer = torch.nn.Linear(3, 2).double()
+    before = layer(torch.eye(3).double())
+    shift_at(layer, torch.eye(3), torch.arange(6.0).view(3, 2))
+    torch.testing.assert_close(layer(torch.eye(3).double()) - before, torch.arange(6.0).view(3, 2).double())
+    dependent = torch.cat([torch.eye(3), torch.ones(1, 3)])
+    with pytest.raises(ValueError, match="4 inputs of 3 numbers"):
+        shift_at(layer, dependent, torch.tensor([[1.0, 0], [0, 1], [1, 1], [5, 5]]))
 
 
 @pytest.mark.parametrize("guidance", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import OptimConfig
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Cond, Scale, Teacher
 from fewstep.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 
 if TYPE_CHECKING:
@@ -35,6 +35,15 @@ def require_live_guidance(teacher: Teacher) -> None:
         raise ValueError(
             "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its "
             "network; set the one that is to be part of the student's weights"
+        )
+
+
+def require_guidance_by_step(teacher: Teacher) -> None:
+    """For a student with a guidance scale for each step of the sampler: ValueError where its family cannot have it folded."""
+    if not teacher.live_guidance:
+        raise ValueError(
+            "method.export_guidance_scale: one scale for each step is for Stable Diffusion and SDXL, whose UNets embed it; "
+            "give one number"
         )
 
 
@@ -138,7 +147,7 @@ class Method(ABC):
     paper: ClassVar[str]
     needs_images: bool = True
     """Whether losses read `Batch.x0`; a method may decide it from its config."""
-    export_guidance_scale: float | None = None
+    export_guidance_scale: Scale | None = None
     """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
     keeps_guidance: bool = False
     """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""

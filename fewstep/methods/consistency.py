@@ -24,6 +24,7 @@ from fewstep.methods.base import (
     Role,
     Step,
     require_guidable,
+    require_guidance_by_step,
     require_live_guidance,
 )
 from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
@@ -39,7 +40,7 @@ from fewstep.methods.dmd2_health import accuracies
 from fewstep.methods.dropout import random_state, replayed, set_dropout
 from fewstep.methods.perceptual import load_lpips
 from fewstep.process import Prediction, add_noise, guide, like, noise_level, ode_step
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Cond, Scale, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate
 from fewstep.trajectories import Trajectories as Stored
 from fewstep.trajectories import stand_in
@@ -75,7 +76,7 @@ class Consistency(Method):
             require_live_guidance(teacher)
         if config.keep_guidance:
             require_guidable(teacher, "keep_guidance", "false")
-        self.export_guidance_scale, self.keeps_guidance = config.export_guidance_scale, config.keep_guidance
+        self.export_guidance_scale, self.keeps_guidance = self._folded_scale(), config.keep_guidance
         self.stages = tuple(Stage(plan, self._grid(plan)) for plan in config.plan)
         self.last_stage = self.stages[-1].plan.start
         self.needs_images = any(stage.plan.states == "noised_data" for stage in self.stages)
@@ -94,6 +95,14 @@ class Consistency(Method):
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         if config.rolls_out:
             self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
+
+    def _folded_scale(self) -> Scale | None:
+        scale = self.config.export_guidance_scale
+        if not isinstance(scale, tuple):
+            return scale
+        require_guidance_by_step(self.teacher)
+        times = self.teacher.jump_grid(self.scheduler(), self.config.steps)[:-1].tolist()
+        return dict(zip(times, scale, strict=True))
 
     def _grid(self, plan: PlannedStage) -> Grid:
         if plan.endpoint == "phase":

@@ -146,8 +146,9 @@ class ConsistencyConfig(Strict):
     """PCM without guidance in the teacher's step: the exported student is guided by its caller, negative prompts included."""
     null_share: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Share of samples whose condition is the null one, for keep_guidance."""
-    export_guidance_scale: float | None = None
-    """Guidance scale folded into the exported student; null leaves it to the caller's guidance_scale."""
+    export_guidance_scale: float | Annotated[tuple[float, ...], MinLen(2)] | None = None
+    """Guidance scale folded into the exported student, or one for each of the sampler's `steps` timesteps, from the noisiest;
+    null leaves it to the caller's guidance_scale."""
     target_decay: float | None = Field(0.95, ge=0, lt=1)
     """Decay per update of the moving average that gives the targets; null = the student itself, without gradient."""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_sample", "lpips"] = "l2"
@@ -190,11 +191,17 @@ class ConsistencyConfig(Strict):
     @model_validator(mode="after")
     def _possible(self) -> "ConsistencyConfig":
         scale, span = self.export_guidance_scale, self.guidance_range
+        scales = scale if isinstance(scale, tuple) else () if scale is None else (scale,)
         if span is not None and not 1 <= span[0] <= span[1]:
             raise ValueError(f"guidance_range: {list(span)} is not an interval of scales >= 1")
-        if scale is not None and (span is None or not span[0] <= scale <= span[1]):
+        for one in scales:
+            if span is None or not span[0] <= one <= span[1]:
+                raise ValueError(
+                    f"export_guidance_scale: {one} lies outside guidance_range, where the student is not trained"
+                )
+        if isinstance(scale, tuple) and len(scale) != self.steps:
             raise ValueError(
-                f"export_guidance_scale: {scale} lies outside guidance_range, where the student is not trained"
+                f"export_guidance_scale: {len(scale)} scales for {self.steps} steps; give one number or {self.steps}"
             )
         if not self.huber_c and self.distance != "pseudo_huber_sample":
             raise ValueError("huber_c: 0 is for distance pseudo_huber_sample, where it gives the norm")

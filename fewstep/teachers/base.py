@@ -5,7 +5,7 @@ A new pipeline family is one subclass of Teacher in a file of its own. Methods s
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Cond = dict[str, Tensor]
 """Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""
+Scale = float | Mapping[int, float]
+"""A guidance scale (1 = none); or one for each timestep at which a student is evaluated."""
 
 
 class Call(Protocol):
@@ -257,21 +259,22 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> nn.Module:
+    def folded(self, student: Denoiser, guidance_scale: Scale | None = None) -> nn.Module:
         """A frozen copy of the student's network as diffusers has it, adapters merged.
 
         What the student is told beside the time is part of its weights: the end of a segment and, where one is given, the
-        guidance scale.
+        guidance scale. Families whose stock pipelines pass no scale (`live_guidance`) raise ValueError for one a timestep.
         """
 
     @abstractmethod
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """The stock pipeline that samples `student` with one network evaluation a step and no guidance of its own.
 
-        guidance_scale: for a network with a guidance embedding, the scale that is folded into its weights (a copy), so that
-        whatever the caller passes is ignored; None leaves the embedding live, as the caller's `guidance_scale`.
+        guidance_scale: for a network with a guidance embedding, the scale that is folded into its weights (a copy), or one
+        for each timestep that is run, so that whatever the caller passes is ignored; None leaves the embedding live, as the
+        caller's `guidance_scale`.
         """
 
     def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.teachers import told
-from fewstep.teachers.base import Call, Cond, Denoiser, FeatureMap, tokens_as_map
+from fewstep.teachers.base import Call, Cond, Denoiser, FeatureMap, Scale, tokens_as_map
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 from fewstep.teachers.transformer import TransformerTeacher
@@ -48,7 +48,7 @@ class DiT(DiscreteGrids, TransformerTeacher):
             module.class_embedder.dropout_prob = 0.0
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """A DiTPipeline with the names of the teacher's classes, which diffusers itself would not save."""
         pipeline: Any = super().student_pipeline(student, scheduler, guidance_scale)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Cond, Denoiser
+from fewstep.teachers.base import Cond, Denoiser, Scale
 from fewstep.teachers.lora import ATTENTION
 from fewstep.teachers.pixel import Pixel, check_network
 from fewstep.teachers.progress import ToldLabels
@@ -183,7 +183,7 @@ class Edm(Pixel):
         return torch.tensor([*(total - 1 - i * (total // steps) for i in range(steps)), -1])
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """ConsistencyModelPipeline, whose first argument is a batch size: labels are passed by keyword."""
         from diffusers import ConsistencyModelPipeline

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.process import ShiftedFlow
 from fewstep.teachers import told
-from fewstep.teachers.base import Cond, Denoiser, tokens_as_map
+from fewstep.teachers.base import Cond, Denoiser, Scale, tokens_as_map
 from fewstep.teachers.flow_schedulers import even_grid_scheduler, shift_of, shifted_scheduler
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.prompts import PromptCache
@@ -262,7 +262,7 @@ class Flux(FlowTeacher):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         pipeline = super().student_pipeline(student, scheduler, guidance_scale)
         net: Any = pipeline.transformer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Cond, Denoiser, Posterior, Scale, Teacher
 from fewstep.teachers.lora import FEED_FORWARD, UNET, plain_copy
 from fewstep.teachers.progress import attach_progress, fold_progress
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
@@ -100,7 +100,7 @@ class Pixel(DiscreteGrids, Teacher):
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)
 
-    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+    def folded(self, student: Denoiser, guidance_scale: Scale | None = None) -> Any:
         if guidance_scale is not None:
             raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
         unet = plain_copy(student)
@@ -108,7 +108,7 @@ class Pixel(DiscreteGrids, Teacher):
         return unet
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """DDPMPipeline, whose loop runs any stock scheduler; its default of 1000 steps raises with a few-step grid."""
         from diffusers import DDPMPipeline

@@ -1,13 +1,13 @@
 """Stable Diffusion 1.x and 2.x (Rombach et al. 2022): latents, CLIP prompts, a UNet that predicts epsilon or v."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Scale, Teacher
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
 from fewstep.teachers.lora import UNET, plain_copy
 from fewstep.teachers.progress import attach_progress, fold_progress
@@ -77,18 +77,39 @@ def attach_guidance(unet: Any) -> None:
     unet.register_to_config(time_cond_proj_dim=EMBEDDING_DIM)
 
 
-def fold_guidance(unet: Any, guidance_scale: float) -> None:
-    """Bake one guidance scale into the UNet, in place; its embedding then has no effect.
+@torch.no_grad()
+def fold_guidance(unet: Any, guidance_scale: Scale) -> None:
+    """Bake a guidance scale, or one for each timestep, into the UNet, in place; its embedding then has no effect.
 
-    The embedding is added to the sinusoids of t before a linear layer, so it is a constant in that layer's bias.
+    The embedding is added to the sinusoids of t before a linear layer. So it is a constant in that layer's bias; and as
+    sinusoids of different timesteps are linearly independent, scales that differ are a part of its weight.
     """
     embedding = unet.time_embedding
-    with torch.no_grad():
-        projection = embedding.cond_proj.weight.double()
-        scale = torch.tensor([guidance_scale], device=projection.device)
-        shift = projection @ guidance_embedding(scale, projection.shape[1])[0].double()
-        embedding.linear_1.bias += (embedding.linear_1.weight.double() @ shift).to(embedding.linear_1.bias.dtype)
-        embedding.cond_proj.weight.zero_()
+    layer, projection = embedding.linear_1, embedding.cond_proj.weight.double()
+    scales = list(guidance_scale.values()) if isinstance(guidance_scale, Mapping) else [guidance_scale]
+    told = guidance_embedding(torch.tensor(scales, device=projection.device), projection.shape[1]).double()
+    shifts = told @ projection.T @ layer.weight.double().T
+    if isinstance(guidance_scale, Mapping):
+        shift_at(layer, unet.time_proj(torch.tensor(list(guidance_scale), device=projection.device)), shifts)
+    else:
+        layer.bias += shifts[0].to(layer.bias.dtype)
+    embedding.cond_proj.weight.zero_()
+
+
+@torch.no_grad()
+def shift_at(layer: nn.Linear, inputs: Tensor, shifts: Tensor) -> None:
+    """Move what a layer answers to inputs [n, in] by shifts [n, out], exactly, with the least change of its weight, in place.
+
+    Raises ValueError where the inputs are linearly dependent, so that no weight does.
+    """
+    inputs, shifts = inputs.double(), shifts.double()
+    mean = shifts.mean(dim=0)
+    change = torch.linalg.pinv(inputs) @ (shifts - mean)
+    error = (inputs @ change - (shifts - mean)).abs().max()
+    if error > 1e-6 * shifts.abs().max():
+        raise ValueError(f"{len(inputs)} inputs of {inputs.shape[1]} numbers cannot be told apart by a linear layer")
+    layer.weight.add_(change.T.to(layer.weight.dtype))
+    layer.bias.add_(mean.to(layer.bias.dtype))
 
 
 class StableDiffusion(DiscreteGrids, Teacher):
@@ -157,7 +178,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         return tcd_scheduler(self.pipeline.scheduler, steps)
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """LatentConsistencyModelPipeline for re-noising schedulers, else StableDiffusionPipeline.
 
@@ -189,7 +210,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+    def folded(self, student: Denoiser, guidance_scale: Scale | None = None) -> Any:
         unet = plain_copy(student)
         fold_progress(unet)
         embeds = unet.config.time_cond_proj_dim is not None
@@ -199,7 +220,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
             fold_guidance(unet, guidance_scale)
         return unet
 
-    def _stock_unet(self, student: Denoiser, guidance_scale: float | None) -> Any:
+    def _stock_unet(self, student: Denoiser, guidance_scale: Scale | None) -> Any:
         """The folded network with an embedding of the guidance scale, if only of zeros."""
         unet = self.folded(student, guidance_scale)
         if unet.config.time_cond_proj_dim is None:

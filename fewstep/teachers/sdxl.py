@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.teachers import sd
-from fewstep.teachers.base import Call, Cond, Denoiser, Posterior
+from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Scale
 from fewstep.teachers.latents import decode_latents, encode_images
 from fewstep.teachers.prompts import repeated
 from fewstep.teachers.sd import StableDiffusion, in_dtype
@@ -74,7 +74,7 @@ class StableDiffusionXL(StableDiffusion):
         return cond
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """StableDiffusionXLPipeline, which does not guide a UNet that embeds the guidance scale; every exported one does.
 

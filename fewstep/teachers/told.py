@@ -4,13 +4,14 @@ The transformers of diffusers have no place for either. Both enter where the tim
 timesteps [B, n], a column for each thing that it is told, and its two modules of time read them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from fewstep.teachers.base import Scale
 from fewstep.teachers.progress import HARMONICS, ProgressEmbedding, waves
 from fewstep.teachers.sd import EMBEDDING_DIM, guidance_embedding
 
@@ -81,12 +82,14 @@ def attach(parents: Sequence[Any], progress: bool, guidance: bool) -> None:
         parent.timestep_embedder = ToldEmbedding(parent.timestep_embedder, progress, guidance)
 
 
-def fold(parents: Sequence[Any], guidance_scale: float | None) -> None:
+def fold(parents: Sequence[Any], guidance_scale: Scale | None) -> None:
     """Undo `attach`: what was told becomes part of the weights, in place.
 
-    Raises ValueError for a guidance_scale that was never embedded, and for one embedded of which none is given: no stock
-    pipeline would tell it.
+    Raises ValueError for a guidance_scale that was never embedded, for one embedded of which none is given: no stock
+    pipeline would tell it, and for one that differs between timesteps.
     """
+    if isinstance(guidance_scale, Mapping):
+        raise ValueError("a guidance scale for each timestep cannot be folded into a transformer: give one number")
     embeds = isinstance(parents[0].time_proj, ToldProjection) and parents[0].time_proj.guidance
     if guidance_scale is not None and not embeds:
         raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.process import PredictionType, Schedule
 from fewstep.teachers import told
-from fewstep.teachers.base import Call, Denoiser, FeatureMap, Posterior, Teacher
+from fewstep.teachers.base import Call, Denoiser, FeatureMap, Posterior, Scale, Teacher
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD, plain_copy
 from fewstep.teachers.prompts import freeze
@@ -66,13 +66,13 @@ class TransformerTeacher(Teacher):
         blocks: Any = denoiser.net.get_submodule("transformer_blocks")
         return blocks[len(blocks) // 2]  # type: ignore[no-any-return]
 
-    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> Any:
+    def folded(self, student: Denoiser, guidance_scale: Scale | None = None) -> Any:
         net = plain_copy(student)
         told.fold(self.time_modules(net), guidance_scale)
         return net.requires_grad_(False).eval()
 
     def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: float | None = None
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """A pipeline of the teacher's class."""
         self.recall(self.text_parts + self.image_parts)
