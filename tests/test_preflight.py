@@ -67,6 +67,12 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
         assert text.endswith("set evaluate.teacher_guidance_scale to 1")
 
 
+def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
+    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 2, "export_guidance_scale": [4.0, 5.0]}
+    text = message(tiny_sd, tmp_path, method=method, student="lora")
+    assert text.startswith("method.export_guidance_scale: a file of adapters has no place for scales that differ")
+
+
 def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
