@@ -54,7 +54,8 @@ def export(
     The folder is written aside, loaded in a fresh process without fewstep, called with every count of `allowed_steps`
     and compared with the student in memory, timesteps and pixels; only then does it replace what was at `path`.
 
-    guidance_scale: folded into a student with a guidance embedding; None leaves the embedding to the caller.
+    guidance_scale: folded into a student with a guidance embedding, one number or one for each timestep; None leaves the
+        embedding to the caller.
     keeps_guidance: whether the caller guides the student as its teacher.
     card: see `fewstep.card.render`; its `prompt` is the one of the example and of the comparison.
     Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays
