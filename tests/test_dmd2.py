@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build_edm
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
@@ -455,6 +456,22 @@ def test_critic_descends_the_networks_own_error(tiny_sd_path, kind):
     wanted = noise if kind == "epsilon" else stock.get_velocity(batch.x0, noise, t)
     output = nets["critic"].denoiser.net(x_t, t, **batch.cond).sample
     assert found.item() == pytest.approx((output - wanted).square().mean().item(), rel=1e-4)
+
+
+def test_critic_of_edm_descends_its_networks_own_error(tmp_path):
+    """(net - (x0 - c_skip x) / c_out)^2, the stock scheduler's c_skip and c_out: (D - x0)^2 (1 / sigma^2 + 1 / sigma_data^2)."""
+    teacher = load_teacher(str(build_edm(tmp_path / "edm")))
+    method = DMD2(config(steps=1), teacher)
+    nets = nets_for(method)
+    x0 = torch.randn(3, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    batch = Batch(3, teacher.condition([0, 4, 9]), teacher.null_condition(3), torch.device("cpu"), latents=x0)
+    batch.carried["sample"] = x0
+    t, noise = torch.tensor([20, 500, 999]), torch.randn_like(x0)
+    found = method.critic_loss(nets, batch, t, noise)["denoising"]
+    k = teacher.schedule.level(t).float().view(-1, 1, 1, 1)
+    x, c_skip, c_out = x0 + k * noise, 0.25 / (k**2 + 0.25), 0.5 * k / (k**2 + 0.25).sqrt()
+    output = nets["critic"].denoiser.net(x / (k**2 + 0.25).sqrt(), 250 * k.flatten().log(), **batch.cond).sample
+    assert found.item() == pytest.approx((output - (x0 - c_skip * x) / c_out).square().mean().item(), rel=1e-3)
 
 
 def test_matching_is_zero_while_the_critic_is_the_teacher(teacher):

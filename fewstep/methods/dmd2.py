@@ -23,7 +23,7 @@ from fewstep.methods.critic import Noised, features, named_layers, new_critic, n
 from fewstep.methods.dmd2_config import DMD2Config, Range
 from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
 from fewstep.methods.perceptual import load_lpips
-from fewstep.process import Prediction, add_noise, guide, output_of
+from fewstep.process import Prediction, add_noise, guide, like, output_of
 from fewstep.teachers.base import Cond, Teacher
 from fewstep.teachers.guidance import both_sides, concatenate, guided
 from fewstep.trajectories import Trajectories, TrajectorySettings, even_timesteps, stand_in
@@ -227,7 +227,8 @@ class DMD2(Method):
         """Mean square error of the network's own output, whatever it predicts (as in its own training)."""
         schedule, kind = self.teacher.schedule, self.teacher.denoiser.prediction_type
         wanted = output_of(schedule, kind, Prediction(x0, noise), t)
-        return l2(output_of(schedule, kind, p, t), wanted).float()
+        root = like(self.teacher.error_weight(t).sqrt(), wanted)
+        return l2(root * output_of(schedule, kind, p, t), root * wanted).float()
 
     def _real(self, batch: Batch) -> tuple[Tensor, Range, Cond]:
         if self.config.gan_real == "images":

@@ -200,6 +200,10 @@ class Teacher(ABC):
     def null_condition(self, size: int) -> Cond:
         """What classifier-free guidance calls unconditional, for `size` samples."""
 
+    def error_weight(self, t: Tensor) -> Tensor:
+        """Weight [B], in the network's own training, of the squared error of what its denoiser predicts, at t [B]."""
+        return torch.ones(t.shape, device=t.device)
+
     def adapt(self, lora: LoraConfig) -> None:
         """From now on `learner` and `student` give the teacher's own weights, frozen, under adapters (Hu et al. 2021).
 

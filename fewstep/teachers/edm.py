@@ -111,6 +111,10 @@ class Edm(Pixel):
         self.num_labels: int | None = unet.config.num_class_embeds
         self.conditions = "none" if self.num_labels is None else "label"
 
+    def error_weight(self, t: Tensor) -> Tensor:
+        """1 / c_out^2 = 1 / k^2 + 1 / sigma_data^2, with which errors in x0 are errors of the network's own output."""
+        return (self.schedule.level(t) ** -2 + self.call.sigma_data**-2).float()
+
     def condition(self, raw: Sequence[Any]) -> Cond:
         if self.num_labels is None:
             return {}
