@@ -60,7 +60,7 @@ def matching_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
         x: the student's samples before noise is added, [B, ...].
         real, fake: the teacher's and the critic's estimates of x0 from the same noised x, [B, ...].
 
-    A sample that meets its teacher exactly has gradient 0, and so has one whose gradient is not a finite number.
+    A sample that meets its teacher exactly has gradient 0, and so has every element whose gradient is not a finite number.
     """
     size = (x - real).abs().mean(dim=list(range(1, x.ndim)), keepdim=True)
     return ((fake - real) / size).nan_to_num(0.0, 0.0, 0.0)

@@ -208,7 +208,7 @@ def test_gaussian_student_is_driven_to_mean_and_deviation(tiny_ddpm_grey, steps_
             "teacher": gaussian(teacher.schedule, "epsilon", mean, std),
             "critic": ExactCritic(gaussian(teacher.schedule, "epsilon", b.item(), a.abs().item())),
         }
-        loss = method.matching(nets, Batch(64, {}, {}, torch.device("cpu")), x)
+        loss = method.matching(nets, Batch(64, {}, {}, torch.device("cpu")), x)["dm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -231,7 +231,7 @@ def test_every_parametrisation_gives_the_same_gradient(tiny_ddpm_grey):
                 "teacher": gaussian(schedule, kind, 0.7, 0.4),
                 "critic": ExactCritic(gaussian(schedule, kind, 0.1, 0.9)),
             }
-            method.matching(nets, batch, x.requires_grad_(), t, noise).backward()
+            method.matching(nets, batch, x.requires_grad_(), t, noise)["dm"].backward()
             found.append(x.grad)
         assert found[0].abs().max() > 1e-4
         for other in found[1:]:
@@ -247,7 +247,7 @@ def test_decoupled_matching_with_the_same_noise_is_the_coupled_one_up_to_normali
     method = DMD2(config(guidance_scale=3.0, guidance_noise_range=(0.3, 0.9)), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     x = batch.x0.clone().requires_grad_()
-    method.matching(nets, batch, x).backward()
+    method.matching(nets, batch, x)["dm"].backward()
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
@@ -260,7 +260,7 @@ def test_divergences_weigh_the_same_gradient(teacher):
         torch.manual_seed(0)  # of the head
         nets, batch = nets_for(method), batch_for(teacher)
         x = batch.x0.clone().requires_grad_()
-        method.matching(nets, batch, x, t, noise).backward()
+        method.matching(nets, batch, x, t, noise)["dm"].backward()
         found[kind] = x.grad
     with torch.no_grad():
         _, logits = nets["critic"](judge=noised(teacher, batch.x0, (0.0, 1.0), batch.cond, t, noise))
@@ -478,7 +478,7 @@ def test_matching_is_zero_while_the_critic_is_the_teacher(teacher):
     method = DMD2(config(guidance_scale=1.0), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     batch = batch_for(teacher)
-    assert method.matching(nets, batch, batch.x0).item() == 0
+    assert method.matching(nets, batch, batch.x0)["dm"].item() == 0
     assert batch.health["dm_norm"] == 0
 
 
@@ -522,9 +522,13 @@ def test_the_critic_learns_on_the_students_sample(teacher):
     assert len(student.seen) == drawn
 
 
-def test_forwards_are_the_floor(teacher):
-    """Per sample: student k + 1, teacher 2 and critic 1 + e; then, without another rollout, critic 1 + 2 e."""
-    method = DMD2(config(guidance_scale=2.0, **GAN), teacher)
+@pytest.mark.parametrize("shared", [False, True])
+def test_forwards_are_the_floor(teacher, shared):
+    """Per sample: student k + 1, teacher 2 and critic 1 + e; then, without another rollout, critic 1 + 2 e.
+
+    With `gan_share_noise`: critic 1; then 1 + e. On the critic's own iterations the student's k + 1 come before it, no teacher's.
+    """
+    method = DMD2(config(guidance_scale=2.0, gan_share_noise=shared, **GAN), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     begun, ended = dict.fromkeys(nets, 0), dict.fromkeys(nets, 0)
     unets = {"teacher": nets["teacher"].net, "student": nets["student"].net, "critic": nets["critic"].denoiser.net}
@@ -540,10 +544,57 @@ def test_forwards_are_the_floor(teacher):
     batch.generator.manual_seed(7)
     method.student_loss(nets, batch)
     assert ended == {"teacher": 6, "student": 3 * (k + 1), "critic": 3}
-    assert begun == ended | {"critic": 6}
+    assert begun == ended | {"critic": 3 if shared else 6}
     method.critic_loss(nets, batch)
     assert ended == {"teacher": 6, "student": 3 * (k + 1), "critic": 6}
-    assert begun == ended | {"critic": 15}
+    assert begun == ended | {"critic": 9 if shared else 15}
+    before = begun.copy()
+    batch.carried.clear()
+    batch.generator.manual_seed(7)
+    method.critic_loss(nets, batch)
+    assert begun["critic"] - before["critic"] == (6 if shared else 9) and begun["teacher"] == before["teacher"]
+    assert begun["student"] - before["student"] == 3 * (k + 1)
+
+
+def test_shared_noise_gives_the_same_terms(teacher):
+    """Given the same noise apart: the terms, and their gradients in the sample and in the critic's weights and heads."""
+    t, g = torch.tensor([30, 400, 970]), torch.Generator().manual_seed(8)
+    noise, x = (torch.randn(3, *teacher.latent_shape, generator=g) for _ in range(2))
+    method, apart = (DMD2(config(guidance_scale=2.0, gan_share_noise=v, **GAN), teacher) for v in (True, False))
+    nets, batch = nets_for(method), batch_for(teacher)
+    found, wanted = (x.clone().requires_grad_() for _ in range(2))
+    nets["critic"].requires_grad_(False)
+    terms = method.matching(nets, batch, found, t, noise)
+    (terms["dm"] + terms["gan"]).backward()
+    expected = apart.matching(nets, batch, wanted, t, noise) | {
+        "gan": 0.1 * apart.realism(nets, batch, wanted, t, noise)
+    }
+    (expected["dm"] + expected["gan"]).backward()
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-8)
+    nets["critic"].requires_grad_(True)
+    batch.carried["sample"] = x
+    torch.manual_seed(0)
+    losses = method.critic_loss(nets, batch, t, noise)
+    torch.manual_seed(0)
+    real = noised(teacher, batch.x0, (0.0, 1.0), batch.cond)
+    on_real, on_fake = (
+        nets["critic"](judge=at)[1] for at in (real, noised(teacher, x, (0.0, 1.0), batch.cond, t, noise))
+    )
+    expected = 0.01 * discriminator_loss("softplus", on_real, on_fake)
+    torch.testing.assert_close(losses["discriminator"], expected, rtol=1e-5, atol=1e-7)
+    heads = list(nets["critic"].heads.parameters())
+    for a, b in zip(*(torch.autograd.grad(v, heads) for v in (losses["discriminator"], expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+def test_regression_alone_has_no_critic(teacher):
+    method = DMD2(config(dm_weight=0.0, steps=1, regression_weight=1.0, pairs={"count": 4}), teacher)
+    method.rehearse()
+    nets, batch = {name: role.net for name, role in method.roles().items()}, batch_for(teacher)
+    assert set(nets) == {"teacher", "student"} and [step.role for step in method.steps()] == ["student"]
+    student = Recorder(nets["student"])
+    assert set(method.student_loss({"student": student}, batch)) == {"regression"} and len(student.seen) == 1
 
 
 def test_updates_cadence_and_resume_in_the_middle_of_it(tiny_sd, tmp_path):
@@ -662,6 +713,9 @@ def test_a_grid_that_ends_early_is_exported(tiny_sd, tmp_path):
         ({"dm_weight": 0.0}, "would learn nothing"),
         ({"dm_range": [0.9, 0.1]}, "dm_range"),
         ({"divergence": "forward_kl"}, "divergence.*gan_weight"),
+        ({"divergence": "forward_kl", "gan_loss": "hinge", **GAN}, "divergence.*softplus"),
+        ({"gan_share_noise": True}, "gan_share_noise.*gan_weight"),
+        ({"gan_share_noise": True, "gan_range": [0.0, 0.5], **GAN}, "gan_share_noise.*gan_range"),
         ({"r1_weight": 1.0}, "r1_weight.*gan_weight"),
         ({"guidance_noise_range": [0.5, 1.0]}, "guidance_noise_range.*guidance_scale"),
         ({"regression_weight": 0.25}, "regression_weight.*for one step"),

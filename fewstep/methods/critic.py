@@ -1,7 +1,7 @@
 """Parts of distribution matching: noised samples, backward simulation, and the critic with its heads on features."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -62,21 +62,37 @@ def simulated_input(
 
 def features(denoiser: Denoiser, names: Sequence[str], at: Noised) -> list[Tensor]:
     """Outputs [B, C, h, w] of the denoiser's modules of these names, in float32; what follows the last does not run."""
+    with _listening(denoiser, names, leave=True) as heard, suppress(_Heard):
+        denoiser(*at)
+    return heard
+
+
+def denoised(denoiser: Denoiser, names: Sequence[str], at: Noised) -> tuple[Prediction, list[Tensor]]:
+    """The denoiser's prediction, and the same features on its way."""
+    with _listening(denoiser, names) as heard:
+        prediction = denoiser(*at)
+    return prediction, heard
+
+
+@contextmanager
+def _listening(denoiser: Denoiser, names: Sequence[str], leave: bool = False) -> Iterator[list[Tensor]]:
+    """A list that has the modules' outputs, in the order of the names, after the block; `leave`: _Heard once all are there."""
     heard: dict[int, Tensor] = {}
+    found: list[Tensor] = []
 
     def listen(index: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             heard[index] = denoiser.feature_map(output)
-            if len(heard) == len(names):
+            if leave and len(heard) == len(names):
                 raise _Heard
 
         return hook
 
-    with ExitStack() as stack, suppress(_Heard), denoiser.eagerly():
+    with ExitStack() as stack, denoiser.eagerly():
         for index, name in enumerate(names):
             stack.callback(denoiser.get_submodule(name).register_forward_hook(listen(index)).remove)
-        denoiser(*at)
-    return [heard[index].float() for index in range(len(names))]
+        yield found
+    found += [heard[index].float() for index in range(len(names))]
 
 
 def named_layers(teacher: Teacher, chosen: Sequence[str] | None) -> tuple[str, ...]:
@@ -130,12 +146,25 @@ class Critic(nn.Module):
         self.denoiser, self.heads, self.layers = denoiser, nn.ModuleList(heads), tuple(layers)
 
     def forward(
-        self, denoise: Noised | None = None, judge: Noised | None = None, given: list[Tensor] | None = None
+        self,
+        denoise: Noised | None = None,
+        judge: Noised | None = None,
+        given: list[Tensor] | None = None,
+        alike: bool = False,
     ) -> tuple[Prediction | None, Tensor | None]:
-        """Both halves of a turn in one call, as distributed training wants it: prediction, and logits [B, heads]."""
-        prediction = None if denoise is None else self.denoiser(*denoise)
+        """Both halves of a turn in one call, as distributed training wants it: prediction, and logits [B, heads].
+
+        alike: what is denoised is judged as well, by the features on its way; its logits come after the others.
+        """
+        prediction, own = None, None
+        if denoise is not None and alike:
+            prediction, own = denoised(self.denoiser, self.layers, denoise)
+        elif denoise is not None:
+            prediction = self.denoiser(*denoise)
         if judge is not None:
             given = features(self.denoiser, self.layers, judge)
+        if own is not None:
+            given = own if given is None else [torch.cat(pair) for pair in zip(given, own, strict=True)]
         if given is None:
             return prediction, None
         # Autocast would round the logits; the heads cost next to nothing.

@@ -57,11 +57,13 @@ class DMD2(Method):
 
     def roles(self) -> dict[str, Role]:
         c = self.config
-        return {
+        roles = {
             "teacher": Role(self.teacher.denoiser),
             "student": Role(self.teacher.student(), optim=c.optim),
-            "critic": Role(new_critic(self.teacher, self.layers), optim=c.critic_optim or c.optim),
         }
+        if c.criticised:
+            roles["critic"] = Role(new_critic(self.teacher, self.layers), optim=c.critic_optim or c.optim)
+        return roles
 
     def _distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         match self.config.regression_distance if self.config.regression_weight else "l2":
@@ -74,7 +76,7 @@ class DMD2(Method):
 
     def steps(self) -> tuple[Step, ...]:
         student = Step("student", self.student_loss, every=self.config.student_update_every)
-        return student, Step("critic", self.critic_loss)
+        return (student, Step("critic", self.critic_loss)) if self.config.criticised else (student,)
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
         spacing = self.config.spacing or self.teacher.num_train_timesteps // self.config.count
@@ -108,12 +110,13 @@ class DMD2(Method):
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Distribution matching, adversarial and regression terms on one sample, which the critic's turn is left."""
         c = self.config
-        x = self.sample(nets["student"], batch)
-        batch.carried["sample"] = x.detach()
-        losses = {}
+        losses: Losses = {}
+        if c.criticised:
+            x = self.sample(nets["student"], batch)
+            batch.carried["sample"] = x.detach()
         if c.dm_weight:
-            losses["dm"] = c.dm_weight * self.matching(nets, batch, x)
-        if c.gan_weight:
+            losses |= self.matching(nets, batch, x)
+        if c.gan_weight and "gan" not in losses:
             losses["gan"] = c.gan_weight * self.realism(nets, batch, x)
         if c.regression_weight:
             losses["regression"] = c.regression_weight * self.regression(nets, batch)
@@ -145,14 +148,24 @@ class DMD2(Method):
 
     def matching(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        """Term whose gradient in x moves its distribution to the teacher's; t [B], noise like x: drawn if None."""
+    ) -> Losses:
+        """dm, whose gradient in x moves its distribution to the teacher's; t [B], noise like x: drawn if None.
+
+        With `gan_share_noise` also gan, of the same noised x.
+        """
         c, teacher = self.config, nets["teacher"]
+        at = noised(self.teacher, x, c.dm_range, batch.cond, t, noise)
+        losses, logits = {}, None
+        if c.gan_share_noise:
+            prediction, logits = nets["critic"](self._cast(at), alike=True)
+            fake = prediction.x0.detach()
+            losses["gan"] = c.gan_weight * generator_loss(c.gan_loss, logits)
         with torch.no_grad():
-            at = noised(self.teacher, x, c.dm_range, batch.cond, t, noise)
+            at = at._replace(x_t=at.x_t.detach())
             apart = c.guidance_noise_range
             real = guided(teacher, *self._cast(at), batch.uncond, 1.0 if apart else c.guidance_scale).x0
-            fake = nets["critic"](self._cast(at))[0].x0
+            if logits is None:
+                fake = nets["critic"](self._cast(at))[0].x0
             gradient = matching_gradient(x, real, fake)
             if apart:
                 # guided - critic = (conditional - critic) + (guided - conditional), the last at noise of its own.
@@ -160,10 +173,10 @@ class DMD2(Method):
                 plain, uncond = both_sides(teacher, *other, batch.uncond)
                 gradient = gradient + matching_gradient(x, guide(plain, uncond, c.guidance_scale).x0, plain.x0)
             if c.divergence != "reverse_kl":
-                weights = divergence_weights(c.divergence, nets["critic"](**self._judged(nets, at))[1])
-                gradient = gradient * weights.view(-1, *[1] * (x.ndim - 1))
+                seen = nets["critic"](**self._judged(nets, at))[1] if logits is None else logits
+                gradient = gradient * like(divergence_weights(c.divergence, seen), x)
             batch.health |= sample_figures(x, real, fake)
-        return descend(x, gradient.to(x.dtype))
+        return {"dm": c.dm_weight * descend(x, gradient.to(x.dtype))} | losses
 
     def realism(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
@@ -195,12 +208,13 @@ class DMD2(Method):
         if not c.gan_weight:
             prediction, _ = nets["critic"](self._cast(at))
             return {"denoising": self._denoising(prediction, x, noise, at.t)}
-        fake = noised(self.teacher, x, c.gan_range, batch.cond)
+        fake = None if c.gan_share_noise else noised(self.teacher, x, c.gan_range, batch.cond)
         real = noised(self.teacher, *self._real(batch))
         # The penalty differentiates twice, which fused attention cannot.
         with sdpa_kernel(SDPBackend.MATH) if c.r1_weight else nullcontext():
             real.x_t.requires_grad_(c.r1_weight > 0)
-            prediction, logits = nets["critic"](self._cast(at), **self._judged(nets, _both(real, fake)))
+            judged = self._judged(nets, real if fake is None else _both(real, fake))
+            prediction, logits = nets["critic"](self._cast(at), **judged, alike=fake is None)
             on_real, on_fake = logits.chunk(2)
             losses = {
                 "denoising": self._denoising(prediction, x, noise, at.t),

@@ -52,6 +52,8 @@ class DMD2Config(Strict):
     """Form of the adversarial loss; softplus is the non-saturating one."""
     gan_range: Range = (0.0, 1.0)
     """Noise added before the discriminator looks, as fractions of the training timesteps."""
+    gan_share_noise: bool = False
+    """Whether samples are judged at the noise at which they are matched and denoised: fewer forwards, correlated terms."""
     gan_real: Literal["images", "teacher"] = "images"
     """What counts as real: the data's images, or the teacher's samples of `pairs`."""
     gan_feature_source: Literal["critic", "teacher"] = "critic"
@@ -86,10 +88,20 @@ class DMD2Config(Strict):
                 ("divergence", "reverse_kl"),
                 ("gan_real", "images"),
                 ("gan_layers", None),
+                ("gan_share_noise", False),
                 ("r1_weight", 0.0),
             ):
                 if getattr(self, key) != value:
                     raise ValueError(f"{key}: {getattr(self, key)!r} needs the discriminator; set gan_weight above 0")
+        if self.divergence != "reverse_kl" and self.gan_loss != "softplus":
+            raise ValueError(
+                f"divergence: {self.divergence} needs density ratios, which are the logits of gan_loss softplus alone"
+            )
+        if self.gan_share_noise and (self.gan_feature_source != "critic" or self.gan_range != (0.0, 1.0)):
+            raise ValueError(
+                "gan_share_noise: the critic's own features are judged, at the noise of the other terms; set gan_feature_source "
+                "to critic and leave gan_range out"
+            )
         if self.regression_weight and self.count != 1:
             raise ValueError(f"regression_weight: pairs of noise and sample are for one step, found steps {self.steps}")
         wants = [k for k, on in (("regression_weight", self.regression_weight), ("gan_real", self.real_pairs)) if on]
@@ -103,6 +115,11 @@ class DMD2Config(Strict):
     def count(self) -> int:
         """Network evaluations at inference."""
         return self.steps if isinstance(self.steps, int) else len(self.steps)
+
+    @property
+    def criticised(self) -> bool:
+        """Whether a critic learns: for the score of samples, or to tell them from real ones."""
+        return self.dm_weight > 0 or self.gan_weight > 0
 
     @property
     def real_pairs(self) -> bool:
