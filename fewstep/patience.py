@@ -1,4 +1,4 @@
-"""When a run ends before its last iteration: a measure that it is not descending has stopped to get better."""
+"""Which scores of a run count, and when they end it: a measure that it is not descending has stopped to get better."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -22,9 +22,21 @@ class Patience:
     best_at: int = 0
     waited: int = 0
 
+    def counts(self, iteration: int) -> bool:
+        """Whether it is one of the last stage, counted as in the log: after its update."""
+        return iteration > self.start
+
+    def beats(self, score: float, iteration: int, held: dict[str, float]) -> bool:
+        """Whether a score's weights take the place of the best ones, `held` as {"fid", "iteration"}, or {} for none.
+
+        A later stage makes another student: the first number that it scores replaces an earlier stage's, however low that is.
+        """
+        outdated = bool(held) and self.counts(iteration) and not self.counts(int(held["iteration"]))
+        return score < (held["fid"] if held and not outdated else math.inf)
+
     def see(self, score: float, iteration: int) -> None:
         """A score that is not a number counts as one that is not better."""
-        if iteration <= self.start:
+        if not self.counts(iteration):
             return
         if score < self.best:
             self.best, self.best_at, self.waited = score, iteration, 0

@@ -313,7 +313,7 @@ class Trainer:
         return student_guidance_scale(self.config, self.teacher, self.method.keeps_guidance)
 
     def _score(self) -> None:
-        """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept."""
+        """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept, the last stage's first."""
         with self.teacher.whole():
             scores = small_scores(self._pipeline(), self.config, self.accelerator, self._call_scale())
         self._record({"iteration": self.iteration} | scores)
@@ -324,7 +324,7 @@ class Trainer:
                 f"the FID has not been better than {self.patience.best:.4g}, of iteration {self.patience.best_at}, for "
                 f"{self.patience.waited} scores (score.patience): training ends here"
             )
-        if fid < self.best.get("fid", math.inf):
+        if self.patience.beats(fid, self.iteration, self.best):
             self.best = {"fid": fid, "iteration": self.iteration}
             if self.accelerator.is_main_process:
                 aside = self.folder / "best.safetensors.partial"

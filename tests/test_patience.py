@@ -4,7 +4,9 @@ import math
 
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from test_consistency import config
+from test_trainer import assert_equal, make
 
 from fewstep.config import ScoreConfig
 from fewstep.methods.consistency import Consistency
@@ -50,6 +52,60 @@ def test_goes_on_from_its_state():
     assert ends_at(first, [5, 6]) is None
     rest.load_state(first.state())
     assert rest == first and ends_at(rest, [7]) == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "score", "iteration", "beats"),
+    [
+        ({}, 9.0, 10, True),
+        ({}, math.nan, 10, False),
+        ({"fid": 1.0, "iteration": 10}, 2.0, 20, False),  # both of earlier stages: the better one
+        ({"fid": 1.0, "iteration": 10}, 0.5, 20, True),
+        ({"fid": 1.0, "iteration": 20}, 9.0, 21, True),  # the first of the last stage
+        ({"fid": 1.0, "iteration": 20}, math.nan, 21, False),
+        ({"fid": 9.0, "iteration": 21}, 9.5, 30, False),
+        ({"fid": 9.0, "iteration": 21}, 8.5, 30, True),
+    ],
+)
+def test_the_best_is_of_the_last_stage(held, score, iteration, beats):
+    assert Patience(None, start=20).beats(score, iteration, held) is beats
+
+
+def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, tmp_path, monkeypatch):
+    """Stages of 2 and 4 iterations, of which the second costs FID: its own best is exported, also by a resumed run."""
+    fids = {1: 3.0, 2: 2.0, 3: 9.0, 4: 7.0, 5: 8.0, 6: 8.0}
+    changes = {
+        "method": {"stages": [{"iterations": 2}, {"lr": 1e-4}]}, "ema_decay": 0.5, "keep_checkpoints": 9,
+        "checkpoint_every": 1, "score": {"every": 1, "steps": 1, "num_images": 8},
+    }  # fmt: skip
+    running = []
+
+    def scripted(*_):
+        return {"fid": fids[running[-1].iteration], "clip_score": None, "images": 8}
+
+    monkeypatch.setattr("fewstep.trainer.small_scores", scripted)
+
+    def trained(folder, until, resume=None):
+        running.append(make(tiny_sd, folder, max_iterations=until, **changes))
+        if resume:
+            running[-1].resume(str(folder / "checkpoints" / resume))
+        assert running[-1].fit()
+        return running[-1]
+
+    def exported(trainer):
+        return {key: value.clone() for key, value in trainer.exported_weights().state_dict().items()}
+
+    stopped = trained(tmp_path / "stopped", 2)  # only the first stage was scored
+    assert stopped.best == {"fid": 2.0, "iteration": 2}
+    assert_equal(exported(stopped), load_file(tmp_path / "stopped" / "checkpoints" / "2" / "ema.safetensors"))
+    whole = trained(tmp_path / "whole", 6)
+    assert whole.best == {"fid": 7.0, "iteration": 4}
+    best = exported(whole)
+    assert_equal(best, load_file(tmp_path / "whole" / "checkpoints" / "4" / "ema.safetensors"))
+    for start in ("2", "3"):
+        again = trained(tmp_path / "whole", 6, start)
+        assert again.best == whole.best
+        assert_equal(exported(again), best)
 
 
 def test_stages_tell_when_the_last_begins(tiny_sd):
