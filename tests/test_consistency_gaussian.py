@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.consistency_config import StageConfig
+from fewstep.methods.consistency_solver import solve
+from fewstep.methods.consistency_states import State
 from fewstep.process import Prediction
 from fewstep.teachers import load_teacher
 
@@ -84,3 +86,57 @@ def test_the_student_becomes_the_teachers_solution(tiny_ddpm, states, phases):
             found.append((alpha * p.x0 + sigma * p.eps).item())
         assert found[0] == pytest.approx(float(wanted[1]), abs=0.02)
         assert found[1] - found[0] == pytest.approx(float(wanted[0]), abs=0.02)
+
+
+def closed_form(schedule: Any, t: Tensor) -> Tensor:
+    """Where the ODE itself ends, m + s (x - alpha m) / sqrt(alpha^2 s^2 + sigma^2), as slope and shift: [N, 2] in float64."""
+    alpha, sigma = (v.double() for v in schedule(t))
+    slope = STD / (alpha**2 * STD**2 + sigma**2).sqrt()
+    return torch.stack([slope, MEAN * (1 - alpha * slope)], dim=1)
+
+
+@torch.no_grad()
+def by_the_solver(method: Consistency, net: Affine) -> Tensor:
+    """The same by the teacher's steps from grid point to grid point: [N, 2] in float64."""
+    plan, grid = method.stages[0].plan, method.stages[0].grid
+    n = len(grid.t)
+    ends = []
+    for x in (torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)):
+        at = State(x, torch.arange(n), {}, None)
+        first = net(x, grid.t, {})
+        solved = solve(
+            method.teacher.schedule, lambda at, t: net(at.x, t, {}), at, grid.t, grid.s, first, plan.teacher_steps,
+            method.config.solver,
+        )  # fmt: skip
+        ends.append(solved.flatten().double())
+    slope, shift = ends[1] - ends[0], ends[0]
+    for i in range(1, n):  # to the point below, and from there on
+        slope[i], shift[i] = slope[i - 1] * slope[i], slope[i - 1] * shift[i] + shift[i - 1]
+    return torch.stack([slope, shift], dim=1)
+
+
+def test_the_student_becomes_the_consistency_function_in_closed_form(tiny_ddpm):
+    """From the diffusion model, whose x0 at high noise is the mean, to within 0.002 of what the teacher's own steps give."""
+    teacher = load_teacher(str(tiny_ddpm))
+    settings: dict[str, Any] = {"solver_steps": 10, "steps": 10, "solver": "heun", "teacher_steps": 2}
+    method = Consistency(config(**settings, guidance_range=None, target_decay=None), teacher)
+    torch.manual_seed(0)
+    student = exact(teacher.schedule).requires_grad_(True)
+    nets = {"teacher": exact(teacher.schedule), "student": student}
+    t = method.stages[0].grid.t
+    answer = closed_form(teacher.schedule, t)
+
+    def off() -> float:
+        found = torch.stack([student.a[t], student.b[t]], dim=1).detach().double()
+        return (found - answer).abs().max().item()
+
+    solved = (by_the_solver(method, nets["teacher"]) - answer).abs().max().item()
+    assert off() > 0.4 and solved < 0.01
+    optimizer = torch.optim.Adam(student.parameters(), 0.05)
+    for iteration in range(300):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - iteration / 300)
+        latents = MEAN + STD * torch.randn(40, *teacher.latent_shape)
+        optimizer.zero_grad()
+        method.loss(nets, Batch(40, {}, {}, torch.device("cpu"), iteration, latents))["consistency"].backward()
+        optimizer.step()
+    assert off() == pytest.approx(solved, abs=0.002)
