@@ -23,6 +23,7 @@ def render(
     guidance: str,
     arguments: Sequence[Any],
     dtype: str,
+    timesteps: str,
     options: Mapping[str, Any] | None = None,
     refuses: bool = True,
 ) -> str:
@@ -31,6 +32,7 @@ def render(
     card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a detail.
     refuses: whether more steps than the largest count raise.
     arguments, options: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
+    timesteps: what `timesteps_text` says.
     """
     method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))
     if Path(teacher).is_dir():
@@ -70,6 +72,8 @@ def render(
             f"- Weights: {TORCH_NAMES[dtype]}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in card.get('versions', versions()).items())}",
             "",
+            timesteps,
+            "",
             "## Scores",
             "",
             scores_text(card.get("scores") or []),
@@ -96,6 +100,22 @@ def call_text(
             "",
             f'pipeline = DiffusionPipeline.from_pretrained("."{given})',
             f"image = pipeline({inputs}num_inference_steps={steps}{more}).images[0]",
+        ]
+    )
+
+
+def timesteps_text(scheduler: Any, run: Mapping[int, Sequence[float]]) -> str:
+    """A Markdown table of the timesteps that the stock scheduler ran, by step count, under what its grid comes from."""
+    own = scheduler.config.get("original_inference_steps")
+    grid = "" if own is None else f" with `original_inference_steps` {own}"
+    rows = [f"| {count} | {', '.join(f'{t:.6g}' for t in told)} |" for count, told in run.items()]
+    return "\n".join(
+        [
+            f"`{type(scheduler).__name__}`{grid} runs",
+            "",
+            "| `num_inference_steps` | timesteps |",
+            "| --- | --- |",
+            *rows,
         ]
     )
 

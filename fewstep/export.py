@@ -91,6 +91,7 @@ def export(
             arguments=arguments,
             options=options,
             dtype=dtype,
+            timesteps=model_card.timesteps_text(scheduler, timesteps_of(drawn, allowed_steps)),
         )
         (partial / "README.md").write_text(text)
         tolerance = tolerance_of(student, teacher.num_train_timesteps - 1, dtype)
@@ -187,6 +188,11 @@ def draw(
     except ValueError:
         return drawn
     raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
+
+
+def timesteps_of(drawn: Mapping[str, np.ndarray], steps: Sequence[int]) -> dict[int, list[float]]:
+    """The timesteps that `draw` saw the stock scheduler run, by step count."""
+    return {count: drawn[f"timesteps_{count}"].tolist() for count in steps}
 
 
 def compare(

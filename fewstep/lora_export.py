@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.card import TORCH_NAMES
+from fewstep.card import TORCH_NAMES, timesteps_text
 from fewstep.export import (
     DTYPES,
+    LIVE_GUIDANCE,
     TOLERANCES,
     arguments_of,
     compare,
@@ -27,6 +28,7 @@ from fewstep.export import (
     put_in_place,
     refuses,
     scale_text,
+    timesteps_of,
     tolerance_of,
 )
 from fewstep.stranger import ExportError, ask_stranger
@@ -120,6 +122,7 @@ def export_lora(
     base: str,
     allowed_steps: Sequence[int],
     guidance_scale: Scale | None = None,
+    keeps_guidance: bool = False,
     dtype: str = "fp32",
     card: dict[str, Any],
 ) -> Path:
@@ -135,10 +138,14 @@ def export_lora(
     part = "unet" if "unet" in teacher.pipeline.components else "transformer"
     rounded = _rounded(student, DTYPES[dtype])
     update = update_of(teacher, rounded, guidance_scale)
-    pipeline = teacher.student_pipeline(rounded, scheduler, guidance_scale)
+    if keeps_guidance:
+        pipeline = teacher.guided_pipeline(rounded, scheduler)
+        passed = plain = None  # what the pipeline's class guides by is what its caller gets
+    else:
+        pipeline = teacher.student_pipeline(rounded, scheduler, guidance_scale)
+        passed, plain = teacher.call_guidance_scale, teacher.plain_guidance_scale
     own_copies(pipeline, torch.float32)
     arguments = arguments_of(teacher, card)
-    passed, plain = teacher.call_guidance_scale, teacher.plain_guidance_scale
     drawn = draw(pipeline, allowed_steps, arguments, options_of(teacher, passed), refuses(scheduler))
     options = options_of(teacher, plain)
     try:
@@ -148,7 +155,9 @@ def export_lora(
         save_file(update.kohya(part, DTYPES[dtype]), partial / KOHYA_FILE, metadata={"format": "pt"})
         scheduler.save_pretrained(partial / "scheduler")
         code = _code(teacher, type(scheduler).__name__, base, part, arguments, allowed_steps, options)
-        (partial / "README.md").write_text(_card(card, update, code, allowed_steps, dtype, guidance_scale))
+        guidance = LIVE_GUIDANCE if keeps_guidance else _guidance_text(guidance_scale)
+        timesteps = timesteps_text(scheduler, timesteps_of(drawn, allowed_steps))
+        (partial / "README.md").write_text(_card(card, update, code, allowed_steps, dtype, guidance, timesteps))
         found = ask_stranger(partial, allowed_steps, arguments, options, adapted=part, merges=not update.shift)
         if (count := int(found["adapted"])) != len(update.up):
             raise ExportError(f"plain diffusers loads {count} of the {len(update.up)} adapted modules")
@@ -230,13 +239,19 @@ def _by_peft(part: str) -> list[str]:
     ]
 
 
+def _guidance_text(guidance_scale: Scale | None) -> str:
+    scale = "" if guidance_scale is None else f" {scale_text(guidance_scale).capitalize()} is part of the adapters."
+    return f"Guidance: the student needs none.{scale}"
+
+
 def _card(
     card: dict[str, Any],
     update: Update,
     code: str,
     allowed_steps: Sequence[int],
     dtype: str,
-    guidance_scale: Scale | None,
+    guidance: str,
+    timesteps: str,
 ) -> str:
     teacher = str(card.get("teacher", "unknown"))
     teacher = Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
@@ -246,7 +261,6 @@ def _card(
         "base_model": teacher,
         "tags": ["diffusers", "lora", "few-step", "distillation", str(card.get("method", "distillation"))],
     }
-    scale = "" if guidance_scale is None else f" {scale_text(guidance_scale).capitalize()} is part of the adapters."
     merging = (
         "They can be merged (`fuse_lora`)." if not update.shift else "They also shift biases, and so cannot be merged."
     )
@@ -255,9 +269,11 @@ def _card(
             "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
             f"# Few-step adapters for {teacher}", "",
             "Run in the folder of this card:", "", "```python", code, "```", "",
-            f"`num_inference_steps`: {', '.join(map(str, allowed_steps))}. The student needs no guidance.{scale} {merging}", "",
+            f"`num_inference_steps`: {', '.join(map(str, allowed_steps))}. {merging}", "",
+            guidance, "",
             f"`{KOHYA_FILE}` has the same adapters in kohya's layout, for ComfyUI.", "",
             f"- Rank {update.rank}, alpha {update.alpha:g}, {len(update.up)} modules, {TORCH_NAMES[dtype]}",
             f"- Method: {card.get('method', 'distillation')}", f"- Paper: {card.get('paper')}", "",
+            timesteps, "",
         ]
     )  # fmt: skip

@@ -1,11 +1,14 @@
 """Phases, milestones and grids: what the student is consistent in is what the stock schedulers run."""
 
+import re
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, TCDScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 
+from fewstep.export import export
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.consistency_config import StageConfig
 from fewstep.methods.consistency_grid import phase_grid, whole_grid
@@ -119,6 +122,85 @@ def test_tlcms_schedules_are_taken_as_timesteps(tiny_sd, places):
         except ValueError:
             continue
         assert scheduler.timesteps.tolist() != wanted
+
+
+PROMPT, SCALES = "a coat", (3.0, 1.0, 2.0, 1.0, 2.5, 1.5, 1.0, 4.0)
+
+
+@pytest.fixture(scope="module")
+def milestones(tiny_sd, tmp_path_factory):
+    """The method of mlcm_fashion.yaml's eight milestones, a student of it, and its export with a scale for each of them."""
+    teacher = load_teacher(str(tiny_sd))
+    method = Consistency(
+        config(solver_steps=8, steps=8, guidance_range=(1.0, 4.0), export_guidance_scale=SCALES), teacher
+    )
+    student = nets_for(method)["student"].eval()
+    torch.nn.init.normal_(student.net.time_embedding.cond_proj.weight, std=0.1)
+    path = export(
+        teacher, student, method.scheduler(), tmp_path_factory.mktemp("milestones") / "student",
+        allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, card={"prompt": PROMPT},
+    )  # fmt: skip
+    return method, student, path
+
+
+def jumping(sampler, path):
+    """Stock schedulers of deterministic steps, for an exported folder of a re-noising student."""
+    options = {"subfolder": "scheduler", "steps_offset": 1}
+    if sampler == "tcd":
+        return TCDScheduler.from_pretrained(path, **options)
+    return DDIMScheduler.from_pretrained(path, timestep_spacing="trailing", **options)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+@pytest.mark.parametrize("sampler", ["lcm", "tcd", "ddim"])
+def test_one_artefact_serves_three_stock_samplers(milestones, sampler, n):
+    """In plain diffusers, against loops written out here with the student in memory, told the scale of each milestone.
+
+    LCM ends in x0, trailing DDIM too (its last step goes to alpha 1), TCD in alpha and sigma of timestep 0.
+    """
+    method, student, path = milestones
+    times = [999, 874, 749, 624, 499, 374, 249, 124][:: 8 // n]
+    if sampler == "lcm":
+        stock = DiffusionPipeline.from_pretrained(path)
+    else:
+        stock = StableDiffusionPipeline.from_pretrained(path, scheduler=jumping(sampler, path))
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    found = stock(
+        PROMPT, num_inference_steps=n, latents=noise, generator=torch.Generator().manual_seed(7), output_type="latent"
+    ).images
+    assert stock.scheduler.timesteps.tolist() == times
+
+    cond, alphas, x = method.teacher.condition([PROMPT]), method.teacher.pipeline.scheduler.alphas_cumprod, noise
+    generator = torch.Generator().manual_seed(7)
+    scales = dict(zip([999, 874, 749, 624, 499, 374, 249, 124], SCALES, strict=True))
+    last = {"tcd": alphas[0]}.get(sampler, torch.tensor(1.0))
+    for t, alpha in zip(times, [*(alphas[s] for s in times[1:]), last], strict=True):
+        with torch.no_grad():
+            x0, eps = student(x, torch.tensor([t]), cond, torch.tensor([scales[t]]))
+        if sampler == "lcm":
+            eps = torch.randn(x.shape, generator=generator) if alpha < 1 else eps
+        x = alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps
+    assert (found - x).abs().max() <= 1e-5 * x.abs().max()
+
+
+@pytest.mark.parametrize("sampler", ["tcd", "ddim"])
+def test_the_artefacts_own_pipeline_is_for_its_own_sampler(milestones, sampler):
+    """LatentConsistencyModelPipeline passes an eta of None, which TCD cannot take, and a grid, which DDIM cannot."""
+    path = milestones[2]
+    pipeline = DiffusionPipeline.from_pretrained(path, scheduler=jumping(sampler, path))
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(TypeError):
+        pipeline(PROMPT, num_inference_steps=4)
+
+
+def test_the_artefacts_card_tells_milestones(milestones):
+    method, _, path = milestones
+    rows = dict(re.findall(r"^\| (\d) \| (999.*) \|$", (path / "README.md").read_text(), re.M))
+    assert list(rows) == [str(n) for n in method.allowed_steps()]
+    grid = set(method.stages[0].grid.t.tolist())
+    assert all({int(t) for t in told.split(",")} <= grid for told in rows.values())
+    assert [len(told.split(",")) for told in rows.values()] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 # Maps ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Export: what is written is what was trained, in plain diffusers, or nothing is written."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -105,6 +106,21 @@ def test_arguments_are_checked_first(tiny_sd: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allowed_steps"):
         export(*arguments, allowed_steps=(), card=CARD)
     assert not list(tmp_path.iterdir())
+
+
+def test_card_tells_what_each_count_runs(exported: Path) -> None:
+    """Eight milestones, and for each count those that the folder's own scheduler runs."""
+    from diffusers import LCMScheduler
+
+    text, scheduler = (exported / "README.md").read_text(), LCMScheduler.from_pretrained(exported / "scheduler")
+    assert "`LCMScheduler` with `original_inference_steps` 8 runs" in text
+    found = {
+        int(n): [int(t) for t in told.split(",")] for n, told in re.findall(r"^\| (\d) \| (999.*) \|$", text, re.M)
+    }
+    assert list(found) == [1, 2, 4, 8]
+    for count, told in found.items():
+        scheduler.set_timesteps(count)
+        assert told == scheduler.timesteps.tolist()
 
 
 def test_card(exported: Path, tmp_path: Path) -> None:

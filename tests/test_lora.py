@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, TCDScheduler
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -223,6 +225,51 @@ def test_methods_export(family: str, method: str, folders: Callable[[str], Path]
         assert '"lora_alpha": 8.0' in (file.metadata() or {})["lora_adapter_metadata"].replace("unet.", "").replace(
             "transformer.", ""
         )
+
+
+KEPT: dict[str, Any] = {
+    "solver_steps": 40, "steps": 2, "endpoint": "phase", "phases": 2, "sampling": "jump", "guidance_range": None,
+    "export_guidance_scale": None, "keep_guidance": True, "target_decay": None,
+}  # fmt: skip
+
+
+def test_adapters_that_keep_guidance_are_guided(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """The card's own call guides, as the export compared; so does a scale and a negative prompt of the caller's."""
+    trainer = make(folders("sd"), tmp_path / "run", "consistency", more=KEPT)
+    assert trainer.fit() and trainer.method.keeps_guidance
+    teacher, own = trainer.teacher, trainer.method
+    student = stirred(trainer.exported_weights())
+    path = export_lora(
+        teacher, student, own.scheduler(), tmp_path / "lora", base=str(folders("sd")), allowed_steps=own.allowed_steps(),
+        keeps_guidance=True, card={"method": own.name, "prompt": "a bag"},
+    )  # fmt: skip
+    card = (path / "README.md").read_text()
+    assert "pipeline('a bag', num_inference_steps=2)" in card
+    assert "`negative_prompt` do what they do in the teacher's pipeline" in card and "needs none" not in card
+    assert "| 2 | 999, 499 |" in card
+
+    stock = DiffusionPipeline.from_pretrained(folders("sd"))
+    stock.scheduler = TCDScheduler.from_pretrained(path / "scheduler")
+    stock.load_lora_weights(path, weight_name=FILE)
+    stock.set_progress_bar_config(disable=True)
+    rows: list[int] = []
+    stock.unet.register_forward_hook(lambda net, args, out: rows.append(len(args[0])))
+
+    def drawn(pipeline: Any, **options: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        images: Tensor = pipeline(
+            "a coat", num_inference_steps=2, generator=generator, output_type="pt", **options
+        ).images
+        return images
+
+    memory = teacher.guided_pipeline(student, own.scheduler())
+    found = []
+    for options in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "negative_prompt": "a shirt"}):
+        found.append(drawn(stock, **options))
+        torch.testing.assert_close(found[-1], drawn(memory, **options), rtol=0, atol=1e-4)
+    assert rows == [2] * 6
+    plain = drawn(stock, guidance_scale=1.0)
+    assert all((one - other).abs().max() > 1e-3 for one, other in pairwise([*found, plain]))
 
 
 LOADS = """
