@@ -291,7 +291,8 @@ def test_terms_that_are_off_cost_nothing(teacher):
     ("steps", "timesteps"),
     [
         (4, [999, 749, 499, 249]), (1, [999]), ([399], [399]), (3, [998, 665, 332]), ([599, 399, 199], [599, 399, 199]),
-        (6, [995, 829, 663, 497, 331, 165]), (7, [993, 851, 709, 567, 425, 283, 141]),
+        (6, [995, 829, 663, 497, 331, 165]), (7, [993, 851, 709, 567, 425, 283, 141]), (2, [999, 499]),
+        (5, [999, 799, 599, 399, 199]), (8, [999, 874, 749, 624, 499, 374, 249, 124]),
     ],
 )  # fmt: skip
 def test_training_samples_as_the_stock_scheduler_does(tiny_sd_path, monkeypatch, kind, steps, timesteps):
@@ -317,7 +318,7 @@ def test_training_samples_as_the_stock_scheduler_does(tiny_sd_path, monkeypatch,
         for t in scheduler.timesteps:
             output = student.net(z, t, **batch.cond).sample
             z = scheduler.step(output, t, z).prev_sample
-    assert (x - z).abs().max() <= 2e-6 * z.abs().max()
+    assert (x - z).abs().max() <= 1e-6 * z.abs().max()
     with pytest.raises(ValueError):
         scheduler.set_timesteps(count + 1)
 
@@ -636,7 +637,8 @@ import json, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_dmd2 import GAN, Recorder, make
-trainer = make({teacher!r}, {folder!r}, GAN | {{"student_update_every": 2}}, max_iterations=4)
+settings = (GAN | {{"student_update_every": 2}},)
+trainer = make({teacher!r}, {folder!r}, *settings, max_iterations=4)
 assert trainer.accelerator.num_processes == 2
 sample, stops = trainer.method.sample, []
 def recorded(student, batch, stop=None, noise=None):
@@ -648,6 +650,11 @@ trainer.method.sample = recorded
 trainer.fit()
 weights = [float(sum(p.double().sum() for p in trainer.raw[name].parameters())) for name in ("student", "critic")]
 found = {{"stops": stops, "weights": weights, "noise": torch.rand(()).item()}}
+again = make({teacher!r}, {folder!r} + "/again", *settings, max_iterations=4)
+again.resume({folder!r} + "/checkpoints/3")  # amid the cadence
+assert again.iteration == 3 and again.fit()
+pairs = [(p, q) for r in ("student", "critic", "ema") for p, q in zip(trainer.raw[r].parameters(), again.raw[r].parameters())]
+found["resumed"] = all(torch.equal(p, q) for p, q in pairs)
 open({folder!r} + f"/{{trainer.accelerator.process_index}}.json", "w").write(json.dumps(found))
 """
 
@@ -675,6 +682,7 @@ def test_two_processes(tiny_sd, tmp_path):
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert a["stops"] == b["stops"] and len(set(a["stops"])) > 1
     assert a["weights"] == b["weights"] and a["noise"] != b["noise"]
+    assert a["resumed"] and b["resumed"]
 
 
 # Export, config, alarms -------------------------------------------------------------------------------------------------
