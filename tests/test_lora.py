@@ -1,5 +1,6 @@
 """Students under adapters: one base for all networks, exact resume, files for stock diffusers; what else saves memory."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline, TCDScheduler
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from fewstep import checkpoint as ckpt
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data import load_source
-from fewstep.export import export
+from fewstep.export import draw, export
 from fewstep.learning import new_optimizer
 from fewstep.lora_export import FILE, KOHYA_FILE, export_lora, update_of
 from fewstep.methods.critic import Noised, features, named_layers
@@ -233,8 +234,34 @@ KEPT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_adapters_that_keep_guidance_are_guided(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    """The card's own call guides, as the export compared; so does a scale and a negative prompt of the caller's."""
+def by_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The pipeline that the code of a folder's card makes, in this process."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert code is not None
+    scope: dict[str, Any] = {}
+    with monkeypatch.context() as patched:
+        patched.chdir(folder)
+        exec(code[1], scope)
+    return scope["pipeline"]
+
+
+@pytest.mark.parametrize("process", ["here", pytest.param("stranger", marks=pytest.mark.slow)])
+def test_adapters_that_keep_guidance_are_guided(
+    process: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card's own call guides, as the export compared; so do a scale and a negative prompt of the caller's.
+
+    here: what the export asks a process without fewstep is asked in this one, beside the weights only, to save its start.
+    """
+
+    def here(folder: Path, steps: Any, arguments: Any, options: Any, adapted: str, merges: bool) -> dict[str, Any]:
+        pipeline = by_card(folder, monkeypatch)
+        count = sum(isinstance(module, LoraLayer) for module in getattr(pipeline, adapted).modules())
+        found = draw(pipeline, steps, arguments, options, True)
+        return found | {f"merged_{key}": v for key, v in found.items()} | {"adapted": count, "too_many_raised": True}
+
+    if process == "here":
+        monkeypatch.setattr("fewstep.lora_export.ask_stranger", here)
     trainer = make(folders("sd"), tmp_path / "run", "consistency", more=KEPT)
     assert trainer.fit() and trainer.method.keeps_guidance
     teacher, own = trainer.teacher, trainer.method
@@ -248,21 +275,15 @@ def test_adapters_that_keep_guidance_are_guided(folders: Callable[[str], Path], 
     assert "`negative_prompt` do what they do in the teacher's pipeline" in card and "needs none" not in card
     assert "| 2 | 999, 499 |" in card
 
-    stock = DiffusionPipeline.from_pretrained(folders("sd"))
-    stock.scheduler = TCDScheduler.from_pretrained(path / "scheduler")
-    stock.load_lora_weights(path, weight_name=FILE)
-    stock.set_progress_bar_config(disable=True)
+    stock, memory = by_card(path, monkeypatch), teacher.guided_pipeline(student, own.scheduler())
     rows: list[int] = []
     stock.unet.register_forward_hook(lambda net, args, out: rows.append(len(args[0])))
 
     def drawn(pipeline: Any, **options: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        images: Tensor = pipeline(
-            "a coat", num_inference_steps=2, generator=generator, output_type="pt", **options
-        ).images
+        given: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"} | options
+        images: Tensor = pipeline("a coat", num_inference_steps=2, **given).images
         return images
 
-    memory = teacher.guided_pipeline(student, own.scheduler())
     found = []
     for options in ({}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0, "negative_prompt": "a shirt"}):
         found.append(drawn(stock, **options))
