@@ -20,10 +20,10 @@ from fewstep.batches import Batches
 from fewstep.cached import Cache
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data import Source
-from fewstep.evaluate.rewards import load_reward
+from fewstep.evaluate.rewards import load_training_reward
 from fewstep.initial import start_from
 from fewstep.learning import Own, new_optimizer, set_up
-from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step
+from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Reward, Role, Step
 from fewstep.patience import Patience
 from fewstep.readable import readable
 from fewstep.teachers.base import Denoiser, Teacher
@@ -198,8 +198,12 @@ class Trainer:
         source, a = self.batches.stream.source, self.accelerator
         return Preparation(
             self.folder, source.conditions_at, len(source), self.config.seed, self.device, a.process_index,
-            a.num_processes, a.wait_for_everyone, lambda name: load_reward(name).to(self.device),
+            a.num_processes, a.wait_for_everyone, self._load_reward,
         )  # fmt: skip
+
+    def _load_reward(self, name: str) -> Reward:
+        teacher = self.teacher
+        return load_training_reward(name, self.device, teacher.image_size, teacher.conditions == "prompt")
 
     def _events(self, bar: Any) -> None:
         c = self.config

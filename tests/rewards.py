@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.assets import asset_path
@@ -58,6 +59,33 @@ def image_reward_state() -> dict[str, Tensor]:
     return state
 
 
+def mps_state(clip: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Names and kinds of MPS's state dict as transformers 4.27 and its own modules wrote it: two layers, four heads of 16."""
+    g = torch.Generator().manual_seed(0)
+    state = {f"model.{key}": value.clone() for key, value in clip.items()}
+    for part, n in (("text", 16), ("vision", 65)):
+        state[f"model.{part}_model.embeddings.position_ids"] = torch.arange(n)[None]
+
+    def linear(name: str, out: int, of: int) -> None:
+        state[f"{name}.weight"] = torch.randn(out, of, generator=g) * of**-0.5
+
+    linear("model.text_projection", width, 64)  # in which words differ enough for some of them to be masked
+    for layer in (f"cross_model.layers.{i}" for i in range(2)):
+        for block in (f"{layer}.0.fn", f"{layer}.1.fn"):
+            state[f"{block}.norm.weight"] = 1 + 0.1 * torch.randn(width, generator=g)
+            state[f"{block}.norm.bias"] = torch.zeros(width)
+        linear(f"{layer}.0.fn.to_q", 64, width)
+        linear(f"{layer}.0.fn.to_kv", 32, width)
+        linear(f"{layer}.0.fn.to_out", width, 64)
+        linear(f"{layer}.0.fn.ff.0", 8 * width, width)
+        linear(f"{layer}.0.fn.ff.2", width, 4 * width)
+        state[f"{layer}.1.fn.rotary_emb.inv_freq"] = 10000.0 ** (-torch.arange(8) / 8)
+        linear(f"{layer}.1.fn.fused_attn_ff_proj", 64 + 16 + 16 + 8 * width, width)
+        linear(f"{layer}.1.fn.attn_out", width, 64)
+        linear(f"{layer}.1.fn.ff_out.1", width, 4 * width)
+    return state
+
+
 def letters(folder: Path) -> None:
     """A BERT vocabulary of letters."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
@@ -86,5 +114,7 @@ def small_rewards(root: Path) -> None:
     )
     torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, models / "head.pth")
     (models / "head.pth").rename(models / DOWNLOADS["aesthetic"].file)
+    mps = mps_state(model.state_dict(), width)
+    save_file({key: value.contiguous() for key, value in mps.items()}, models / DOWNLOADS["mps"].file)
     letters(models / IMAGE_REWARD_WORDS)
     torch.save(image_reward_state(), models / DOWNLOADS["image_reward"].file)

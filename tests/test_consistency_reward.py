@@ -1,11 +1,13 @@
 """The reward beside the consistency loss: of the student's own samples, through one step, up to a ceiling."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
+from test_trainer import make
 
 from fewstep.evaluate.rewards import load_reward
 from fewstep.methods.base import Preparation
@@ -87,6 +89,22 @@ def test_only_its_stage_rewards(tiny_sd, tmp_path):
     method, nets, batch = rewarding(teacher, tmp_path, reward_weight=0.0, stages=stages)
     assert set(method.loss(nets, batch)) == {"consistency"}
     assert set(method.loss(nets, replace(batch, iteration=2))) == {"consistency", "reward"}
+
+
+def test_a_reward_of_ones_own_teaches_and_is_told_before_training_where_it_cannot(tiny_sd, tmp_path, monkeypatch):
+    """In the trainer, and though its stage is never reached."""
+    text = "def dark(images, prompts):\n    assert len(prompts) == len(images)\n    return 1 - images.mean((1, 2, 3))\n"
+    (tmp_path / "fewstep_mine.py").write_text(text + "def flat(images, prompts):\n    return images.mean()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method = {"reward": "fewstep_mine:dark", "reward_weight": 0.5, "reward_samples": 2}
+    assert make(tiny_sd, tmp_path / "a", max_iterations=1, method=method).fit()
+    (line,) = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["reward_value"] < 1
+    late = {"reward": "fewstep_mine:flat", "stages": [{"iterations": 5}, {"reward_weight": 0.5}]}
+    with pytest.raises(
+        ValueError, match=r"^method\.reward: reward 'fewstep_mine:flat' returned torch\.float32 \[\] of 2 images"
+    ):
+        make(tiny_sd, tmp_path / "b", max_iterations=1, method=late).fit()
 
 
 def test_impossible(tiny_sd, tmp_path):

@@ -1,19 +1,24 @@
 """Rewards of images: against the models' own calls and, for ImageReward, numbers of its library; gradients; what is missing."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from rewards import small_rewards
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.cli import main
 from fewstep.evaluate import load_clip, load_reward
-from fewstep.evaluate.reward_files import DOWNLOADS, PICKSCORE, PICKSCORE_PROCESSOR
+from fewstep.evaluate.mps import CONDITION, THRESHOLD
+from fewstep.evaluate.reward_files import DOWNLOADS, MPS_CLIP, PICKSCORE, PICKSCORE_PROCESSOR
+from fewstep.evaluate.rewards import load_training_reward, qualified_name
 from fewstep.fashion import load_embedded
 
 PROMPTS = ["a bag", "", "a very long prompt of words that never ends " * 9]
@@ -109,7 +114,208 @@ def test_hps_is_open_clips_cosine(tmp_path: Path, images: Tensor, monkeypatch: p
         load_reward(f"hpsv2@{tmp_path / 'other.pt'}")
 
 
-@pytest.mark.parametrize("name", ["clip@fashion", "pickscore", "aesthetic", "image_reward"])
+def mps_of_one(
+    state: dict[str, Tensor], clip: Any, words: Tensor, end: int, condition: Tensor, pixels: Tensor
+) -> Tensor:
+    """MPS of one image and prompt, token by token and head by head; words and condition are hidden states [n, D]."""
+    words, condition = (
+        words @ state["model.text_projection.weight"].T,
+        condition @ state["model.text_projection.weight"].T,
+    )
+    nearest = torch.stack([max(word @ other for other in condition) for word in words])
+    seen = [i for i in range(len(words)) if nearest[i] / nearest.max() > THRESHOLD]
+    assert seen
+    x = clip.vision_model(pixel_values=pixels[None]).last_hidden_state[0] @ state["model.visual_projection.weight"].T
+
+    def gated(h: Tensor) -> Tensor:
+        value, gate = h.chunk(2, -1)
+        return value * gate * torch.sigmoid(gate)
+
+    def softmaxed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack([torch.softmax(k @ token / math.sqrt(16), 0) @ v for token in q])
+
+    def turned(h: Tensor, frequencies: Tensor) -> Tensor:
+        """Pair (j, j + 8) of the token at position p as a complex number, turned by p times its frequency."""
+        angles = torch.arange(len(h))[:, None] * frequencies
+        pairs = torch.complex(h[:, :8], h[:, 8:]) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag], 1)
+
+    for i in range(2):
+        w = {k.removeprefix(f"cross_model.layers.{i}.0.fn."): v for k, v in state.items()}
+        n = F.layer_norm(x, x.shape[-1:], w["norm.weight"])
+        k, v = (words[seen] @ w["to_kv.weight"].T).split(16, 1)
+        heads = [softmaxed(q, k, v) for q in (n @ w["to_q.weight"].T).split(16, 1)]
+        x = x + torch.cat(heads, 1) @ w["to_out.weight"].T + gated(n @ w["ff.0.weight"].T) @ w["ff.2.weight"].T
+        w = {k.removeprefix(f"cross_model.layers.{i}.1.fn."): v for k, v in state.items()}
+        n = F.layer_norm(x, x.shape[-1:], w["norm.weight"])
+        q, k, v, ff = (n @ w["fused_attn_ff_proj.weight"].T).split([64, 16, 16, 512], 1)
+        f = w["rotary_emb.inv_freq"]
+        heads = [softmaxed(turned(h, f), turned(k, f), v) for h in q.split(16, 1)]
+        x = x + torch.cat(heads, 1) @ w["attn_out.weight"].T + gated(ff) @ w["ff_out.1.weight"].T
+    cosine = x[0] @ words[end] / x[0].norm() / words[end].norm()
+    return state["model.logit_scale"].exp() * cosine
+
+
+def test_mps_is_its_formula(found: Path, images: Tensor) -> None:
+    """Of every image and prompt by itself, in float64."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    state = {key: value.double() for key, value in load_file(found / DOWNLOADS["mps"].file).items()}
+    clip = CLIPModel.from_pretrained(found / PICKSCORE).double()  # the same weights
+    tokenizer = CLIPTokenizer.from_pretrained(found / MPS_CLIP)
+    prompts = ["a photo of a coat", "a coat", "", "a very long prompt of words that never ends " * 9]
+    reward = load_reward("mps").double()
+    assert reward.net.read(prompts, torch.device("cpu"))[2].sum(1).tolist() == [6, 3, 16, 16]  # words not masked
+    with torch.no_grad():
+        ids = tokenizer([*prompts, CONDITION], padding="max_length", truncation=True, max_length=16).input_ids
+        *texts, condition = clip.text_model(input_ids=torch.tensor(ids)).last_hidden_state
+        ends = [one.index(tokenizer.eos_token_id) for one in ids]
+        pixels = images[:2].double() / 127.5 - 1
+        wanted = [
+            [mps_of_one(state, clip, t, e, condition, p) for t, e in zip(texts, ends, strict=False)] for p in pixels
+        ]
+        got = torch.stack([reward(images[:2].double() / 255, [p] * 2) for p in prompts], 1)
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert got.std(0).min() > 1e-3 and got.std(1).min() > 1e-3
+
+
+class Whole(torch.nn.Module):
+    """What a pickled module is like."""
+
+
+def test_mps_takes_tensors_alone(found: Path, tmp_path: Path, images: Tensor) -> None:
+    file, state = tmp_path / "mps.pt", load_file(found / DOWNLOADS["mps"].file)
+    torch.save(Whole(), file)
+    with pytest.raises(ValueError, match=r"mps\.pt cannot be read as tensors alone: .*\.state_dict\(\)") as told:
+        load_reward(f"mps@{file}")
+    assert len(str(told.value).splitlines()) == 1
+    torch.save(state, file)
+    prompts = ["a bag"] * 2
+    assert torch.equal(
+        load_reward(f"mps@{file}")(images[:2] / 255, prompts), load_reward("mps")(images[:2] / 255, prompts)
+    )
+    for lost in ("cross_model.layers.0.0.fn.to_q.weight", "model.logit_scale"):
+        torch.save({key: value for key, value in state.items() if key != lost}, file)
+        with pytest.raises(ValueError, match=r"mps\.pt does not hold MPS's weights"):
+            load_reward(f"mps@{file}")
+
+
+OWN = """
+import torch
+
+SIZE = 3
+
+def dark(images, prompts):
+    assert prompts is None or len(prompts) == len(images)
+    return 1 - images.mean((1, 2, 3))
+
+def wide(images, prompts):
+    return images.mean((2, 3))
+
+def deaf(images, prompts):
+    return images.detach().mean((1, 2, 3))
+
+def aside(images, prompts):
+    return images.detach().mean((1, 2, 3)) * torch.ones(1, requires_grad=True)
+
+def number(images, prompts):
+    return 1.0
+
+class Learnt(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, images, prompts):
+        return images.mean((2, 3)) @ self.weight
+
+learnt = Learnt()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of Python's path with packages `fewstep_own` and, which cannot be imported, `fewstep_broken`."""
+    (tmp_path / "fewstep_own").mkdir()
+    (tmp_path / "fewstep_own" / "rewards.py").write_text(OWN)
+    (tmp_path / "fewstep_broken.py").write_text("raise RuntimeError('no\\nway')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_reward_of_ones_own(own: Path, images: Tensor) -> None:
+    x = (images[:3].double() / 255).requires_grad_()
+    for prompts in (None, PROMPTS):
+        reward = load_training_reward("fewstep_own.rewards:dark", torch.device("cpu"), 8, prompts is not None)
+        got = reward(x, prompts)
+        assert torch.equal(got, 1 - x.mean((1, 2, 3)))
+        assert torch.equal(torch.autograd.grad(got.sum(), x)[0], torch.full_like(x, -1 / x[0].numel()))
+    net = load_training_reward("fewstep_own.rewards:learnt", torch.device("cpu"), 8, True).double()
+    torch.testing.assert_close(net(x, PROMPTS), x.mean((2, 3)).sum(1))  # the module moved along
+    assert not any(p.requires_grad for p in net.parameters())
+    assert qualified_name("fewstep_own.rewards:learnt") == "fewstep_own.rewards.Learnt"
+
+
+def test_trying_a_reward_draws_nothing(own: Path) -> None:
+    before = torch.random.get_rng_state()
+    load_training_reward("fewstep_own.rewards:dark", torch.device("cpu"), 8, False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "fewstep_nowhere:dark",
+            r"fewstep_nowhere cannot be imported, ModuleNotFoundError: .*; is its folder in PYTHONPATH\?",
+        ),
+        ("fewstep_broken:dark", "fewstep_broken cannot be imported, RuntimeError: no way$"),
+        ("fewstep_own.rewards:light", r"fewstep_own\.rewards, of .*rewards\.py, has no 'light'"),
+        ("fewstep_own.rewards:SIZE", "SIZE is of type int, which cannot be called"),
+        ("fewstep_own.rewards:wide", r"returned torch\.float32 \[2, 3\] of 2 images, not a float of each"),
+        ("fewstep_own.rewards:number", "returned a float, not a tensor"),
+        ("fewstep_own.rewards:deaf", "returned a result without a gradient to the images"),
+        ("fewstep_own.rewards:aside", "returned a result without a gradient to the images"),
+    ],
+)
+def test_a_wrong_reward_of_ones_own_is_told_before_training(name: str, words: str, own: Path) -> None:
+    with pytest.raises(ValueError, match=words) as told:
+        load_training_reward(name, torch.device("cpu"), 8, True)
+    assert str(told.value).startswith(f"reward {name!r}") and len(str(told.value).splitlines()) == 1
+
+
+def test_a_reward_of_ones_own_stands_in_the_report(
+    own: Path, images: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    folder, output = tmp_path / "images", tmp_path / "e.json"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    settings = {
+        "about": "a test",
+        "images": 10,
+        "conditions": {"source": "none"},
+        "rewards": ["fewstep_own.rewards:dark"],
+    }
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
+    call = ["evaluate", str(folder), "--protocol", str(tmp_path / "p.yaml"), "--output", str(output)]
+    main([*call, "--reward", "fewstep_own.rewards:learnt"])
+    assert "| fewstep_own.rewards:dark |" in capsys.readouterr().out
+    report = json.loads(output.read_text())
+    assert report["protocol"]["rewards_sha256"] == {
+        "fewstep_own.rewards:dark": "fewstep_own.rewards.dark",
+        "fewstep_own.rewards:learnt": "fewstep_own.rewards.Learnt",
+    }
+    (row,) = report["results"]
+    assert row["fewstep_own.rewards:dark"] == pytest.approx(1 - float(images.double().mean()) / 255, rel=1e-5)
+    assert row["fewstep_own.rewards:learnt"] == pytest.approx(float(images.double().mean()) / 85, rel=1e-5)
+    with pytest.raises(SystemExit, match="has no 'light'"):
+        main([*call, "--reward", "fewstep_own.rewards:light"])
+
+
+@pytest.mark.parametrize("name", ["clip@fashion", "pickscore", "aesthetic", "image_reward", "mps"])
 def test_a_reward_rises_along_its_gradient(name: str, found: Path, images: Tensor) -> None:
     reward = load_reward(name)
     prompts = [f"a photo of a {word}" for word in ("bag", "dress", "coat")]
@@ -134,7 +340,7 @@ def test_the_reward_of_a_clip_is_its_score(images: Tensor) -> None:
     torch.testing.assert_close(load_reward("clip@fashion")(images / 255, prompts), wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["clip@fashion", "pickscore", "aesthetic", "image_reward"])
+@pytest.mark.parametrize("name", ["clip@fashion", "pickscore", "aesthetic", "image_reward", "mps"])
 def test_a_reward_does_not_depend_on_the_batch_size(name: str, found: Path, images: Tensor) -> None:
     """To 1e-9 in float64; float32 rounds otherwise in batches of another size."""
     prompts = [PROMPTS[i % 3] for i in range(10)]
@@ -206,9 +412,13 @@ def test_rewards_stand_in_the_report_with_their_weights(
         ("hpsv2", "needs HPS_v2_compressed.pt: `hf download xswu/HPSv2 HPS_v2_compressed.pt`"),
         ("hpsv2.1", r"needs HPS_v2\.1_compressed\.pt: .* put it into .*/models"),
         ("image_reward", r"needs ImageReward\.pt: `hf download THUDM/ImageReward ImageReward\.pt`"),
+        ("mps", r"needs MPS_overall_checkpoint\.safetensors \(github\.com/Kwai-Kolors/MPS .*save_file\(.* mps@FILE"),
         ("image_reward@nowhere.pt", "nowhere.pt is not a file"),
         ("clip", "reward 'clip' needs a model"),
-        ("nice", "reward 'nice' is none of clip@FOLDER, pickscore, aesthetic, hpsv2, hpsv2.1, image_reward"),
+        (
+            "nice",
+            "reward 'nice' is none of clip@FOLDER, pickscore, aesthetic, hpsv2, hpsv2.1, image_reward, mps, package",
+        ),
     ],
 )
 def test_missing_weights_are_told_in_a_sentence(

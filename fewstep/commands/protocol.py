@@ -31,8 +31,8 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
         "--reward",
         action="append",
         metavar="NAME",
-        help="mean reward of the images, one more for each time: pickscore, aesthetic, hpsv2, hpsv2.1, image_reward; "
-        "none switches off the protocol's",
+        help="mean reward of the images, one more for each time: pickscore, aesthetic, hpsv2, hpsv2.1, image_reward, mps, or "
+        "your own as package.module:callable; none switches off the protocol's",
     )
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="one prompt a line, or .jsonl; taken in order and repeated"
@@ -109,10 +109,12 @@ def asked(
 
 def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":
     """More rewards than the protocol has; none switches all off."""
-    from fewstep.evaluate.protocol import REWARDS
+    from fewstep.evaluate.protocol import REWARDS, is_own_reward
 
-    if unknown := [name for name in names if name not in (*REWARDS, "none")]:
-        raise ValueError(f"--reward: found {', '.join(unknown)}; allowed: {', '.join(REWARDS)}, none")
+    if unknown := [name for name in names if name not in (*REWARDS, "none") and not is_own_reward(name)]:
+        raise ValueError(
+            f"--reward: found {', '.join(unknown)}; allowed: {', '.join(REWARDS)}, package.module:callable, none"
+        )
     if "none" in names:
         if len(names) > 1:
             raise ValueError("--reward none stands alone")

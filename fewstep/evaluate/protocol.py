@@ -4,12 +4,13 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from annotated_types import Ge
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from fewstep import yaml12
 from fewstep.config import Strict
@@ -26,11 +27,17 @@ NEED_FEATURES = {"kid", "cmmd", "precision_recall", "density_coverage"}
 """Scores for which the moments of the real features do not suffice."""
 NEED_REFERENCE = NEED_FEATURES | {"fid", "fid_infinity"}
 
-RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward"]
+RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward", "mps"]
 REWARDS: tuple[RewardName, ...] = get_args(RewardName)
 """Networks that predict what people like; see `fewstep.evaluate.rewards`."""
 WORDLESS_REWARDS = {"aesthetic"}
 """Those that look at the image alone."""
+OWN_REWARD = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
+"""Names of the user's own rewards: package.module:callable."""
+
+
+def is_own_reward(name: str) -> bool:
+    return re.match(OWN_REWARD, name) is not None
 
 
 class View(Strict):
@@ -133,8 +140,9 @@ class Protocol(Strict):
     """Scores against real images."""
     clip: ClipScoring | None = None
     """CLIP score; null = none."""
-    rewards: tuple[RewardName, ...] = ()
-    """Means over all images of networks that predict what people like; their weights are the user's to bring."""
+    rewards: tuple[RewardName | Annotated[str, Field(pattern=OWN_REWARD)], ...] = ()
+    """Means over all images of networks that predict what people like, whose weights are the user's to bring; or of the user's
+    own reward, as package.module:callable."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

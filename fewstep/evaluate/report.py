@@ -15,7 +15,7 @@ import fewstep
 from fewstep.assets import ASSETS, asset_path
 from fewstep.evaluate.clip_score import clip_folder
 from fewstep.evaluate.features import features_weights, sha256
-from fewstep.evaluate.protocol import ClipScoring, Comparison, Protocol
+from fewstep.evaluate.protocol import ClipScoring, Comparison, Protocol, is_own_reward
 from fewstep.evaluate.reference import (
     NOTHING,
     Given,
@@ -52,9 +52,12 @@ def _clip_weights(scoring: ClipScoring | None) -> Path | None:
 
 
 def _rewards(protocol: Protocol) -> dict[str, str | None]:
-    from fewstep.evaluate.rewards import reward_weights
+    from fewstep.evaluate.rewards import qualified_name, reward_weights
 
-    return {name: _weights(reward_weights(name)) for name in protocol.rewards}
+    return {
+        name: qualified_name(name) if is_own_reward(name) else _weights(reward_weights(name))
+        for name in protocol.rewards
+    }
 
 
 def _clip_words(scoring: ClipScoring | None) -> str | None:
@@ -92,7 +95,8 @@ def describe_protocol(
 ) -> dict[str, Any]:
     """What must be equal before two scores may be compared: the protocol's name, hash and settings, and the hashes of its files.
 
-    Settings of all comparisons stand under `definition`; those of the first stand flat beside it.
+    Settings of all comparisons stand under `definition`; those of the first stand flat beside it. A reward of the user's own
+    has no file to hash, and stands there with its qualified name.
     """
     first = protocol.comparisons[0] if protocol.comparisons else None
     prompts = prompts_file(name, protocol.conditions, given)
@@ -174,6 +178,7 @@ COLUMNS = {
     "hpsv2": ("HPSv2", 4),
     "hpsv2.1": ("HPSv2.1", 4),
     "image_reward": ("ImageReward", 3),
+    "mps": ("MPS", 3),
     "peak_memory_gib": ("GiB", 2),
     "seconds_per_image": ("s / image", 4),
 }
@@ -181,14 +186,16 @@ COLUMNS = {
 
 
 def score_columns(results: list[dict[str, Any]]) -> list[tuple[str, str, int]]:
-    """(key, heading, digits) of the columns that the rows have; fid_patch is headed FID patch."""
-    keys = list(dict.fromkeys(key for row in results for key in row))
+    """(key, heading, digits) of the columns that the rows have; fid_patch is headed FID patch, an own reward with its name."""
+    every = list(dict.fromkeys(key for row in results for key in row))
+    own = [(key, key, 4) for key in every if is_own_reward(key)]
+    keys = [key for key in every if not is_own_reward(key)]
     found = []
     for base, (heading, digits) in COLUMNS.items():
         for key in keys:
             if key == base or (key.startswith(f"{base}_") and not key.startswith("inception_score_std")):
                 found.append((key, heading + key[len(base) :].replace("_", " "), digits))
-    return found
+    return found + own
 
 
 def format_table(results: list[dict[str, Any]]) -> str:

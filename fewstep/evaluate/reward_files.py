@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.hub import DATA
@@ -22,6 +23,12 @@ class Download:
 
 
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+MPS_CLIP = PICKSCORE_PROCESSOR
+MPS_CONVERSION = (
+    "github.com/Kwai-Kolors/MPS publishes MPS_overall_checkpoint.pth, a pickled module, which in a checkout of it with "
+    "its requirements, if you trust it, `safetensors.torch.save_file(torch.load('MPS_overall_checkpoint.pth', "
+    "weights_only=False).state_dict(), 'MPS_overall_checkpoint.safetensors')` turns into tensors"
+)
 AESTHETIC_CLIP, IMAGE_REWARD_WORDS = "openai/clip-vit-large-patch14", "google-bert/bert-base-uncased"
 DOWNLOADS = {
     "aesthetic": Download(
@@ -30,6 +37,7 @@ DOWNLOADS = {
     "hpsv2": Download("HPS_v2_compressed.pt", hub="xswu/HPSv2", cache="~/.cache/hpsv2"),
     "hpsv2.1": Download("HPS_v2.1_compressed.pt", hub="xswu/HPSv2", cache="~/.cache/hpsv2"),
     "image_reward": Download("ImageReward.pt", hub="THUDM/ImageReward", cache="~/.cache/ImageReward"),
+    "mps": Download("MPS_overall_checkpoint.safetensors", source=f"({MPS_CONVERSION})"),
 }
 
 
@@ -61,9 +69,13 @@ def downloaded(reward: str, given: str | None) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A state dict, without unpickling anything else; ValueError for a file that holds none."""
+    """A state dict of a .safetensors, or of another file without unpickling anything else; ValueError where there is none."""
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
         raise ValueError(f"{file} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} cannot be read as weights: it holds a {type(state).__name__}")
     return dict(state.get("state_dict", state))

@@ -1,20 +1,25 @@
 """What people like, as networks predict it: rewards of images, to score with and to train with."""
 
+import importlib
+import inspect
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.assets import ASSETS
 from fewstep.evaluate.clip_score import Clip, clip_folder, load_clip, load_clip_folder
-from fewstep.evaluate.features import Preprocess, model_folder
+from fewstep.evaluate.features import Preprocess, load_preprocess, model_folder
 from fewstep.evaluate.image_reward import ImageRewardNet, linear_stack, load_image_reward
-from fewstep.evaluate.protocol import REWARDS, WORDLESS_REWARDS
+from fewstep.evaluate.mps import MpsNet, load_mps
+from fewstep.evaluate.protocol import REWARDS, WORDLESS_REWARDS, is_own_reward
 from fewstep.evaluate.reward_files import (
     AESTHETIC_CLIP,
     IMAGE_REWARD_WORDS,
+    MPS_CLIP,
     PICKSCORE,
     PICKSCORE_PROCESSOR,
     downloaded,
@@ -37,6 +42,9 @@ class Reward(nn.Module):
     Images and prompts of a call go where the network is; gradients go back to the images.
     """
 
+    white = 255.0
+    """Largest value of the images that `score` is given."""
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
@@ -46,19 +54,26 @@ class Reward(nn.Module):
 
         Raises ValueError where the numbers differ, or where prompts are None and the reward reads them.
         """
+        return self.score(self.checked(images, prompts) * self.white, prompts or ())
+
+    def checked(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
+        """The images, in float32 or float64."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images must be float [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
         base = self.name.partition("@")[0]
-        if prompts is None and base not in WORDLESS_REWARDS:
+        if prompts is None and base not in WORDLESS_REWARDS and not is_own_reward(base):
             raise ValueError(f"reward {base!r} needs prompts, and there are none")
         if prompts is not None and len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        images = images if images.dtype == torch.float64 else images.float()
-        return self.score(images * 255, prompts or ())
+        return images if images.dtype == torch.float64 else images.float()
+
+    def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
+        """Raises ValueError, before any training, where such images and prompts would not teach."""
+        self.checked(images, prompts)
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """float32 or float64 [B, 3, H, W] in [0, 255] -> [B]."""
+        """float32 or float64 [B, 3, H, W] in [0, white], and prompts, none where there are none -> [B]."""
 
 
 class ClipReward(Reward):
@@ -117,14 +132,82 @@ class ImageReward(Reward):
         return result
 
 
+class Mps(Reward):
+    """Multi-dimensional Preference Score (Zhang et al. 2024), overall: a CLIP-H whose image looks at the prompt's words."""
+
+    def __init__(self, name: str, net: MpsNet, preprocess: Preprocess) -> None:
+        super().__init__(name)
+        self.net, self.preprocess = net, preprocess
+        self.eval().requires_grad_(False)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        result: Tensor = self.net(self.preprocess(images.to(self.preprocess.mean.device)), prompts)
+        return result
+
+
+class OwnReward(Reward):
+    """The user's: a function of images [B, 3, H, W] in [0, 1] and prompts, or None, to [B]. A module is frozen, and moves along.
+
+    What it gives is checked at every call. Its images are where they are in training: on the device of the run.
+    """
+
+    white = 1.0
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        super().__init__(name)
+        self.function = function
+        self.eval().requires_grad_(False)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        result = self.function(images, prompts or None)
+        if not isinstance(result, Tensor):
+            raise ValueError(f"reward {self.name!r} returned a {type(result).__name__}, not a tensor")
+        if result.shape != images.shape[:1] or not result.is_floating_point():
+            raise ValueError(
+                f"reward {self.name!r} returned {result.dtype} {list(result.shape)} of {len(images)} images, not a float of each"
+            )
+        if images.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
+            raise ValueError(f"reward {self.name!r} returned a result without a gradient to the images")
+        return result.to(images.dtype)
+
+    def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
+        images = images.detach().requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng([images.device] if images.is_cuda else []):
+            result = self(images, prompts)
+            (gradient,) = torch.autograd.grad(result.sum(), images, allow_unused=True)
+        if gradient is None:
+            raise ValueError(f"reward {self.name!r} returned a result without a gradient to the images")
+
+
+def own_function(name: str) -> Callable[..., Any]:
+    """What package.module:callable names on Python's path; ValueError, in one sentence, where there is no such callable."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except Exception as e:  # whatever the module does while it is imported
+        told = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        hint = "; is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else ""
+        raise ValueError(f"reward {name!r}: {module} cannot be imported, {told}{hint}") from None
+    try:
+        function: Callable[..., Any] = getattr(found, attribute)
+    except AttributeError:
+        raise ValueError(f"reward {name!r}: {found.__name__}, of {found.__file__}, has no {attribute!r}") from None
+    if not callable(function):
+        raise ValueError(f"reward {name!r}: {attribute} is of type {type(function).__name__}, which cannot be called")
+    return function
+
+
 def load_reward(name: str) -> Reward:
     """A reward by name; @PATH names its folder or file of weights, which is else looked for as `reward_files` says.
 
     clip@FOLDER: 100 * cosine of `fashion`'s CLIP or of a transformers CLIPModel. pickscore: PickScore v1. aesthetic: LAION's
-    improved-aesthetic-predictor. hpsv2, hpsv2.1: HPS, by open_clip. image_reward: ImageReward v1.0.
+    improved-aesthetic-predictor. hpsv2, hpsv2.1: HPS, by open_clip. image_reward: ImageReward v1.0. mps: MPS, overall.
+    package.module:callable: the user's own, see `OwnReward`.
 
     Raises ValueError, in one sentence, for an unknown name, and for missing weights: what to download, and where to put it.
     """
+    if is_own_reward(name):
+        return OwnReward(name, own_function(name))
     base, _, path = name.partition("@")
     match base:
         case "clip":
@@ -144,11 +227,33 @@ def load_reward(name: str) -> Reward:
             file = downloaded(base, path)
             net = load_image_reward(file, model_folder(IMAGE_REWARD_WORDS, "reward 'image_reward': tokenizer"))
             return ImageReward(name, net, _preprocess(net.side))
-    raise ValueError(f"reward {name!r} is none of clip@FOLDER, {', '.join(REWARDS)}")
+        case "mps":
+            file = downloaded(base, path)
+            clip_of_mps = model_folder(MPS_CLIP, "reward 'mps': config, tokenizer and processor of")
+            return Mps(name, load_mps(file, clip_of_mps), load_preprocess(clip_of_mps))
+    raise ValueError(f"reward {name!r} is none of clip@FOLDER, {', '.join(REWARDS)}, package.module:callable")
+
+
+def load_training_reward(name: str, device: torch.device, side: int, with_prompts: bool) -> Reward:
+    """A reward on its device, tried out on two images of `side` pixels; ValueError, in one sentence, where it cannot teach."""
+    reward = load_reward(name).to(device)
+    images = torch.linspace(0, 1, 6 * side * side, device=device).view(2, 3, side, side)
+    reward.try_out(images, ["a", "b"] if with_prompts else None)
+    return reward
+
+
+def qualified_name(name: str) -> str:
+    """module.name of what an own reward's name leads to, or of its class."""
+    function = own_function(name)
+    of: Any = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    return f"{of.__module__}.{of.__qualname__}"
 
 
 def reward_weights(name: str) -> Path | None:
-    """The file by which two rewards of one name are told apart; ValueError where it is missing."""
+    """The file by which two rewards of one name are told apart, None for the user's own; ValueError where it is missing."""
+    if is_own_reward(name):
+        own_function(name)
+        return None
     base, _, path = name.partition("@")
     if base in ("clip", "pickscore"):
         folder = _pickscore(path)[0] if base == "pickscore" else clip_folder(path)

@@ -121,7 +121,9 @@ class ConsistencyConfig(Strict):
     teacher_steps: PositiveInt = 1
     """Evaluations of the guided teacher from one grid point to the next."""
     reward: str | None = None
-    """What the student's own samples are to please, such as clip@fashion (see `fewstep evaluate`); null = nothing."""
+    """What the student's own samples are to please: clip@FOLDER, such as clip@fashion, pickscore, aesthetic, hpsv2, hpsv2.1,
+    image_reward, mps; or your own as package.module:callable, given images [B, 3, H, W] in [0, 1] and their prompts (or None),
+    and returning [B], higher for better, differentiable in the images; null = nothing."""
     reward_weight: NonNegativeFloat = 0.0
     """Weight of the reward beside the consistency loss."""
     reward_samples: PositiveInt = 16
