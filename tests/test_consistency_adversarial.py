@@ -12,7 +12,7 @@ from test_consistency import batch_for, config, nets_for
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_adversarial import Ends, judge
+from fewstep.methods.consistency_adversarial import Ends, judge, times_in_phase
 from fewstep.methods.consistency_config import ConsistencyConfig
 from fewstep.methods.critic import Noised, features
 from fewstep.process import RectifiedFlow, ShiftedFlow, VariancePreserving, more_noise
@@ -54,7 +54,7 @@ def test_the_heads_see_the_teachers_features_of_noised_ends(tiny_sd):
     ends = Ends(fake, real, torch.tensor([0, 249, 749]), teacher.condition(["a coat", "a bag", ""]))
     torch.manual_seed(1)
     t = torch.tensor([100, 249, 999])
-    given = judge(teacher, layers, fake, ends, 250, t)
+    given = judge(teacher, layers, fake, ends, t)
     torch.manual_seed(1)
     x_t = more_noise(teacher.schedule, fake, torch.randn_like(fake), ends.t, t)
     assert torch.equal(x_t[1], fake[1])  # nothing is added at the end itself
@@ -62,14 +62,25 @@ def test_the_heads_see_the_teachers_features_of_noised_ends(tiny_sd):
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 
-def test_drawn_times_stay_within_the_phase(tiny_sd):
+def test_drawn_times_stay_within_the_phase():
+    end = torch.tensor([0, 249, 499, 749]).repeat(500)
+    t = times_in_phase(end, 250, 1000)
+    assert ((t >= end) & (t < end + 250)).all() and len((t - end).unique()) > 200
+    assert t.dtype == end.dtype and times_in_phase(torch.tensor([999]), 250, 1000).item() == 999
+
+
+def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    seen: list[torch.Tensor] = []
-    teacher.denoiser.net.register_forward_pre_hook(lambda net, args: seen.append(args[1]))
-    end = torch.tensor([0, 249, 499, 749]).repeat(25)
-    ends = Ends(*torch.randn(2, 100, 4, 8, 8), end, teacher.condition(["a coat"] * 100))
-    judge(teacher, ("net.mid_block",), ends.fake, ends, 250)
-    assert ((seen[0] >= end) & (seen[0] < end + 250)).all() and len(seen[0].unique()) > 50
+    method = Consistency(config(**PHASED), teacher)
+    nets, batch = nets_for(method), batch_for(teacher)
+    method.loss(nets, batch)
+    batch.carried["real"] = batch.carried["fake"].clone()  # so that nothing but the noise differs
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    teacher.denoiser.net.register_forward_pre_hook(lambda net, args: seen.append(args[:2]))
+    method.discriminator_loss(nets, batch)
+    (real, t), (fake, u) = seen
+    assert torch.equal(t, u) and len(t.unique()) > 1
+    assert not (real == fake).flatten(1).any(1)[t > batch.carried["end"]].any()
 
 
 def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):

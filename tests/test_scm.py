@@ -6,11 +6,15 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.config import OptimConfig
+from fewstep.config import OptimConfig, RunConfig
+from fewstep.data import load_source
 from fewstep.methods.base import Batch
+from fewstep.methods.dropout import set_dropout
 from fewstep.methods.scm import LogVariance, Scm, ScmConfig
 from fewstep.process import (
     Prediction,
@@ -23,6 +27,7 @@ from fewstep.process import (
     read,
 )
 from fewstep.teachers import load_teacher
+from fewstep.trainer import Trainer
 from fewstep.trigflow import rotation, slopes, tangent, velocity, velocity_rate
 
 CPU = torch.device("cpu")
@@ -285,12 +290,78 @@ def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     method = scm(teacher, guidance_range=(1.0, 4.0), lognormal=(0.2, 0.01))
     nets = {name: role.net for name, role in method.roles().items()}
-    seen: list[Any] = []
-    nets["student"].register_forward_pre_hook(lambda _m, given: seen.append(given))
+    seen: list[Tensor] = []
+    embedded: list[Tensor] = []
+    nets["student"].register_forward_pre_hook(lambda _m, given: seen.append(given[3]))
+    nets["student"].net.register_forward_pre_hook(
+        lambda _m, _a, given: embedded.append(given["timestep_cond"]), with_kwargs=True
+    )
     batch = Batch(2, teacher.condition(["a", "b"]), teacher.null_condition(2), CPU, latents=torch.randn(2, 4, 8, 8))
     losses = method.loss(nets, batch)
     assert torch.isfinite(losses["scm"]) and batch.carried["level"].tolist() == pytest.approx([0.2, 0.2], abs=0.05)
-    assert len(seen) == 2 and all(((given[3] >= 1) & (given[3] <= 4)).all() for given in seen)
+    (scale,), (derived, found) = seen, embedded
+    assert ((scale >= 1) & (scale <= 4)).all() and torch.equal(derived, found)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "forwards"),
+    [
+        ("tiny_sd", {"guidance_range": (1.0, 4.0)}, 8.0),
+        ("tiny_sd", {}, 7.0),
+        ("tiny_sd", {"velocity": "data"}, 6.0),
+        ("tiny_ddpm_grey", {}, 7.2),
+        ("tiny_ddpm_grey", {"velocity": "data"}, 6.2),
+    ],
+)
+def test_forwards_per_sample(request, name, changes, forwards):
+    """In units of one forward of the network: student 3 with its backward, derivative 3 (3.2 where attention is much of it),
+    teacher 2, 1 or 0."""
+    teacher = load_teacher(str(request.getfixturevalue(name)))
+    method = scm(teacher, adaptive_weight=False, **changes)
+    nets = {name: role.net for name, role in method.roles().items()}
+    cond = teacher.condition(["a", "b"]) if teacher.guidable else {}
+    uncond = teacher.null_condition(2) if teacher.guidable else {}
+    latents, t = torch.randn(2, *teacher.latent_shape), torch.tensor([300, 700])
+    batch = Batch(2, cond, uncond, CPU, latents=latents)
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        teacher.denoiser(latents, t, cond)
+    with FlopCounterMode(display=False) as counted:
+        method.loss(nets, batch, t)["scm"].backward()
+    assert counted.get_total_flops() / one.get_total_flops() == pytest.approx(forwards, abs=0.06)
+
+
+def test_derivative_is_that_of_the_network_without_dropout(tiny_ddpm_grey):
+    """Dropout that the teacher's network was built with is the student's; only the pass that learns has it."""
+    teacher = load_teacher(str(tiny_ddpm_grey))
+    set_dropout(teacher.denoiser, 0.3)
+    method = scm(teacher, adaptive_weight=False, velocity="data")
+    student, tangents = method.roles()["student"].net, []
+    dropped: list[bool] = []
+    layer = next(m for m in student.modules() if isinstance(m, nn.Dropout))
+    layer.register_forward_hook(lambda module, _given, _output: dropped.append(module.training))
+    batch = Batch(2, {}, {}, CPU, latents=torch.randn(2, 1, 16, 16))
+    for _ in range(2):
+        method.loss({"student": student}, batch, torch.tensor([300, 700]), torch.ones(2, 1, 16, 16))
+        tangents.append(batch.health["tangent"].item())
+    assert dropped == [False, True] * 2 and tangents[0] == tangents[1]
+
+
+def test_derivative_is_in_float32_whatever_the_precision_of_the_run(tiny_sd, tmp_path):
+    """Also beneath the autocast that accelerate puts around the student's own call."""
+    AcceleratorState._reset_state()  # of another precision, in tests before
+    values = {
+        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 2}, "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "cpu_threads": 1, "mixed_precision": "bf16",
+    }  # fmt: skip
+    config = RunConfig[ScmConfig].model_validate(values)
+    teacher = load_teacher(str(tiny_sd))
+    trainer = Trainer(config, Scm(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+    half: list[bool] = []
+    net = trainer.raw["student"].get_submodule("net")
+    net.register_forward_pre_hook(lambda *_: half.append(torch.is_autocast_enabled("cpu")))
+    assert trainer.fit()
+    assert half == [False, True]
+    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize(

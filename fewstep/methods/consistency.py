@@ -27,7 +27,7 @@ from fewstep.methods.base import (
     require_guidance_by_step,
     require_live_guidance,
 )
-from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator
+from fewstep.methods.consistency_adversarial import Ends, judge, new_discriminator, times_in_phase
 from fewstep.methods.consistency_config import ConsistencyConfig, PlannedStage
 from fewstep.methods.consistency_grid import Grid, boundary_scalings, karras_grid, phase_grid, solver_grid, whole_grid
 from fewstep.methods.consistency_replay import Replay
@@ -212,7 +212,8 @@ class Consistency(Method):
             grid = grid._replace(s=s)
         told = at.scale if c.embedded else None
         rewarded = self._rewarded(nets, batch, fresh) if stage.plan.reward_weight else None
-        masks = random_state(batch.device) if c.dropout else None
+        # The student's dropout, whether its teacher's, its adapters' or our key's: a target that is the student has it too.
+        masks = random_state(batch.device) if c.target_decay is None else None
         student, sample = self._student(nets["student"], at, grid.t, rewarded)
         with torch.no_grad():
             if c.target_step == "same_noise":
@@ -241,22 +242,24 @@ class Consistency(Method):
         if c.gan_weight:
             ends = Ends(prediction, target, grid.end, at.cond)
             batch.carried |= ends.carried()
-            logits = nets["discriminator"](self._heard(stage, ends.fake, ends))
+            heard = judge(self.teacher, self.layers, ends.fake, ends, self._heard_at(stage, ends))
+            logits = nets["discriminator"](heard)
             losses["gan"] = c.gan_weight * generator_loss(c.gan_loss, logits)
         return losses
 
     def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Telling the student's ends of phases from the targets, in one call."""
         stage, ends = self.stage(batch.iteration), Ends.from_carried(batch.carried)
+        t = self._heard_at(stage, ends)
         with torch.no_grad():
-            given = [self._heard(stage, x, ends) for x in (ends.real, ends.fake)]
+            given = [judge(self.teacher, self.layers, x, ends, t) for x in (ends.real, ends.fake)]
         on_real, on_fake = nets["discriminator"]([torch.cat(pair) for pair in zip(*given, strict=True)]).chunk(2)
         batch.health |= accuracies(on_real, on_fake)
         return {"discriminator": discriminator_loss(self.config.gan_loss, on_real, on_fake)}
 
-    def _heard(self, stage: Stage, x: Tensor, ends: Ends) -> list[Tensor]:
-        span = self.teacher.num_train_timesteps // stage.plan.phases
-        return judge(self.teacher, self.layers, x, ends, span)
+    def _heard_at(self, stage: Stage, ends: Ends) -> Tensor:
+        total = self.teacher.num_train_timesteps
+        return times_in_phase(ends.t, total // stage.plan.phases, total)
 
     def _student(
         self, net: nn.Module, at: State, t: Tensor, more: tuple[State, Tensor] | None

@@ -55,16 +55,16 @@ def new_discriminator(teacher: Teacher, layers: Sequence[str]) -> Discriminator:
     return Discriminator([Head(*f.shape[1:]).to(device) for f in found])
 
 
-def judge(
-    teacher: Teacher, layers: Sequence[str], x: Tensor, ends: Ends, span: int, t: Tensor | None = None
-) -> list[Tensor]:
-    """The teacher's features of x [B, C, h, w], at the ends' timesteps, with noise added to within their phase.
+def times_in_phase(end: Tensor, span: int, total: int) -> Tensor:
+    """A time for each end [B], drawn uniformly from the end's own to the last of its phase of `span` timesteps; [B]."""
+    step = (torch.rand(len(end), device=end.device) * span).floor()
+    return (end + step.to(end.dtype)).clamp(0, total - 1)
 
-    span: timesteps of a phase. t: of the noise, [B]; drawn uniformly from the end's to the phase's last if None. The noise
-    comes by the exact kernel, and is another for real and fake, as in the paper.
+
+def judge(teacher: Teacher, layers: Sequence[str], x: Tensor, ends: Ends, t: Tensor) -> list[Tensor]:
+    """The teacher's features of x [B, C, h, w], at the ends' timesteps, with noise added up to timesteps t [B].
+
+    The noise comes by the exact kernel. As in the paper, t is the same for real and fake, the noise another.
     """
-    if t is None:
-        step = (torch.rand(len(x), device=x.device) * span).floor()
-        t = (ends.t + step.to(ends.t.dtype)).clamp(0, teacher.num_train_timesteps - 1)
     x_t = more_noise(teacher.schedule, x, torch.randn_like(x), ends.t, t)
     return features(teacher.denoiser, layers, Noised(x_t, t, ends.cond))

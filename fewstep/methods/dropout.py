@@ -1,4 +1,4 @@
-"""Dropout that a student is trained with, and the same masks once more for its target."""
+"""Dropout that a student is trained with; the same masks once more for its target, or none."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,3 +29,16 @@ def replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if cuda else []):
         torch.cuda.set_rng_state(state, device) if cuda else torch.set_rng_state(state)
         yield
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Nothing is dropped within the block, as in sampling; all else of the network stays in the mode that it is in."""
+    dropping = [module for module in network.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in dropping:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropping:
+            module.training = True

@@ -4,16 +4,21 @@ The student's f = x0(x_t, t) is to stand still along the ODE. Its derivative the
 the loss; there is no grid and no target network. The arithmetic stands in fewstep.trigflow.
 """
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
 from fewstep.methods.consistency_tuning import log_levels, lognormal_index
+from fewstep.methods.dropout import without_dropout
 from fewstep.methods.scm_config import ScmConfig
 from fewstep.process import Prediction, add_noise, guide, like
-from fewstep.teachers.base import Teacher
+from fewstep.teachers.base import Denoiser, Teacher
 from fewstep.teachers.guidance import both_sides
-from fewstep.trigflow import rotation, tangent, velocity, velocity_rate
+from fewstep.trigflow import Rotation, rotation, tangent, velocity, velocity_rate
 
 WAVES = 8
 
@@ -32,6 +37,19 @@ class LogVariance(nn.Module):
         phase = level.float()[:, None] * torch.arange(1, WAVES + 1, device=level.device) / 8
         out: Tensor = self.linear(torch.cat([phase.sin(), phase.cos()], 1))
         return out[:, 0]
+
+
+def beneath(network: nn.Module) -> Callable[..., Prediction]:
+    """The denoiser without what a trainer puts around its calls: accelerate's own autocast, DDP. Others as they are."""
+    for part in network.modules():
+        if isinstance(part, Denoiser):
+            return partial(Denoiser.forward, part)
+    return network
+
+
+def in_half(network: nn.Module) -> bool:
+    """Whether some weights are in 16 bits, as an adapter's base may be; only under autocast they go with the others."""
+    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
 
 
 class Scm(Method):
@@ -102,9 +120,7 @@ class Scm(Method):
                 slope = velocity(self._teacher(nets, batch, x_t, t, guidance_scale), at.tau)
             else:
                 slope = velocity(Prediction(batch.x0, noise), at.tau)
-            own, rate = velocity_rate(
-                lambda x, u: student(x, u, batch.cond, told), schedule, self.teacher.denoiser.prediction_type, x, t, at, slope
-            )  # fmt: skip
+            own, rate = self._rate(student, batch, told, x, t, at, slope)
             warmth = min(1.0, batch.iteration / c.warmup_iterations) if c.warmup_iterations else 1.0
             g = tangent(own, rate, x, slope, at.tau, warmth)
             batch.health["tangent"] = g.square().mean().sqrt()
@@ -123,6 +139,21 @@ class Scm(Method):
         """e^-u loss + u, whose minimum in u is the log of the loss (Karras et al. 2024, eq. 22)."""
         u = nets["log_variance"](batch.carried["level"])
         return {"log_variance": ((-u).exp() * batch.carried["each"] + u).mean()}
+
+    def _rate(
+        self, student: nn.Module, batch: Batch, told: Tensor | None, x: Tensor, t: Tensor, at: Rotation, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """F and cos sin dF/dtau of the student as it is sampled: without dropout, whose masks in forward mode would be others
+        than those of the pass that learns; and in the precision of its weights, whatever the run's."""
+        network, kind = beneath(student), self.teacher.denoiser.prediction_type
+        full = nullcontext() if in_half(student) else torch.autocast(batch.device.type, enabled=False)
+        with without_dropout(student), full:
+            own, rate = velocity_rate(
+                lambda x, u: network(x, u, batch.cond, told), self.teacher.schedule, kind, x, t, at, slope
+            )
+        # Older releases of torch would give the next, differentiated call the weights that autocast has cast in here.
+        torch.clear_autocast_cache()
+        return own, rate
 
     def _bounded(self, g: Tensor) -> Tensor:
         if self.config.tangent == "clip":
