@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.config import OptimConfig, RunConfig
+from fewstep.batches import Batches
+from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency import Consistency, boundary_scalings, solver_grid
 from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.dropout import set_dropout
 from fewstep.process import Prediction, VariancePreserving, add_noise
 from fewstep.teachers import load_teacher
-from fewstep.teachers.sd import guidance_embedding, with_guidance_embedding
+from fewstep.teachers.sd import attach_guidance, guidance_embedding, with_guidance_embedding
 from fewstep.trainer import Trainer
 
 INDEX = torch.tensor([0, 49, 17, 1])  # both ends of the grid of 50
@@ -45,8 +47,10 @@ class Seen:
 class Turn:
     """One loss of fixed tensors, with what each network saw on the way."""
 
-    def __init__(self, folder: str, distance: str = "l2", timestep_scaling: float = 10.0) -> None:
-        self.teacher = teacher = load_teacher(folder).to(torch.device("cpu"), torch.float64)
+    def __init__(
+        self, folder: str, distance: str = "l2", timestep_scaling: float = 10.0, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.teacher = teacher = load_teacher(folder).to(torch.device("cpu"), dtype)
         self.alphas = teacher.pipeline.scheduler.alphas_cumprod.double()
         teacher.schedule = teacher.denoiser.schedule = VariancePreserving(self.alphas)
         config = ConsistencyConfig(
@@ -54,9 +58,9 @@ class Turn:
             timestep_scaling=timestep_scaling,
         )  # fmt: skip
         self.method = Consistency(config, teacher)
-        self.nets = {name: role.net.double() for name, role in self.method.roles().items()}
+        self.nets = {name: role.net.to(dtype) for name, role in self.method.roles().items()}
         g = torch.Generator().manual_seed(5)
-        self.x0, self.noise = torch.randn(2, 4, *teacher.latent_shape, generator=g, dtype=torch.float64)
+        self.x0, self.noise = torch.randn(2, 4, *teacher.latent_shape, generator=g, dtype=dtype)
         with torch.no_grad():  # three different networks, the embedding of the guidance scale among what differs
             for name in ("student", "target"):
                 for p in self.nets[name].parameters():
@@ -97,6 +101,21 @@ class Turn:
         scheduler.set_timesteps(50)
         x_t = add_noise(VariancePreserving(self.alphas), self.x0, self.noise, T)
         return torch.stack([scheduler.step(o, int(t), x).prev_sample for o, t, x in zip(output, T, x_t, strict=True)])
+
+
+def run_values(teacher: Any, folder: Any, **changes: Any) -> dict[str, Any]:
+    """Of a run of one iteration of two images."""
+    return {
+        "teacher": str(teacher), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4}, "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "cpu_threads": 1, "mixed_precision": "no",
+    } | changes  # fmt: skip
+
+
+def trainer_for(values: dict[str, Any]) -> Trainer:
+    config = RunConfig[ConsistencyConfig].model_validate(values)
+    teacher = load_teacher(config.teacher)
+    method = Consistency(config.method, teacher)
+    return Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -183,6 +202,37 @@ def test_output_of_a_v_teacher_taken_for_epsilon(tiny_sd: Any) -> None:
     torch.testing.assert_close(one(turn, "target").x, turn.ddim(turn.guided()), **EXACT)
 
 
+def test_teacher_that_embeds_guidance_called_without_it(tiny_sd: Any, tmp_path: Path) -> None:
+    """Such a network is a student already; without its embedding it answers for no scale."""
+    teacher = load_teacher(str(tiny_sd))
+    attach_guidance(teacher.pipeline.unet)
+    teacher.pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"embeds the guidance scale \(time_cond_proj_dim\)"):
+        load_teacher(str(tmp_path))
+
+
+def test_unconditional_embeddings_of_another_batch_size(tiny_sd: Any) -> None:
+    """A batch of three after one of four is its own samples' mean, and every batch of a source has as many conditions."""
+    turn = Turn(str(tiny_sd))
+    losses = []
+    for rows in (slice(0, 3), slice(3, 4)):
+        cond = {key: value[rows] for key, value in turn.batch.cond.items()}
+        size = len(SCALE[rows])
+        batch = Batch(size, cond, turn.teacher.null_condition(size), turn.batch.device, latents=turn.x0[rows])
+        given = (INDEX[rows], turn.noise[rows], SCALE[rows])
+        losses.append(turn.method.loss(turn.nets, batch, *given)["consistency"].item())
+        assert len(turn.seen["teacher"][-1].x) == 2 * size
+    assert (3 * losses[0] + losses[1]) / 4 == pytest.approx(turn.loss.item(), rel=1e-9)
+    config = RunConfig[ConsistencyConfig].model_validate(
+        run_values(tiny_sd, "unused", data={"source": "fashion", "limit": 5})
+    )
+    source = load_source(config.data, turn.teacher.image_size)
+    batches = Batches(config, turn.teacher, source, False, turn.batch.device, 0, 1)
+    for iteration in range(3):  # the last of them has a sample of the next epoch
+        batch = batches.draw(iteration, 0)
+        assert {len(v) for v in (*batch.cond.values(), *batch.uncond.values())} == {batch.size} == {2}
+
+
 # The target ---------------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +312,78 @@ def test_huber_over_samples_instead_of_elements(tiny_sd: Any) -> None:
     assert 0 < difference.abs().mean().item() - expected < 1e-3
 
 
+# Precision and dropout ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_algebra_in_half_precision(kind: str, tiny_sd_path: Any) -> None:
+    """Networks answer in bfloat16 under autocast; readings, guidance, the teacher's step and the loss stay in float32."""
+    turn = Turn(str(tiny_sd_path(kind)), dtype=torch.float32)
+    for seen in turn.seen.values():
+        seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = turn.again()
+    assert loss.dtype == torch.float32
+    for seen in turn.seen.values():
+        assert [one.output.dtype for one in seen] == [torch.bfloat16]
+        seen[0].output, seen[0].x = seen[0].output.double(), seen[0].x.double()
+    stepped = turn.ddim(turn.guided())
+    torch.testing.assert_close(one(turn, "target").x[1:], stepped[1:], rtol=1e-5, atol=1e-5)
+    ends = []
+    for name in ("student", "target"):
+        seen = one(turn, name)
+        c_skip, c_out = (v.view(-1, 1, 1, 1) for v in boundary_scalings(seen.t, 10.0))
+        ends.append(c_skip * seen.x + c_out * turn.x0_hat(seen))
+    assert loss.item() == pytest.approx((ends[0] - ends[1]).square().mean().item(), rel=1e-4)
+
+
+def test_teacher_under_an_autocast_that_nobody_asked_for(tiny_sd: Any, tmp_path: Path) -> None:
+    """Without mixed precision the teacher answers in the type of its weights."""
+    trainer = trainer_for(run_values(tiny_sd, tmp_path))
+    seen: list[tuple[bool, torch.dtype]] = []
+    trainer.teacher.denoiser.net.register_forward_hook(
+        lambda _m, _given, output: seen.append((torch.is_autocast_enabled("cpu"), output.sample.dtype))
+    )
+    trainer.fit()
+    assert seen == [(False, torch.float32)]
+
+
+def test_adapters_without_an_average_for_targets(tiny_sd: Any, tmp_path: Path) -> None:
+    """The target's adapters are the average of the student's; the weights under both are the teacher's, once in memory."""
+    method = {"optim": {"lr": 1e-3}, "target_decay": 0.75}
+    trainer = trainer_for(run_values(tiny_sd, tmp_path, student="lora", lora={"rank": 2}, method=method))
+    student, target = trainer.own["student"].parameters, trainer.own["target"].parameters
+    before = [p.detach().clone() for p in target]
+    trainer.fit()
+    assert any(not torch.equal(p, q) for p, q in zip(student, before, strict=True))
+    for average, first, last in zip(target, before, student, strict=True):
+        torch.testing.assert_close(average, 0.75 * first + 0.25 * last, rtol=1e-5, atol=1e-7)
+    base = {id(p) for p in trainer.teacher.denoiser.net.parameters()}
+    for name in ("student", "target"):
+        assert {id(p) for p in trainer.raw[name].parameters()} - {id(p) for p in trainer.own[name].parameters} == base
+    assert not trainer.raw["target"].training and not trainer.raw["teacher"].training
+
+
+@pytest.mark.parametrize("whose", ["teacher", "adapters"])
+def test_online_target_with_other_dropout_masks(whose: str, tiny_sd: Any) -> None:
+    """Dropout need not come from the method's own key: the teacher's network may have it, and adapters."""
+    teacher = load_teacher(str(tiny_sd))
+    if whose == "adapters":
+        teacher.adapt(LoraConfig(rank=2, dropout=0.3))
+    else:
+        set_dropout(teacher.denoiser, 0.3)
+    config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), target_decay=None, guidance_range=None)
+    method = Consistency(config, teacher)
+    nets = {name: role.net for name, role in method.roles().items()}
+    dropped: list[Tensor] = []
+    layer = next(m for m in nets["student"].modules() if isinstance(m, nn.Dropout) and m.p == 0.3)
+    layer.register_forward_hook(lambda _m, given, output: dropped.append((output == 0) & (given[0] != 0)))
+    x0 = torch.randn(4, *teacher.latent_shape)
+    batch = Batch(4, teacher.condition(["a"] * 4), teacher.null_condition(4), torch.device("cpu"), latents=x0)
+    method.loss(nets, batch, INDEX)
+    assert len(dropped) == 2 and dropped[0].any() and torch.equal(*dropped)
+
+
 # The whole ----------------------------------------------------------------------------------------------------------------
 
 
@@ -313,15 +435,7 @@ def test_an_iteration_costs_six_forwards(tiny_sd: Any) -> None:
 
 def test_clipping_that_clips_nothing(tiny_sd: Any, tmp_path: Path) -> None:
     """AdamW hides the scale of gradients from the weights; its first moment shows what the optimizer was given."""
-    values = {
-        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 4}, "batch_size": 2,
-        "method": {"optim": {"lr": 1e-4, "max_grad_norm": 1e-3}}, "max_iterations": 1, "cpu_threads": 1,
-        "mixed_precision": "no",
-    }  # fmt: skip
-    config = RunConfig[ConsistencyConfig].model_validate(values)
-    teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config.method, teacher)
-    trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
+    trainer = trainer_for(run_values(tiny_sd, tmp_path, method={"optim": {"lr": 1e-4, "max_grad_norm": 1e-3}}))
     trainer.fit()
     moments = load_file(tmp_path / "checkpoints" / "1" / "student_optimizer.safetensors")
     first = torch.cat([v.flatten() for k, v in moments.items() if k.endswith("exp_avg")])
