@@ -78,7 +78,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
             export_lora(
                 teacher, student, method.scheduler(), folder / "lora", base=locate(config.teacher),
                 allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
-                dtype=config.export_dtype, card=card,
+                dtype=config.export_dtype, card=card, keeps_guidance=method.keeps_guidance,
             )  # fmt: skip
             print(
                 f"exported {folder / 'lora'}: adapters for {config.teacher} in diffusers and in ComfyUI, checked likewise"

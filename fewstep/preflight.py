@@ -26,6 +26,11 @@ def check_surroundings(config: RunConfig[Any]) -> None:
             f"output_dir: {config.output_dir} holds a run that reached iteration {earlier[-1].name}: go on with "
             "resume=latest, or take another folder"
         )
+    if config.init_from is not None and not config.init_from.is_dir():
+        raise FileNotFoundError(
+            f"init_from: {config.init_from} is not a folder: run first what writes it, or start from the teacher with "
+            "init_from=null"
+        )
     if config.tracker:
         _check_tracker(config.tracker)
     if config.score.every:
@@ -62,8 +67,8 @@ def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
 
 
 def check_guidance(config: RunConfig[Any], method: "Method") -> None:
-    """Raises ValueError for adapters that would be written as if they were not to be guided, and for a teacher that would be
-    drawn for pictures or scores under guidance that its pipeline does not have."""
+    """Raises ValueError for a teacher that would be drawn for pictures or scores under guidance that its pipeline does not have,
+    and for adapters that would need a scale for each step."""
     from fewstep.evaluate.generate import check_guidance_scale
     from fewstep.validation import teacher_guidance_scale
 
@@ -72,10 +77,6 @@ def check_guidance(config: RunConfig[Any], method: "Method") -> None:
             check_guidance_scale(method.teacher.pipeline, teacher_guidance_scale(config))
         except ValueError as e:
             raise ValueError(f"evaluate.teacher_{e}; set evaluate.teacher_guidance_scale to 1") from None
-    if method.keeps_guidance and config.student == "lora":
-        raise ValueError(
-            "method.keep_guidance: a file of adapters cannot be checked under guidance yet; set student=full"
-        )
     if isinstance(method.export_guidance_scale, Mapping) and config.student == "lora":
         raise ValueError(
             "method.export_guidance_scale: a file of adapters has no place for scales that differ between steps; give one number"

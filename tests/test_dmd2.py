@@ -29,7 +29,7 @@ from fewstep.methods.base import Batch
 from fewstep.methods.critic import Head, noised
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.dmd2_config import DMD2Config
-from fewstep.methods.dmd2_health import alarms
+from fewstep.methods.dmd2_health import alarms, prompt_distances
 from fewstep.process import Prediction, RectifiedFlow, VariancePreserving, add_noise, like, output_of, read
 from fewstep.teachers import load_teacher
 from fewstep.teachers.base import Denoiser
@@ -746,6 +746,18 @@ def test_what_the_teacher_cannot_do(teacher, tiny_ddpm):
         DMD2(config(guidance_scale=2.0), load_teacher(str(tiny_ddpm)))
 
 
+def test_distance_between_samples_of_one_prompt(teacher):
+    """Of 0 to 2 and 2 to 3; the sample without another of its prompt does not count."""
+    x = torch.tensor([0.0, 5.0, 1.0, 3.0]).view(4, 1, 1, 1).expand(4, 2, 3, 3)
+    found = prompt_distances(x, 2 * x, ["a", "b", "a", "a"])
+    assert {k: v.item() for k, v in found.items()} == {"student_prompt_distance": 1.5, "teacher_prompt_distance": 3.0}
+    assert prompt_distances(x, x, ["a", "b", "c", "d"]) == {} == prompt_distances(x, x, [])
+    method, batch = DMD2(config(), teacher), batch_for(teacher)
+    batch.raw = ["a coat"] * 3
+    method.student_loss(nets_for(method), batch)
+    assert batch.health["student_prompt_distance"] > 0
+
+
 def test_alarms_name_keys():
     healthy = {
         "student_std": 1.0, "teacher_std": 0.9, "student_diversity": 0.8, "teacher_diversity": 0.7, "student_to_critic": 0.3,
@@ -755,6 +767,7 @@ def test_alarms_name_keys():
     for changes, key in (
         ({"student_std": 3.0}, "method.student_update_every"), ({"student_diversity": 0.1}, "method.gan_weight"),
         ({"student_to_critic": 0.9}, "method.critic_optim.lr"),
+        ({"student_prompt_distance": 0.2, "teacher_prompt_distance": 0.5}, "of one prompt"),
         ({"real_accuracy": 1.0, "fake_accuracy": 1.0}, "method.r1_weight"),
     ):  # fmt: skip
         (sentence,) = alarms(healthy | changes)

@@ -186,6 +186,7 @@ def test_two_processes_agree_and_resume_exactly(folders: Callable[[str], Path], 
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--main_process_port",
             "0", "train/dmd2.py", "--config", "configs/dmd2_fashion.yaml", f"teacher={folders('sd')}", f"output_dir={output}",
+            "init_from=null",
             "data.limit=16", "batch_size=2", "max_iterations=4", "checkpoint_every=2", "validate_every=0", "evaluate=null",
             "log_every=1", "cpu_threads=1", "student=lora", "lora.rank=4", "gradient_checkpointing=true",
             "score.every=0", *overrides,
@@ -245,9 +246,16 @@ def by_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return scope["pipeline"]
 
 
-@pytest.mark.parametrize("process", ["here", pytest.param("stranger", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "process"),
+    [
+        ("sd", "here"),
+        pytest.param("sdxl", "here", marks=pytest.mark.slow),
+        pytest.param("sd", "stranger", marks=pytest.mark.slow),
+    ],
+)
 def test_adapters_that_keep_guidance_are_guided(
-    process: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, process: str, folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card's own call guides, as the export compared; so do a scale and a negative prompt of the caller's.
 
@@ -262,12 +270,12 @@ def test_adapters_that_keep_guidance_are_guided(
 
     if process == "here":
         monkeypatch.setattr("fewstep.lora_export.ask_stranger", here)
-    trainer = make(folders("sd"), tmp_path / "run", "consistency", more=KEPT)
+    trainer = make(folders(family), tmp_path / "run", "consistency", more=KEPT)
     assert trainer.fit() and trainer.method.keeps_guidance
     teacher, own = trainer.teacher, trainer.method
     student = stirred(trainer.exported_weights())
     path = export_lora(
-        teacher, student, own.scheduler(), tmp_path / "lora", base=str(folders("sd")), allowed_steps=own.allowed_steps(),
+        teacher, student, own.scheduler(), tmp_path / "lora", base=str(folders(family)), allowed_steps=own.allowed_steps(),
         keeps_guidance=True, card={"method": own.name, "prompt": "a bag"},
     )  # fmt: skip
     card = (path / "README.md").read_text()

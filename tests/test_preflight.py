@@ -30,7 +30,7 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
         ({"teacher": "./nowhere"}, "no teacher './nowhere'"),
         ({"resume": "latest"}, "resume: latest: no checkpoint in "),
         ({"resume": "x"}, "resume: x is not a checkpoint"),
-        ({"init_from": "x"}, "init_from: x"),
+        ({"init_from": "x"}, "init_from: x is not a folder: run first what writes it, or start from the teacher"),
         ({"tracker": "wandbb"}, "tracker: accelerate knows no 'wandbb'; did you mean 'wandb'?"),
         ({"tracker": "xyz"}, "tracker: accelerate knows no 'xyz'; allowed: aim, "),
         ({"evaluate": {"reference": "coco"}}, "evaluate.reference: reference 'coco' is neither bundled"),

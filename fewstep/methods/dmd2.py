@@ -21,7 +21,7 @@ from fewstep.losses import (
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step, require_guidable
 from fewstep.methods.critic import Noised, features, named_layers, new_critic, noised, simulated_input
 from fewstep.methods.dmd2_config import DMD2Config, Range
-from fewstep.methods.dmd2_health import accuracies, alarms, sample_figures
+from fewstep.methods.dmd2_health import accuracies, alarms, prompt_distances, sample_figures
 from fewstep.methods.perceptual import load_lpips
 from fewstep.process import Prediction, add_noise, guide, like, output_of
 from fewstep.teachers.base import Cond, Teacher
@@ -175,7 +175,7 @@ class DMD2(Method):
             if c.divergence != "reverse_kl":
                 seen = nets["critic"](**self._judged(nets, at))[1] if logits is None else logits
                 gradient = gradient * like(divergence_weights(c.divergence, seen), x)
-            batch.health |= sample_figures(x, real, fake)
+            batch.health |= sample_figures(x, real, fake) | prompt_distances(x, real, batch.raw)
         return {"dm": c.dm_weight * descend(x, gradient.to(x.dtype))} | losses
 
     def realism(

@@ -1,6 +1,7 @@
 """How a distribution matching run is doing: figures for the log, and alarms in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,24 @@ def sample_figures(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[Any]) -> dict[str, Tensor]:
+    """student_ and teacher_prompt_distance: root mean square distance of samples [B, ...] to the next of the same prompt in `raw`
+    [B], mean over those that have one; nothing where no prompt comes twice.
+    """
+    last: dict[Any, int] = {}
+    pairs = []
+    for i, prompt in enumerate(raw):
+        if prompt in last:
+            pairs.append((last[prompt], i))
+        last[prompt] = i
+    if not pairs:
+        return {}
+    a, b = torch.tensor(pairs, device=x.device).unbind(1)
+    apart = {"student": x[a] - x[b], "teacher": real[a] - real[b]}
+    return {f"{name}_prompt_distance": v.float().square().flatten(1).mean(1).sqrt().mean() for name, v in apart.items()}
+
+
+@torch.no_grad()
 def accuracies(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """Share of logits on the right side: real ones above 0, fake ones below."""
     return {"real_accuracy": (real > 0).float().mean(), "fake_accuracy": (fake < 0).float().mean()}
@@ -48,6 +67,14 @@ def alarms(figures: Mapping[str, float]) -> list[str]:
             said.append(
                 f"the samples of a batch differ {ratio:.2g} times as much as the teacher sees them differ: the student "
                 "collapses; lower method.gan_weight or method.optim.lr"
+            )
+        of_one_prompt = figures.get("student_prompt_distance", 1.0) / max(
+            figures.get("teacher_prompt_distance", 1.0), 1e-12
+        )
+        if of_one_prompt < 0.5 <= ratio:
+            said.append(
+                f"samples of one prompt differ {of_one_prompt:.2g} times as much as the teacher sees them differ: the student "
+                "draws the same again and again; lower method.gan_weight or method.optim.lr"
             )
         ratio = figures["student_to_critic"] / max(figures["student_to_teacher"], 1e-12)
         if ratio > 1.5:
