@@ -83,6 +83,19 @@ def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
     assert not (real == fake).flatten(1).any(1)[t > batch.carried["end"]].any()
 
 
+def test_a_head_on_every_block_of_the_unet(tiny_sd):
+    """As PCM has them, and configs/pcm_sd15_adv.yaml: down, in the middle, up."""
+    teacher = load_teacher(str(tiny_sd))
+    blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
+    method = Consistency(config(**PHASED, gan_layers=blocks), teacher)
+    nets, batch = nets_for(method), batch_for(teacher)
+    loss = method.loss(nets, batch)["gan"]
+    ends = Ends.from_carried(batch.carried)
+    heard = judge(teacher, method.layers, ends.fake, ends, ends.t)
+    assert [f.shape[1] for f in heard] == [32, 64, 64, 64, 32]
+    assert nets["discriminator"](heard).shape == (4, 5) and loss.isfinite()
+
+
 def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     method = Consistency(config(**PHASED), teacher)
