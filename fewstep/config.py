@@ -144,8 +144,8 @@ class ScoreConfig(ReferenceConfig):
     num_images: Annotated[int, Ge(2)] = 500
     """Samples per score."""
     patience: PositiveInt | None = None
-    """Scores in a row without a better FID after which training ends, in the last stage of a method with stages; the best
-    weights are exported as ever. null = training goes on to max_iterations."""
+    """Scores in a row without a better FID after which training ends, in the last stage of a method with stages; its best
+    weights are exported. null = training goes on to max_iterations."""
 
     @model_validator(mode="after")
     def _patient(self) -> Self:
