@@ -125,7 +125,7 @@ def test_trains_and_resumes(tiny_sd, tmp_path):
         run = RunConfig[ConsistencyConfig](
             teacher=str(tiny_sd), method=config(**PHASED, states="trajectory"), output_dir=tmp_path / folder,
             data=DataConfig(source="prompts", path=prompts), max_iterations=4, batch_size=4,
-            checkpoint_every=2, log_every=1, mixed_precision="no",
+            checkpoint_every=2, log_every=1, mixed_precision="no", cpu_threads=1,
         )  # fmt: skip
         teacher = load_teacher(run.teacher)
         trainer = Trainer(run, Consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))
