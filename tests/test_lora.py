@@ -325,7 +325,7 @@ torch.save(found, result)
 
 
 @pytest.mark.parametrize(
-    "family", ["sdxl", "flux", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd", "sd3", "sana"))]
+    "family", ["sdxl", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd", "sd3", "flux", "sana"))]
 )
 def test_stock_diffusers_loads_every_module(family: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """In a process without fewstep: every module counted, outputs equal to the student's, beside and fused, alpha not rank.
