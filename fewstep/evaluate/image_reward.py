@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.evaluate.reward_files import read_tensors
+from fewstep.evaluate.reward_files import part_of, read_tensors
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """By which its authors standardise the output."""
@@ -65,10 +65,6 @@ def linear_stack(state: dict[str, Tensor]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     names = {}
     for key, value in state.items():
@@ -86,7 +82,7 @@ def build(state: dict[str, Tensor], tokenizer: Any) -> ImageRewardNet:
     """The network whose sizes and weights are those of the file `ImageReward.pt`; KeyError or RuntimeError for another's."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    vision, text = _part(state, "blip.visual_encoder."), _part(state, "blip.text_encoder.")
+    vision, text = part_of(state, "blip.visual_encoder."), part_of(state, "blip.text_encoder.")
     width, _, patch, _ = vision["patch_embed.proj.weight"].shape
     side = patch * round((vision["pos_embed"].shape[1] - 1) ** 0.5)
     words, hidden = text["embeddings.word_embeddings.weight"].shape
@@ -117,7 +113,7 @@ def build(state: dict[str, Tensor], tokenizer: Any) -> ImageRewardNet:
     eyes.load_state_dict(_renamed(vision))
     text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
     reader.load_state_dict(text)
-    return ImageRewardNet(eyes, reader, linear_stack(_part(state, "mlp.")), tokenizer, side)
+    return ImageRewardNet(eyes, reader, linear_stack(part_of(state, "mlp.")), tokenizer, side)
 
 
 def load_image_reward(file: Path, words: Path) -> ImageRewardNet:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.evaluate.reward_files import MPS_CONVERSION, read_tensors
+from fewstep.evaluate.reward_files import MPS_CONVERSION, part_of, read_tensors
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, "
@@ -157,19 +157,15 @@ class MpsNet(nn.Module):
         return words, ends[:-1], nearest / nearest.amax(1, keepdim=True) > THRESHOLD
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
 def build(state: dict[str, Tensor], config: Any, tokenizer: Any) -> MpsNet:
     """The network of a state dict with a CLIP of this CLIPConfig; KeyError or RuntimeError for another network's weights."""
     from transformers import CLIPModel
 
     clip = CLIPModel(config)
     # Older versions of transformers keep 0, 1, 2, ... among the weights.
-    clip.load_state_dict({k: v for k, v in _part(state, "model.").items() if not k.endswith(".position_ids")})
+    clip.load_state_dict({k: v for k, v in part_of(state, "model.").items() if not k.endswith(".position_ids")})
     weights = {}
-    for key, value in _part(state, "cross_model.").items():
+    for key, value in part_of(state, "cross_model.").items():
         for pattern, replacement in NAMES:
             key = re.sub(pattern, replacement, key)
         weights[key] = value

@@ -79,3 +79,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{file} cannot be read as weights: it holds a {type(state).__name__}")
     return dict(state.get("state_dict", state))
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -119,23 +119,14 @@ class Hps(Reward):
         return (seen * self.model.encode_text(tokens, normalize=True)).sum(1)  # type: ignore[operator]
 
 
-class ImageReward(Reward):
-    """ImageReward (Xu et al. 2023): a BLIP that reads the prompt while it looks, its output standardised."""
+class Reader(Reward):
+    """A network that reads the prompts while it looks at the preprocessed images.
 
-    def __init__(self, name: str, net: ImageRewardNet, preprocess: Preprocess) -> None:
-        super().__init__(name)
-        self.net, self.preprocess = net, preprocess
-        self.eval().requires_grad_(False)
+    ImageReward (Xu et al. 2023): a BLIP, its output standardised. Multi-dimensional Preference Score (Zhang et al. 2024),
+    overall: a CLIP-H whose image looks at the prompt's words.
+    """
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        result: Tensor = self.net(self.preprocess(images.to(self.preprocess.mean.device)), prompts)
-        return result
-
-
-class Mps(Reward):
-    """Multi-dimensional Preference Score (Zhang et al. 2024), overall: a CLIP-H whose image looks at the prompt's words."""
-
-    def __init__(self, name: str, net: MpsNet, preprocess: Preprocess) -> None:
+    def __init__(self, name: str, net: ImageRewardNet | MpsNet, preprocess: Preprocess) -> None:
         super().__init__(name)
         self.net, self.preprocess = net, preprocess
         self.eval().requires_grad_(False)
@@ -226,11 +217,11 @@ def load_reward(name: str) -> Reward:
         case "image_reward":
             file = downloaded(base, path)
             net = load_image_reward(file, model_folder(IMAGE_REWARD_WORDS, "reward 'image_reward': tokenizer"))
-            return ImageReward(name, net, _preprocess(net.side))
+            return Reader(name, net, _preprocess(net.side))
         case "mps":
             file = downloaded(base, path)
             clip_of_mps = model_folder(MPS_CLIP, "reward 'mps': config, tokenizer and processor of")
-            return Mps(name, load_mps(file, clip_of_mps), load_preprocess(clip_of_mps))
+            return Reader(name, load_mps(file, clip_of_mps), load_preprocess(clip_of_mps))
     raise ValueError(f"reward {name!r} is none of clip@FOLDER, {', '.join(REWARDS)}, package.module:callable")
 
 
