@@ -32,11 +32,11 @@ from test_boot_mixture import (
 )
 
 from fewstep.config import OptimConfig
-from fewstep.methods.boot import Boot
-from fewstep.methods.boot_config import BootConfig
-from fewstep.methods.guided import GuidedTeacher
-from fewstep.process import add_noise
-from fewstep.signal_ode import finite_difference
+from fewstep.diffusion.schedule import add_noise
+from fewstep.diffusion.signal_ode import finite_difference
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.method import Boot
+from fewstep.methods.boot.teacher import GuidedTeacher
 
 PAPER = {"form": "paper"}
 FOUR = {"steps": 4}

@@ -44,7 +44,7 @@ def frechet(args: argparse.Namespace) -> None:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     from torchmetrics.image.fid import _compute_fid
 
-    from fewstep.evaluate.frechet import frechet_distance, moments
+    from fewstep.evaluate.metrics.frechet import frechet_distance, moments
 
     if args.features:
         real = _real(args.features)
@@ -75,8 +75,8 @@ def frechet(args: argparse.Namespace) -> None:
 
 def _real(name: str) -> torch.Tensor:
     """Features [2000, D] of the images in the package."""
+    from fewstep.data.fashion import load_embedded
     from fewstep.evaluate import load_features
-    from fewstep.fashion import load_embedded
 
     features = load_features(name)
     return torch.cat([features(part) for part in torch.from_numpy(load_embedded()[0].copy()).split(50)])
@@ -89,7 +89,7 @@ def whole_pass(args: argparse.Namespace) -> None:
     from fewstep.assets import asset_path
     from fewstep.evaluate import Given, recommended_guidance_scale, sample
     from fewstep.evaluate.generate import batches
-    from fewstep.evaluate.reference import protocol_of, resolve, subjects
+    from fewstep.evaluate.references import protocol_of, resolve, subjects
     from fewstep.evaluate.run import _Run
     from fewstep.evaluate.scores import Instruments
 

@@ -22,14 +22,14 @@ from collections.abc import Callable
 import torch
 
 from fewstep.config import RunConfig, load_config
-from fewstep.data import load_source
-from fewstep.methods.boot import Boot, BootConfig
-from fewstep.methods.consistency import Consistency, ConsistencyConfig
-from fewstep.methods.critic import Noised
-from fewstep.methods.dmd2 import DMD2, DMD2Config
+from fewstep.data.sources import load_source
+from fewstep.methods.boot.method import Boot, BootConfig
+from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.discriminator import Noised
+from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.teachers import load_teacher
 from fewstep.teachers.guidance import concatenate
-from fewstep.trainer import Trainer
+from fewstep.training.trainer import Trainer
 
 METHODS = {"boot": (Boot, BootConfig), "consistency": (Consistency, ConsistencyConfig), "dmd2": (DMD2, DMD2Config)}
 

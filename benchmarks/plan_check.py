@@ -71,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher = build(Path(folder) / "teacher", args.size)
         files = {name: _config(Path(folder), name, teacher, known[name], device) for name in names}
-        plans = {name: _start("-m", "fewstep.cli", "plan", str(file), "--json", "--device", device, "--method", known[name][0])
+        plans = {name: _start("-m", "fewstep", "plan", str(file), "--json", "--device", device, "--method", known[name][0])
                  for name, file in files.items()}  # fmt: skip
         wrong = False
         for name, file in files.items():
@@ -146,11 +146,11 @@ def _train(name: str, file: str, device: str) -> int:
 
     import torch
 
-    from fewstep.commands.plan import METHODS
+    from fewstep.cli.plan import METHODS
     from fewstep.config import RunConfig, load_config
-    from fewstep.plan import Anything
-    from fewstep.teachers.unweighted import unweighted_teacher
-    from fewstep.trainer import Trainer
+    from fewstep.plan.plan import Anything
+    from fewstep.plan.weightless import unweighted_teacher
+    from fewstep.training.trainer import Trainer
 
     module, method_class, settings = METHODS[name]
     config = load_config(

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from fewstep.assets import asset_path
-from fewstep.evaluate.features import load_features
-from fewstep.evaluate.frechet import FrechetDistance
+from fewstep.data.fashion import caption, load_embedded
+from fewstep.diffusion.schedule import add_noise
+from fewstep.evaluate.metrics.frechet import FrechetDistance
+from fewstep.evaluate.models.features import load_features
 from fewstep.evaluate.statistics import load_statistics
-from fewstep.fashion import caption, load_embedded
-from fewstep.process import add_noise
+from fewstep.methods.trajectories import Solver, TrajectorySettings, milestone_timesteps, solve
 from fewstep.teachers import load_teacher
-from fewstep.trajectories import Solver, TrajectorySettings, milestone_timesteps, solve
 
 BATCH = 100
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from fewstep.assets import asset_path
-from fewstep.evaluate.features import load_features
-from fewstep.evaluate.frechet import FrechetDistance
+from fewstep.data.fashion import caption
+from fewstep.evaluate.metrics.frechet import FrechetDistance
+from fewstep.evaluate.models.features import load_features
 from fewstep.evaluate.statistics import load_statistics
-from fewstep.fashion import caption
+from fewstep.methods.trajectories import TrajectorySettings, even_timesteps, milestone_timesteps, solve
 from fewstep.teachers import load_teacher
-from fewstep.trajectories import TrajectorySettings, even_timesteps, milestone_timesteps, solve
 
 BATCH = 100
 

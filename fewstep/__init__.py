@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_teacher", "sample"]
 
 # Loaded when first used, so that `import fewstep` and the check of a config wait for no torch.
-# `evaluate` and `export` are modules of the same name and stay so: `from fewstep.export import export`.
+# `evaluate` and `export` are modules of the same name and stay so: `from fewstep.export.pipeline import export`.
 _HOMES = {"load_teacher": "fewstep.teachers", "sample": "fewstep.evaluate"}
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.assets import asset_path
-from fewstep.evaluate.reward_files import AESTHETIC_CLIP, DOWNLOADS, IMAGE_REWARD_WORDS, PICKSCORE, PICKSCORE_PROCESSOR
+from fewstep.evaluate.rewards.files import AESTHETIC_CLIP, DOWNLOADS, IMAGE_REWARD_WORDS, PICKSCORE, PICKSCORE_PROCESSOR
 
 
 def image_reward_shapes() -> dict[str, tuple[int, ...]]:

@@ -17,17 +17,17 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from fewstep import checkpoint as ckpt
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import Fashion, Folder, Parquet, load_source
-from fewstep.export import export
+from fewstep.data.sources import Fashion, Folder, Parquet, load_source
+from fewstep.diffusion.schedule import like, ode_step, read
+from fewstep.export.pipeline import export
 from fewstep.methods.base import Batch
-from fewstep.methods.boot import Boot
-from fewstep.methods.boot_config import BootConfig
-from fewstep.methods.boot_starts import Pool, Starts
-from fewstep.process import like, ode_step, read
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.method import Boot
+from fewstep.methods.boot.starts import Pool, Starts
 from fewstep.teachers import Denoiser, load_teacher
-from fewstep.trainer import Trainer
+from fewstep.training import checkpoint as ckpt
+from fewstep.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["a bag", "a coat", "a shoe", "a shirt"]

@@ -13,10 +13,10 @@ from test_signal_ode import denoiser
 from torch import Tensor, nn
 
 from fewstep.config import OptimConfig
+from fewstep.diffusion.schedule import VariancePreserving, add_noise, ode_step, output_of
 from fewstep.methods.base import Batch
-from fewstep.methods.boot import Boot
-from fewstep.methods.boot_config import BootConfig
-from fewstep.process import VariancePreserving, add_noise, ode_step, output_of
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.method import Boot
 from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
 
 N = 64

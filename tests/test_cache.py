@@ -22,15 +22,15 @@ from PIL import Image
 from test_trainer import assert_equal, make, weights
 from torch import nn
 
-from fewstep.batches import Batches
-from fewstep.cached import Cache
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.config import DataConfig, RunConfig, Strict
-from fewstep.data import Source, load_source
+from fewstep.data.encoding_cache import Cache
+from fewstep.data.sources import Source, load_source
+from fewstep.data.tensor_store import Shards
 from fewstep.methods.base import Batch
-from fewstep.shards import Shards
 from fewstep.teachers import Teacher, load_teacher
-from fewstep.teachers.identity import image_identity, text_identity
+from fewstep.teachers.fingerprint import image_identity, text_identity
+from fewstep.training.batches import Batches
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -299,7 +299,7 @@ def command(teacher: str, cache: Path, processes: int = 1) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
     return [
-        *launch, "-m", "fewstep.cli", "cache", "configs/lcm_fashion.yaml", f"teacher={teacher}",
+        *launch, "-m", "fewstep", "cache", "configs/lcm_fashion.yaml", f"teacher={teacher}",
         f"data.cache={cache}", "data.limit=2000", "batch_size=50",
     ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 
 
 @pytest.fixture
@@ -15,9 +15,9 @@ def sources(tmp_path: Path) -> list[str]:
     """Options that score against the embedded images, with the asset's classifier and CLIP."""
     import torch
 
+    from fewstep.data.fashion import load_embedded
     from fewstep.evaluate import load_features, save_moments
-    from fewstep.evaluate.frechet import moments
-    from fewstep.fashion import load_embedded
+    from fewstep.evaluate.metrics.frechet import moments
 
     images = torch.from_numpy(load_embedded()[0])[::10].contiguous()
     save_moments(moments(load_features("fashion")(images)), tmp_path / "real.safetensors")
@@ -87,7 +87,7 @@ def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
 def test_help_loads_no_torch() -> None:
     code = """
 import sys
-from fewstep.cli import main
+from fewstep.cli.main import main
 try:
     main(["--help"])
 except SystemExit:

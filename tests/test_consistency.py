@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from fewstep.config import OptimConfig
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency, ConsistencyConfig, boundary_scalings, solver_grid
+from fewstep.methods.consistency.method import Consistency, ConsistencyConfig, boundary_scalings, solver_grid
 from fewstep.teachers import load_teacher
 
 OPTIM = {"lr": 1e-4}

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from test_consistency import batch_for, config, nets_for
 
 from fewstep.config import DataConfig, RunConfig
-from fewstep.data import load_source
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_adversarial import Ends, judge, times_in_phase
-from fewstep.methods.consistency_config import ConsistencyConfig
-from fewstep.methods.critic import Noised, features
-from fewstep.process import RectifiedFlow, ShiftedFlow, VariancePreserving, more_noise
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving, more_noise
+from fewstep.methods.consistency.adversarial import Ends, judge, times_in_phase
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.discriminator import Noised, features
 from fewstep.teachers import load_teacher
-from fewstep.trainer import Trainer
+from fewstep.training.trainer import Trainer
 
 PHASED = {"solver_steps": 40, "steps": 4, "endpoint": "phase", "phases": 4, "sampling": "jump", "gan_weight": 0.1}
 ALPHAS = DDPMScheduler().alphas_cumprod.double()

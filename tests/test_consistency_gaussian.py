@@ -7,12 +7,12 @@ import torch
 from test_consistency import config
 from torch import Tensor, nn
 
+from fewstep.diffusion.schedule import Prediction
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import StageConfig
-from fewstep.methods.consistency_solver import solve
-from fewstep.methods.consistency_states import State
-from fewstep.process import Prediction
+from fewstep.methods.consistency.config import StageConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.solver import solve
+from fewstep.methods.consistency.states import State
 from fewstep.teachers import load_teacher
 
 MEAN, STD = 0.3, 0.5

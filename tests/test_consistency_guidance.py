@@ -7,8 +7,8 @@ from families import build_dit
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 
-from fewstep.export import export
-from fewstep.methods.consistency import Consistency
+from fewstep.export.pipeline import export
+from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 KEPT = {

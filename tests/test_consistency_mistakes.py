@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.batches import Batches
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
-from fewstep.data import load_source
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import Prediction, VariancePreserving, add_noise
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency, boundary_scalings, solver_grid
-from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency, boundary_scalings, solver_grid
 from fewstep.methods.dropout import set_dropout
-from fewstep.process import Prediction, VariancePreserving, add_noise
 from fewstep.teachers import load_teacher
-from fewstep.teachers.sd import attach_guidance, guidance_embedding, with_guidance_embedding
-from fewstep.trainer import Trainer
+from fewstep.teachers.families.sd import attach_guidance, guidance_embedding, with_guidance_embedding
+from fewstep.training.batches import Batches
+from fewstep.training.trainer import Trainer
 
 INDEX = torch.tensor([0, 49, 17, 1])  # both ends of the grid of 50
 T, S = torch.tensor([19, 999, 359, 39]), torch.tensor([0, 979, 339, 19])

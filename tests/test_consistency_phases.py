@@ -8,11 +8,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiff
 from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 
-from fewstep.export import export
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import StageConfig
-from fewstep.methods.consistency_grid import phase_grid, whole_grid
-from fewstep.process import ode_step, read
+from fewstep.diffusion.schedule import ode_step, read
+from fewstep.export.pipeline import export
+from fewstep.methods.consistency.config import StageConfig
+from fewstep.methods.consistency.grid import phase_grid, whole_grid
+from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 

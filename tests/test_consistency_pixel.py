@@ -13,18 +13,18 @@ from test_consistency import config, nets_for
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import load_source
-from fewstep.learning import new_optimizer
-from fewstep.losses import l2, pseudo_huber, sample_distance
+from fewstep.data.sources import load_source
+from fewstep.diffusion.losses import l2, pseudo_huber, sample_distance
+from fewstep.diffusion.schedule import Prediction, RectifiedFlow, VariancePreserving, noise_level, ode_step
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig
-from fewstep.methods.consistency_grid import karras_grid, karras_levels
-from fewstep.methods.consistency_solver import solve
-from fewstep.methods.consistency_states import State
-from fewstep.process import Prediction, RectifiedFlow, VariancePreserving, noise_level, ode_step
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.grid import karras_grid, karras_levels
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.solver import solve
+from fewstep.methods.consistency.states import State
 from fewstep.teachers import load_teacher
-from fewstep.trainer import Trainer
+from fewstep.training.optim import new_optimizer
+from fewstep.training.trainer import Trainer
 
 ALPHAS = DDIMScheduler().alphas_cumprod.double()
 CD = {
@@ -217,7 +217,7 @@ def test_lpips_is_taken_of_decoded_images(tiny_ddpm_grey, monkeypatch):
 
 
 def test_radam_and_its_state(tmp_path):
-    from fewstep.checkpoint import pack_optimizer, unpack_optimizer
+    from fewstep.training.checkpoint import pack_optimizer, unpack_optimizer
 
     def descend(parameter: Any, optimizer: Any, turns: int) -> None:
         for _ in range(turns):

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 from test_consistency_states import FREE, SCHEDULE, TIMES, answer, fresh, imageless, step
 
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_replay import Replay
-from fewstep.methods.consistency_states import Trajectories
-from fewstep.process import ode_step
+from fewstep.diffusion.schedule import ode_step
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.replay import Replay
+from fewstep.methods.consistency.states import Trajectories
 from fewstep.teachers import load_teacher
 
 BATCH, SIZE = 12, 60

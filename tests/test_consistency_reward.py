@@ -9,10 +9,10 @@ from pydantic import ValidationError
 from test_consistency import batch_for, config, nets_for
 from test_trainer import make
 
-from fewstep.evaluate.rewards import load_reward
+from fewstep.evaluate.rewards.load import load_reward
 from fewstep.methods.base import Preparation
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import StageConfig
+from fewstep.methods.consistency.config import StageConfig
+from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 PROMPTS = ["a coat", "a bag", "", "a shirt"]

@@ -13,14 +13,14 @@ from test_consistency import OPTIM, batch_for, config, nets_for
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import DataConfig, OptimConfig, RunConfig
-from fewstep.data import load_source
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import Prediction, VariancePreserving, add_noise, ode_step
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig, StageConfig
-from fewstep.methods.consistency_states import State, Trajectories, student_rollout, teacher_rollout
-from fewstep.process import Prediction, VariancePreserving, add_noise, ode_step
+from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.states import State, Trajectories, student_rollout, teacher_rollout
 from fewstep.teachers import load_teacher
-from fewstep.trainer import Trainer
+from fewstep.training.trainer import Trainer
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
 SCHEDULE = VariancePreserving(ALPHAS)

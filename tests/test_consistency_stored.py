@@ -11,14 +11,14 @@ from test_consistency import OPTIM, batch_for, config, nets_for
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import DataConfig, OptimConfig, RunConfig
-from fewstep.data import load_source
+from fewstep.data.sources import load_source
 from fewstep.methods.base import Preparation
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig, StageConfig, StoredConfig
-from fewstep.methods.consistency_grid import boundary_scalings
+from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig, StoredConfig
+from fewstep.methods.consistency.grid import boundary_scalings
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.trajectories import solve
 from fewstep.teachers import load_teacher
-from fewstep.trainer import Trainer
-from fewstep.trajectories import solve
+from fewstep.training.trainer import Trainer
 
 PROMPTS = ["a coat", "a bag", "a shirt"]
 STORED = {

@@ -10,12 +10,12 @@ from test_consistency import config, nets_for
 from test_consistency_pixel import missed, trained
 from torch import nn
 
+from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import TuningConfig
-from fewstep.methods.consistency_tuning import gap_weights, log_levels, lognormal_index, tuned_level, tuned_timestep
+from fewstep.methods.consistency.config import TuningConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.tuning import gap_weights, log_levels, lognormal_index, tuned_level, tuned_timestep
 from fewstep.methods.dropout import random_state, replayed, set_dropout
-from fewstep.process import RectifiedFlow, VariancePreserving
 from fewstep.teachers import load_teacher
 
 CPU = torch.device("cpu")

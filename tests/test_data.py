@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import fashion
 from fewstep.config import DataConfig
-from fewstep.data import Listed, Parquet, Source, Stream, load_source
-from fewstep.parquet import LazyColumn
-from fewstep.readable import readable
+from fewstep.data.parquet import LazyColumn
+from fewstep.data.sources import Listed, Parquet, Source, Stream, fashion, load_source
+from fewstep.data.validate import readable
 
 
 def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (20, 10)) -> None:

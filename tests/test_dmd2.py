@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fewstep.config import RunConfig
-from fewstep.data import load_source
-from fewstep.losses import (
+from fewstep.data.sources import load_source
+from fewstep.diffusion.losses import (
     descend,
     discriminator_loss,
     divergence_weights,
@@ -25,15 +25,15 @@ from fewstep.losses import (
     gradient_penalty,
     matching_gradient,
 )
+from fewstep.diffusion.schedule import Prediction, RectifiedFlow, VariancePreserving, add_noise, like, output_of, read
 from fewstep.methods.base import Batch
-from fewstep.methods.critic import Head, noised
-from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.dmd2_config import DMD2Config
-from fewstep.methods.dmd2_health import alarms, prompt_distances
-from fewstep.process import Prediction, RectifiedFlow, VariancePreserving, add_noise, like, output_of, read
+from fewstep.methods.discriminator import Head, noised
+from fewstep.methods.distribution_matching.config import DMD2Config
+from fewstep.methods.distribution_matching.diagnostics import alarms, prompt_distances
+from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.teachers import load_teacher
 from fewstep.teachers.base import Denoiser
-from fewstep.trainer import Trainer
+from fewstep.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 GAN = {"gan_weight": 0.1}
@@ -690,7 +690,7 @@ def test_two_processes(tiny_sd, tmp_path):
 
 def test_a_grid_that_ends_early_is_exported(tiny_sd, tmp_path):
     """The one-step recipe of SDXL: one evaluation, told that it is timestep 399, of pure noise."""
-    from fewstep.export import export
+    from fewstep.export.pipeline import export
 
     teacher = load_teacher(str(tiny_sd))
     method = DMD2(config(steps=[399]), teacher)
@@ -776,7 +776,7 @@ def test_alarms_name_keys():
 
 def test_an_exported_consistency_student_is_a_start(tiny_sd, tmp_path):
     """Its guidance is folded, so the zeros where it was embedded are no loss; a live embedding would be one."""
-    from fewstep.initial import start_from
+    from fewstep.training.init_from import start_from
 
     teacher = load_teacher(str(tiny_sd))
     earlier = teacher.student(guidance_embedding=True)

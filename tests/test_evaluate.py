@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.assets import asset_path
+from fewstep.data.fashion import caption, load_embedded
 from fewstep.evaluate import (
     ClipScore,
     FrechetDistance,
@@ -28,11 +29,10 @@ from fewstep.evaluate import (
     save_moments,
     write_report,
 )
-from fewstep.evaluate.frechet import moments
 from fewstep.evaluate.generate import batches, condition_kind, counted, noise_generator
-from fewstep.evaluate.reference import folder_moments, protocol_of, resolve, subjects
+from fewstep.evaluate.metrics.frechet import moments
+from fewstep.evaluate.references import folder_moments, protocol_of, resolve, subjects
 from fewstep.evaluate.run import check_indices
-from fewstep.fashion import caption, load_embedded
 
 EMBEDDED_REFERENCE = asset_path("fashion") / "reference.safetensors"
 needs_reference = pytest.mark.skipif(not EMBEDDED_REFERENCE.exists(), reason="the asset has no reference yet")

@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.cli import main
+from fewstep.cli.main import main
+from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import load_features
 from fewstep.evaluate.compare import paired
-from fewstep.fashion import load_embedded
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_pipeline_and_features_of_the_hub_are_found_in_its_cache(
 ) -> None:
     from PIL import Image
 
-    from fewstep.evaluate.clip_score import clip_folder
+    from fewstep.evaluate.models.clip import clip_folder
 
     small = tmp_path / "small"
     small.mkdir()
@@ -164,10 +164,10 @@ def brightness() -> torch.nn.Module:
 
 
 def test_inception_score_and_cmmd_by_a_protocol(folder: Path, tmp_path: Path) -> None:
-    from fewstep.evaluate.clip_score import clip_folder
-    from fewstep.evaluate.distances import cmmd
-    from fewstep.evaluate.frechet import frechet_distance, moments
-    from fewstep.evaluate.reference import real_images
+    from fewstep.evaluate.metrics.distances import cmmd
+    from fewstep.evaluate.metrics.frechet import frechet_distance, moments
+    from fewstep.evaluate.models.clip import clip_folder
+    from fewstep.evaluate.references import real_images
 
     clip = str(clip_folder("fashion"))
     settings: dict[str, Any] = {
@@ -211,7 +211,7 @@ def test_processes_share_a_folder_of_images(folder: Path, tmp_path: Path) -> Non
         done = subprocess.run(
             [
                 sys.executable, "-m", "accelerate.commands.launch", *launch, *(["--multi_gpu"] if processes > 1 else []),
-                "-m", "fewstep.cli", "evaluate", str(folder), "--num-images", "58", "--batch-size", "30",
+                "-m", "fewstep", "evaluate", str(folder), "--num-images", "58", "--batch-size", "30",
                 "--output", str(output),
             ],
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

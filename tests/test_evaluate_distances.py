@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept
-from fewstep.evaluate.distances import (
+from fewstep.evaluate.metrics.accumulate import Diversity, InceptionScore, Kept
+from fewstep.evaluate.metrics.distances import (
     cmmd,
     density_coverage,
     diversity,
@@ -17,7 +17,7 @@ from fewstep.evaluate.distances import (
     kernel_distance,
     precision_recall,
 )
-from fewstep.evaluate.frechet import Moments, frechet_distance, moments, warn_few
+from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, moments, warn_few
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -55,7 +55,7 @@ def test_cmmd_of_two_directions_is_written_out() -> None:
 
 
 def test_cmmd_equals_the_papers_formula_on_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.evaluate.distances.BLOCK", 7)
+    monkeypatch.setattr("fewstep.evaluate.metrics.distances.BLOCK", 7)
     x, y = draw(30, 8, 0), draw(20, 8, 1, shift=0.5)
     u, v = (a / a.norm(dim=1, keepdim=True) for a in (x, y))
 
@@ -81,7 +81,7 @@ def test_neighbours_on_a_line() -> None:
 
 
 def test_neighbours_equal_prdc_and_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewstep.evaluate.distances.BLOCK", 64)
+    monkeypatch.setattr("fewstep.evaluate.metrics.distances.BLOCK", 64)
     x, y = draw(220, 4, 0, shift=0.8), draw(200, 4, 1)
     ours = precision_recall(x, y, nearest_k=5) + density_coverage(x, y, nearest_k=5)
     assert all(0.05 < value < 1.5 for value in ours)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from fewstep.assets import asset_path
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.config import RunConfig
 from fewstep.evaluate import earlier_rows, evaluate, fingerprints, protocol
-from fewstep.job import run
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
+from fewstep.training.run import run
 
 IMAGES = 3
 SETTINGS: dict[str, Any] = {"reference": "fashion", "num_images": IMAGES}

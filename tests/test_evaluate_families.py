@@ -12,9 +12,9 @@ from families import build_dit, build_sd3, build_sdxl
 from inception import random_inception
 from PIL import Image
 
-from fewstep.cli import main
-from fewstep.evaluate.frechet import warn_few
-from fewstep.fashion import load_embedded
+from fewstep.cli.main import main
+from fewstep.data.fashion import load_embedded
+from fewstep.evaluate.metrics.frechet import warn_few
 
 PROMPTS = ["A bag, red.", "", "ein Kleid 👗", 'the "coat"']
 

@@ -10,15 +10,15 @@ import torch
 from inception import random_inception
 from torch import Tensor, nn
 
+from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import FrechetDistance, ImageFeatures, load_features, load_moments
-from fewstep.evaluate.clip_score import ClipScore, load_clip, load_open_clip
-from fewstep.evaluate.features import Preprocess, features_identity
-from fewstep.evaluate.frechet import moments
-from fewstep.evaluate.inception import FILES, clean_resize
+from fewstep.evaluate.metrics.frechet import moments
+from fewstep.evaluate.models.clip import ClipScore, load_clip, load_open_clip
+from fewstep.evaluate.models.features import Preprocess, features_identity
+from fewstep.evaluate.models.inception import FILES, clean_resize
 from fewstep.evaluate.protocol import ClipScoring, Comparison, View
-from fewstep.evaluate.reference import collect, count_images, load_reference, real_images
+from fewstep.evaluate.references import collect, count_images, load_reference, real_images
 from fewstep.evaluate.statistics import Statistics, load_statistics, save_statistics
-from fewstep.fashion import load_embedded
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_dinov2_and_clip_of_a_local_folder(images: Tensor, tmp_path: Path) -> No
         # The class token after the last norm: dgm-eval's DINOv2 features.
         wanted = model(pixels).last_hidden_state[:, 0]
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    from fewstep.evaluate.clip_score import clip_folder
+    from fewstep.evaluate.models.clip import clip_folder
 
     seen = torch.nn.functional.normalize(load_features(str(clip_folder("fashion")))(images[:3]), dim=1)
     torch.testing.assert_close(seen, load_clip("fashion").image_embeddings(images[:3]))

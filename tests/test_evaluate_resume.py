@@ -15,13 +15,13 @@ from rewards import small_rewards
 from torch import nn
 
 from fewstep.assets import asset_path
-from fewstep.cli import main
+from fewstep.cli.main import main
+from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, sample
 from fewstep.evaluate.generate import batches, remaining_batches
-from fewstep.evaluate.keep import Keeper
-from fewstep.evaluate.reference import collect
+from fewstep.evaluate.references import collect
+from fewstep.evaluate.resume import Keeper
 from fewstep.evaluate.statistics import save_statistics
-from fewstep.fashion import load_embedded
 
 PROMPTS = ["a bag", "", "ein Kleid, rot 👗", 'a "quoted", dress', "a coat"]
 NOT_SCORES = ("fingerprints", "model", "guidance_scale", "seconds_per_image", "peak_memory_gib")
@@ -326,7 +326,7 @@ def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scor
 
 def test_a_file_of_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
     keeper = Keeper(tmp_path / "k", {"a": 1})
-    from fewstep.evaluate.keep import Measured
+    from fewstep.evaluate.resume import Measured
 
     batch = Measured([3, 1], {"0.features": torch.ones(2, 4)}, 0.5, 7)
     keeper.save(batch)

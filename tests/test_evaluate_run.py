@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from fewstep.config import RunConfig
+from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import load_features
-from fewstep.evaluate.reference import collect
+from fewstep.evaluate.references import collect
 from fewstep.evaluate.statistics import save_statistics
-from fewstep.fashion import load_embedded
-from fewstep.job import run
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.training.run import run
 
 
 def test_a_run_is_scored_by_a_reference_features_and_prompts_of_its_own(tiny_sd: Path, tmp_path: Path) -> None:

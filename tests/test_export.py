@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from test_teachers import perturbed
 
-from fewstep.export import DTYPES, ExportError, export, update_card
+from fewstep.export.pipeline import DTYPES, ExportError, export, update_card
 from fewstep.teachers import load_teacher
 
 CARD = {"method": "consistency", "paper": "arXiv 2310.04378", "teacher": "fashion", "data": "none", "prompt": "a bag"}

@@ -22,24 +22,24 @@ from safetensors.torch import load_file
 from test_teachers import perturbed
 from torch import Tensor
 
-from fewstep.cached import Cache
-from fewstep.commands.plan import METHODS as TRAINED
+from fewstep.cli.plan import METHODS as TRAINED
 from fewstep.config import DataConfig, RunConfig
-from fewstep.data import load_source
+from fewstep.data.encoding_cache import Cache
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import ShiftedFlow, add_noise, ode_step
 from fewstep.evaluate import sample
-from fewstep.export import export
-from fewstep.initial import start_from
-from fewstep.methods.boot import Boot, BootConfig
-from fewstep.methods.consistency import Consistency, ConsistencyConfig
-from fewstep.methods.dmd2 import DMD2, DMD2Config
-from fewstep.methods.scm import Scm, ScmConfig
-from fewstep.process import ShiftedFlow, add_noise, ode_step
+from fewstep.export.pipeline import export
+from fewstep.methods.boot.method import Boot, BootConfig
+from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
+from fewstep.methods.scm.method import Scm, ScmConfig
 from fewstep.teachers import FAMILIES, Teacher, load_teacher
-from fewstep.teachers.edm import Edm
-from fewstep.teachers.flow import FlowTeacher, Flux, pack, unpack
+from fewstep.teachers.families.edm import Edm
+from fewstep.teachers.families.flow import FlowTeacher, Flux, pack, unpack
+from fewstep.teachers.families.sana import Sana
 from fewstep.teachers.guidance import concatenate
-from fewstep.teachers.sana import Sana
-from fewstep.trainer import Trainer
+from fewstep.training.init_from import start_from
+from fewstep.training.trainer import Trainer
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sdxl": build_sdxl,
@@ -513,7 +513,7 @@ def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]
 
 
 def test_live_guidance_is_refused_before_training(folders: Callable[[str], Path]) -> None:
-    from fewstep.methods.consistency_config import ConsistencyConfig
+    from fewstep.methods.consistency.config import ConsistencyConfig
 
     config = ConsistencyConfig.model_validate({"optim": {"lr": 1e-3}, "solver_steps": 8, "steps": 4})
     with pytest.raises(ValueError, match="export_guidance_scale"):

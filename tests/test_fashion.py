@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 from fewstep.assets import asset_path
-from fewstep.fashion import CLASSES, TEMPLATES, caption, load_embedded, load_idx
+from fewstep.data.fashion import CLASSES, TEMPLATES, caption, load_embedded, load_idx
 from fewstep.pretrain.publish import checksums
 
 FOLDER = asset_path("fashion")

@@ -10,10 +10,10 @@ import yaml
 
 import fewstep
 from fewstep.config import RunConfig, Strict
-from fewstep.methods.boot_config import BootConfig
-from fewstep.methods.consistency_config import ConsistencyConfig
-from fewstep.methods.dmd2_config import DMD2Config
-from fewstep.methods.scm_config import ScmConfig
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.distribution_matching.config import DMD2Config
+from fewstep.methods.scm.config import ScmConfig
 from fewstep.pretrain.config import DigitsTraining, DiTTraining, SD3Training, TeacherTraining
 
 ROOT = Path(__file__).parents[1]

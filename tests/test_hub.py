@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.config import DataConfig
-from fewstep.data import load_source
+from fewstep.data.fashion import load_embedded
+from fewstep.data.hub import dataset_files, is_dataset
+from fewstep.data.sources import load_source
 from fewstep.evaluate import load_features, load_moments
-from fewstep.evaluate.reference import collect, count_images, real_images, resolve
-from fewstep.fashion import load_embedded
-from fewstep.hub import dataset_files, is_dataset
+from fewstep.evaluate.references import collect, count_images, real_images, resolve
 
 Add = Callable[[str, Mapping[str, bytes]], Path]
 

@@ -19,18 +19,18 @@ from test_families import CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from test_trainer import ROOT, environment
 from torch import Tensor, nn
 
-from fewstep import checkpoint as ckpt
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
-from fewstep.data import load_source
-from fewstep.export import draw, export
-from fewstep.learning import new_optimizer
-from fewstep.lora_export import FILE, KOHYA_FILE, export_lora, update_of
-from fewstep.methods.critic import Noised, features, named_layers
-from fewstep.methods.dmd2 import DMD2Config
+from fewstep.data.sources import load_source
+from fewstep.export.lora import FILE, KOHYA_FILE, export_lora, update_of
+from fewstep.export.pipeline import draw, export
+from fewstep.methods.discriminator import Noised, features, named_layers
+from fewstep.methods.distribution_matching.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.base import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
-from fewstep.trainer import Trainer
+from fewstep.training import checkpoint as ckpt
+from fewstep.training.optim import new_optimizer
+from fewstep.training.trainer import Trainer
 
 QUICK = {("sd", "dmd2"), ("ddpm", "boot"), ("dit", "consistency"), ("sd3", "dmd2")}
 EXPORTED = {("sdxl", "consistency"), ("dit", "dmd2")}
@@ -269,7 +269,7 @@ def test_adapters_that_keep_guidance_are_guided(
         return found | {f"merged_{key}": v for key, v in found.items()} | {"adapted": count, "too_many_raised": True}
 
     if process == "here":
-        monkeypatch.setattr("fewstep.lora_export.ask_stranger", here)
+        monkeypatch.setattr("fewstep.export.lora.ask_stranger", here)
     trainer = make(folders(family), tmp_path / "run", "consistency", more=KEPT)
     assert trainer.fit() and trainer.method.keeps_guidance
     teacher, own = trainer.teacher, trainer.method

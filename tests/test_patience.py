@@ -9,10 +9,10 @@ from test_consistency import config
 from test_trainer import assert_equal, make
 
 from fewstep.config import ScoreConfig
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import StageConfig
-from fewstep.patience import Patience
+from fewstep.methods.consistency.config import StageConfig
+from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
+from fewstep.training.early_stopping import Patience
 
 
 def ends_at(patience, scores):
@@ -83,7 +83,7 @@ def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, t
     def scripted(*_):
         return {"fid": fids[running[-1].iteration], "clip_score": None, "images": 8}
 
-    monkeypatch.setattr("fewstep.trainer.small_scores", scripted)
+    monkeypatch.setattr("fewstep.training.trainer.small_scores", scripted)
 
     def trained(folder, until, resume=None):
         running.append(make(tiny_sd, folder, max_iterations=until, **changes))

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import nn
 
-from fewstep.rehearsal import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
-from fewstep.teachers.unweighted import unweighted_teacher
+from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
+from fewstep.plan.weightless import unweighted_teacher
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = Path(__file__).parent / "published"
@@ -30,7 +30,7 @@ def planned(folder, method, teacher, settings, *words):
     }  # fmt: skip
     file = folder / f"{method}_tiny.yaml"
     file.write_text(yaml.safe_dump(values))
-    done = run("-m", "fewstep.cli", "plan", "--json", file, *words)
+    done = run("-m", "fewstep", "plan", "--json", file, *words)
     assert done.returncode == 0, done.stderr
     assert not (folder / "run").exists()
     return json.loads(done.stdout)
@@ -124,7 +124,7 @@ def test_a_teacher_out_of_reach_is_told_in_a_sentence(tmp_path):
     }  # fmt: skip
     file.write_text(yaml.safe_dump(values))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "fewstep.cli", "plan", str(file)]
+    words = [sys.executable, "-m", "fewstep", "plan", str(file)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "nobody/nothing" in done.stderr and "without weights, is enough" in done.stderr
@@ -151,7 +151,7 @@ def test_consistency_costs_six_forwards(tmp_path, tiny_sd):
     assert p["fits"] == {"16": True, "24": True, "40": True, "80": True}
     assert p["buckets"] == student["gradients"]  # those of several processes
     # The same plan as text.
-    done = run("-m", "fewstep.cli", "plan", tmp_path / "consistency_tiny.yaml", "gradient_checkpointing=true")
+    done = run("-m", "fewstep", "plan", tmp_path / "consistency_tiny.yaml", "gradient_checkpointing=true")
     assert done.returncode == 0, done.stderr
     assert "gradient_checkpointing=false: peak" in done.stdout and "student's steps and timesteps" in done.stdout
 

@@ -7,9 +7,9 @@ import pytest
 from families import build_dit
 
 from fewstep.config import RunConfig
-from fewstep.job import run
-from fewstep.methods.consistency import Consistency
-from fewstep.methods.consistency_config import ConsistencyConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.training.run import run
 
 
 def message(pipeline: Path, folder: Path, **changes: Any) -> str:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import fashion
-from fewstep.evaluate.frechet import Moments, frechet_distance, moments
+from fewstep.data import fashion
+from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, moments
 from fewstep.pretrain.config import (
     AutoencoderConfig,
     DenoiserConfig,

@@ -8,16 +8,17 @@ import pytest
 import torch
 from test_pretrain import read_few_images
 
-from fewstep import fashion, job
 from fewstep.config import RunConfig, load_config
-from fewstep.methods.boot import Boot, BootConfig
-from fewstep.methods.consistency import Consistency, ConsistencyConfig
-from fewstep.methods.dmd2 import DMD2, DMD2Config
+from fewstep.data import fashion
+from fewstep.methods.boot.method import Boot, BootConfig
+from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.pretrain import dit, sd3
 from fewstep.pretrain.config import DiTTraining, SD3Training, training_class
 from fewstep.pretrain.loop import stratified
 from fewstep.pretrain.transformer import Latents, load_vae
 from fewstep.teachers import load_teacher
+from fewstep.training import run as job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS: dict[str, tuple[Any, Any]] = {

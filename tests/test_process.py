@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from fewstep.losses import l2, pseudo_huber
-from fewstep.process import (
+from fewstep.diffusion.losses import l2, pseudo_huber
+from fewstep.diffusion.schedule import (
     Prediction,
     PredictionType,
     RectifiedFlow,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
+from fewstep.evaluate.models.view import look
 from fewstep.evaluate.protocol import FOLDER, Protocol, View, find_data, load_protocol, names, read_prompts
-from fewstep.evaluate.reference import Given, random_label, reference_path, subjects
-from fewstep.evaluate.view import look
+from fewstep.evaluate.references import Given, random_label, reference_path, subjects
 
 NAMED = {
     "fashion_10k": 10_000,

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.evaluate import grid, write_report
-from fewstep.report_chart import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Line, chart, number
-from fewstep.report_runs import read_run
+from fewstep.report.chart import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Line, chart, number
+from fewstep.report.runs import read_run
 
 
 def row(model: str, steps: int, fid: float, **more: Any) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from rewards import small_rewards
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.cli import main
+from fewstep.cli.main import main
+from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import load_clip, load_reward
-from fewstep.evaluate.mps import CONDITION, THRESHOLD
-from fewstep.evaluate.reward_files import DOWNLOADS, MPS_CLIP, PICKSCORE, PICKSCORE_PROCESSOR
-from fewstep.evaluate.rewards import load_training_reward, qualified_name
-from fewstep.fashion import load_embedded
+from fewstep.evaluate.rewards.files import DOWNLOADS, MPS_CLIP, PICKSCORE, PICKSCORE_PROCESSOR
+from fewstep.evaluate.rewards.load import load_training_reward, qualified_name
+from fewstep.evaluate.rewards.mps import CONDITION, THRESHOLD
 
 PROMPTS = ["a bag", "", "a very long prompt of words that never ends " * 9]
 
@@ -98,7 +98,7 @@ def test_hps_is_open_clips_cosine(tmp_path: Path, images: Tensor, monkeypatch: p
     }
     (tmp_path / "fewstep-hps.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "fewstep-hps.json")
-    monkeypatch.setattr("fewstep.evaluate.rewards.HPS_MODEL", "fewstep-hps")
+    monkeypatch.setattr("fewstep.evaluate.rewards.load.HPS_MODEL", "fewstep-hps")
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms("fewstep-hps")
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "hps.pt")

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import load_source
-from fewstep.methods.base import Batch
-from fewstep.methods.dropout import set_dropout
-from fewstep.methods.scm import LogVariance, Scm, ScmConfig
-from fewstep.process import (
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import (
     Prediction,
     PredictionType,
     RectifiedFlow,
@@ -26,9 +23,12 @@ from fewstep.process import (
     like,
     read,
 )
+from fewstep.diffusion.trigflow import rotation, slopes, tangent, velocity, velocity_rate
+from fewstep.methods.base import Batch
+from fewstep.methods.dropout import set_dropout
+from fewstep.methods.scm.method import LogVariance, Scm, ScmConfig
 from fewstep.teachers import load_teacher
-from fewstep.trainer import Trainer
-from fewstep.trigflow import rotation, slopes, tangent, velocity, velocity_rate
+from fewstep.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MEAN, STD = 0.3, 0.6

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fewstep.process import (
+from fewstep.diffusion.schedule import (
     Prediction,
     RectifiedFlow,
     VariancePreserving,
@@ -16,7 +16,7 @@ from fewstep.process import (
     read,
     threshold,
 )
-from fewstep.signal_ode import bootstrap, finite_difference, heun, log_noise_slope, segment_grid, shares
+from fewstep.diffusion.signal_ode import bootstrap, finite_difference, heun, log_noise_slope, segment_grid, shares
 
 MEANS = torch.tensor([[2.0, 0.5], [-1.5, 1.0], [0.0, -2.0], [1.0, 2.5]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)

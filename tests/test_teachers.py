@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.config import LoraConfig
 from fewstep.teachers import Denoiser, Teacher, load_teacher
-from fewstep.teachers.sd import guidance_embedding, shift_at
+from fewstep.teachers.families.sd import guidance_embedding, shift_at
 
 T = torch.tensor([999, 10])
 PROMPTS = ["a bag", "a shoe"]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep import checkpoint as ckpt
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data import load_source
-from fewstep.methods.consistency import Consistency, ConsistencyConfig
+from fewstep.data.sources import load_source
+from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.teachers import load_teacher
-from fewstep.trainer import NonFiniteError, Trainer, lr_factor
+from fewstep.training import checkpoint as ckpt
+from fewstep.training.trainer import NonFiniteError, Trainer, lr_factor
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,8 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 from test_dmd2 import make
 
-from fewstep.process import Prediction, VariancePreserving, ode_step
-from fewstep.teachers import load_teacher
-from fewstep.trajectories import (
+from fewstep.diffusion.schedule import Prediction, VariancePreserving, ode_step
+from fewstep.methods.trajectories import (
     TrajectorySettings,
     draw_trajectories,
     even_timesteps,
@@ -20,6 +19,7 @@ from fewstep.trajectories import (
     second_order,
     solve,
 )
+from fewstep.teachers import load_teacher
 
 PROMPTS = ["a coat", "a bag", "a shirt"]
 CPU = torch.device("cpu")

@@ -1,13 +1,15 @@
 """Scoring: features, Fréchet distance, CLIP score, and the evaluation of a pipeline."""
 
-from fewstep.evaluate.clip_score import ClipScore, load_clip
-from fewstep.evaluate.earlier import MEASURED_ANEW, Earlier, earlier_rows, fingerprints
-from fewstep.evaluate.features import ImageFeatures, load_features
-from fewstep.evaluate.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
 from fewstep.evaluate.generate import sample
+from fewstep.evaluate.metrics.frechet import FrechetDistance, Moments, frechet_distance, load_moments, save_moments
+from fewstep.evaluate.models.clip import ClipScore, load_clip
+from fewstep.evaluate.models.features import ImageFeatures, load_features
 from fewstep.evaluate.protocol import Protocol, load_protocol
-from fewstep.evaluate.reference import Given
-from fewstep.evaluate.report import (
+from fewstep.evaluate.references import Given
+from fewstep.evaluate.reuse import MEASURED_ANEW, Earlier, earlier_rows, fingerprints
+from fewstep.evaluate.rewards.load import Reward, load_reward
+from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
+from fewstep.evaluate.tables import (
     describe_protocol,
     format_table,
     grid,
@@ -15,8 +17,6 @@ from fewstep.evaluate.report import (
     recommended_guidance_scale,
     write_report,
 )
-from fewstep.evaluate.rewards import Reward, load_reward
-from fewstep.evaluate.run import evaluate, evaluate_images, evaluate_protocol, first_images
 
 __all__ = [
     "MEASURED_ANEW",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.features import ImageFeatures
 from fewstep.evaluate.generate import sample
-from fewstep.evaluate.view import View, look
+from fewstep.evaluate.models.features import ImageFeatures
+from fewstep.evaluate.models.view import View, look
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import yaml
 from annotated_types import Ge
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from fewstep import yaml12
-from fewstep.config import Strict
-from fewstep.describe import explain
-from fewstep.hub import DATA
+from fewstep.config import Strict, yaml12
+from fewstep.config.help import explain
+from fewstep.data.hub import DATA
 
 FOLDER = Path(__file__).parent / "protocols"
 """The named protocols; configs/protocols of the repository leads here, so that an installed package has them too."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluate.earlier import fingerprints
 from fewstep.evaluate.generate import (
     ConditionKind,
     batches,
@@ -21,9 +20,8 @@ from fewstep.evaluate.generate import (
     remaining_batches,
     sample,
 )
-from fewstep.evaluate.keep import Keeper, Measured
 from fewstep.evaluate.protocol import Protocol
-from fewstep.evaluate.reference import (
+from fewstep.evaluate.references import (
     NOTHING,
     Given,
     Subjects,
@@ -33,6 +31,8 @@ from fewstep.evaluate.reference import (
     resolve,
     subjects,
 )
+from fewstep.evaluate.resume import Keeper, Measured
+from fewstep.evaluate.reuse import fingerprints
 from fewstep.evaluate.scores import Instruments, Scores
 
 if TYPE_CHECKING:

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.accumulate import Diversity, InceptionScore, Kept, Mean
-from fewstep.evaluate.clip_score import ClipModule, ClipScore, load_scoring
-from fewstep.evaluate.distances import cmmd, density_coverage, kernel_distance, precision_recall
-from fewstep.evaluate.features import ImageFeatures, load_features
-from fewstep.evaluate.frechet import FrechetDistance, check_width, frechet_infinity, warn_few
+from fewstep.evaluate.metrics.accumulate import Diversity, InceptionScore, Kept, Mean
+from fewstep.evaluate.metrics.distances import cmmd, density_coverage, kernel_distance, precision_recall
+from fewstep.evaluate.metrics.frechet import FrechetDistance, check_width, frechet_infinity, warn_few
+from fewstep.evaluate.models.clip import ClipModule, ClipScore, load_scoring
+from fewstep.evaluate.models.features import ImageFeatures, load_features
+from fewstep.evaluate.models.view import look
 from fewstep.evaluate.protocol import NEED_FEATURES, Comparison, Protocol
-from fewstep.evaluate.reference import Given, Subjects, load_reference, reference_path
-from fewstep.evaluate.rewards import Reward, load_reward, reward_weights
+from fewstep.evaluate.references import Given, Subjects, load_reference, reference_path
+from fewstep.evaluate.rewards.load import Reward, load_reward, reward_weights
 from fewstep.evaluate.statistics import Statistics
-from fewstep.evaluate.view import look
 
 
 class Instruments:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.evaluate.frechet import Moments, moments
+from fewstep.evaluate.metrics.frechet import Moments, moments
 
 SUFFIXES = (".npz", ".safetensors")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import OptimConfig
+from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Cond, Scale, Teacher
-from fewstep.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

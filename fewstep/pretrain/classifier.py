@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from fewstep.fashion import CLASSES
+from fewstep.data.fashion import CLASSES
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data, scaled, shifted
 from fewstep.pretrain.loop import aside, fit

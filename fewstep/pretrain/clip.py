@@ -15,7 +15,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from fewstep.fashion import CLASSES, TEMPLATES, caption
+from fewstep.data.fashion import CLASSES, TEMPLATES, caption
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data, scaled
 from fewstep.pretrain.loop import aside, fit

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep import fashion
+from fewstep.data import fashion
 
 
 @dataclass(frozen=True)

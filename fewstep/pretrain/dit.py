@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from fewstep.fashion import CLASSES
+from fewstep.data.fashion import CLASSES
 from fewstep.pretrain.config import DiTTraining
 from fewstep.pretrain.loop import best_device, stratified
 from fewstep.pretrain.transformer import load_latents, load_vae, run_stages, start_at_zero, train

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fewstep.checkpoint import pack_optimizer, unpack_optimizer
 from fewstep.pretrain.config import StageConfig
+from fewstep.training.checkpoint import pack_optimizer, unpack_optimizer
 
 Loss = Callable[[torch.Generator], Tensor]
 

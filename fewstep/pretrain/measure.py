@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetForImageClassification
 
-from fewstep.evaluate.frechet import Moments, frechet_distance, load_moments, moments
-from fewstep.fashion import CLASSES, caption
+from fewstep.data.fashion import CLASSES, caption
+from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, load_moments, moments
 from fewstep.pretrain.autoencoder import decode, encode, load_autoencoder
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.clip import clip_scores, load_clip

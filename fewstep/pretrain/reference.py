@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fewstep.evaluate.frechet import moments, save_moments
-from fewstep.fashion import CLASSES, caption
+from fewstep.data.fashion import CLASSES, caption
+from fewstep.evaluate.metrics.frechet import moments, save_moments
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data

@@ -17,7 +17,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fewstep.fashion import TEMPLATES
+from fewstep.data.fashion import TEMPLATES
 from fewstep.pretrain.clip import CAPTIONS, MAX_TOKENS, load_clip
 from fewstep.pretrain.config import SD3Training
 from fewstep.pretrain.loop import best_device, stratified

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.assets import asset_path
+from fewstep.data.fashion import CLASSES, caption
 from fewstep.evaluate import sample
-from fewstep.evaluate.frechet import load_moments
 from fewstep.evaluate.generate import condition_kind
-from fewstep.fashion import CLASSES, caption
+from fewstep.evaluate.metrics.frechet import load_moments
 from fewstep.pretrain.classifier import load_classifier
 from fewstep.pretrain.config import TransformerTraining
 from fewstep.pretrain.data import load_data

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import LoraConfig
-from fewstep.process import Prediction, PredictionType, Schedule, read
-from fewstep.teachers.parts import Parts
+from fewstep.diffusion.schedule import Prediction, PredictionType, Schedule, read
+from fewstep.teachers.placement import Parts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
-    from fewstep.teachers.prompts import PromptCache
+    from fewstep.teachers.prompt_cache import PromptCache
 
 Cond = dict[str, Tensor]
 """Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""

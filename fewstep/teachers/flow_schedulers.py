@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewstep.process import ShiftedFlow
+from fewstep.diffusion.schedule import ShiftedFlow
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fewstep.process import Prediction, guide
+from fewstep.diffusion.schedule import Prediction, guide
 from fewstep.teachers.base import Cond
 
 

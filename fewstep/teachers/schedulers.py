@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.process import VariancePreserving
+from fewstep.diffusion.schedule import VariancePreserving
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin

@@ -1,0 +1,5 @@
+"""`python -m fewstep`."""
+
+from fewstep.cli.main import main
+
+main()

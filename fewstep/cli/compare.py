@@ -1,0 +1,84 @@
+"""`fewstep compare`: two pipelines image by image, from the same noises."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.cli.options import PIPELINE_HELP, add_drawing, add_guidance, at_least, load_pipeline, one_progress_bar
+from fewstep.cli.protocol import add_protocol, protocol_of
+
+
+def compare(args: argparse.Namespace) -> None:
+    if len(args.steps) > 2:
+        raise ValueError("--steps: one count for both, or one for each")
+    name, protocol, given = protocol_of(args, max(2, args.pairs))
+    import torch
+
+    from fewstep.evaluate import grid, load_features, recommended_guidance_scale
+    from fewstep.evaluate.compare import Contestant, distances, draw, paired
+    from fewstep.evaluate.generate import condition_kind, num_labels
+    from fewstep.evaluate.protocol import View
+    from fewstep.evaluate.references import subjects
+
+    one_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = protocol.comparisons[0] if protocol.comparisons else None
+    features = load_features(first.features if first else "fashion").to(device)
+    view = first.view if first else View()
+    calls = [("A", args.a, args.steps[0]), ("B", args.b, args.steps[-1])]
+    if args.teacher is not None:
+        calls.insert(0, ("teacher", args.teacher, args.teacher_steps))
+    images: dict[str, Any] = {}
+    for role, path, steps in calls:
+        scale = args.guidance_scale if args.guidance_scale is not None else recommended_guidance_scale(path)
+        who = Contestant(path, load_pipeline(path, args.dtype, device), steps, scale)
+        what = subjects(protocol, condition_kind(who.pipeline), num_labels(who.pipeline), name, given)
+        conditions = list(what.conditions[: args.pairs])
+        images[role] = draw(who, conditions, seed=protocol.seed, batch_size=args.batch_size, uint8=protocol.uint8)
+        who.pipeline.to("cpu")
+    result: dict[str, Any] = {
+        "protocol": {"name": name, "hash": protocol.hash(), "features": features.name},
+        "pairs": args.pairs,
+        "models": {role: {"pipeline": path, "steps": steps} for role, path, steps in calls},
+    }
+    between = distances(images["A"], images["B"], features, view)
+    result["between"] = {key: float(value.mean()) for key, value in between.items()}
+    if args.teacher is not None:
+        a, b = (distances(images[role], images["teacher"], features, view) for role in ("A", "B"))
+        result["to_teacher"] = {key: paired(a[key], b[key]) for key in a}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    labels = [f"{role}, {steps} step{'s' * (steps > 1)}" for role, _, steps in calls]
+    grid([images[role][:16] for role, *_ in calls], labels).save(args.output.with_suffix(".png"))
+    print(_comparison_text(result))
+    print(f"written to {args.output.with_suffix('.png')} and {args.output.with_suffix('.json')}")
+
+
+def _comparison_text(result: Mapping[str, Any]) -> str:
+    lines = [f"{key}: A to B {value:.4f}" for key, value in result["between"].items()]
+    for key, p in result.get("to_teacher", {}).items():
+        lines.append(
+            f"{key} to the teacher: A {p['a']:.4f}, B {p['b']:.4f}, difference {p['difference']:.4f} "
+            f"+- {p['standard_error']:.4f}; A closer in {100 * p['a_closer']:.0f} % of {result['pairs']} pairs"
+        )
+    return "\n".join(lines)
+
+
+def add_compare(commands: Any) -> None:
+    c = commands.add_parser("compare", help="two pipelines image by image, from the same noises")
+    c.add_argument("a", metavar="A", help=PIPELINE_HELP)
+    c.add_argument("b", metavar="B", help="the other one")
+    c.add_argument("--pairs", type=at_least(1), default=64, help="pairs of images (default: 64)")
+    c.add_argument("--steps", type=at_least(1), nargs="+", required=True, help="steps of both, or of A and of B")
+    c.add_argument("--teacher", metavar="PIPELINE", help="measure how far each is from this one's images")
+    c.add_argument("--teacher-steps", type=at_least(1), default=50, help="(default: 50)")
+    c.add_argument("--batch-size", type=at_least(1), default=64, help="images drawn at once (default: 64)")
+    c.add_argument(
+        "--output", type=Path, default=Path("comparison"), help="a .png and a .json of this name (default: comparison)"
+    )
+    add_guidance(c)
+    add_drawing(c)
+    add_protocol(c)
+    c.set_defaults(run=compare, seed=None)

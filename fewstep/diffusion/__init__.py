@@ -1,0 +1,1 @@
+"""Noise schedules, readings of a network, ODE steps, distances: pure functions of tensors."""

@@ -1,0 +1,79 @@
+"""The Signal-ODE of BOOT (Gu et al. 2023), anchored at any state: what a student that jumps from noise has to say.
+
+Let z be a state at timestep `anchor` and x_u the solution of the teacher's ODE through it. A pair (x0, eps) with
+alpha(anchor) x0 + sigma(anchor) eps = z is a straight line through z; the *anchored pair* of u is the one whose jump
+`ode_step(pair, u)` lands on x_u. Its x0 is the mean of the teacher's x0 over alpha / sigma from `anchor` to u, its eps
+the mean of the teacher's eps over sigma / alpha. Both follow step by step from convex combinations, for every schedule
+and every parametrisation, because all native outputs are affine in (x0, eps) with the state z held fixed.
+
+BOOT's y is this x0 for z pure noise. The anchored form and its proof are fewstep's; the ODE is the paper's.
+"""
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.schedule import Prediction, Schedule, like
+
+
+def segment_grid(start: float, end: float, n: int, whole: bool) -> Tensor:
+    """n + 1 even timesteps from `start` down to `end`, whole numbers if asked: those at which a discrete network is valid.
+
+    Raises ValueError where whole numbers between the two do not suffice.
+    """
+    if not whole:
+        return torch.linspace(start, end, n + 1, dtype=torch.float64)
+    if start - end < n:
+        raise ValueError(f"{n} sub-steps do not fit between timesteps {start:g} and {end:g}")
+    return torch.linspace(start, end, n + 1, dtype=torch.float64).round().long()
+
+
+def shares(schedule: Schedule, anchor: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the way from `anchor` to s lies before t, in alpha / sigma and in sigma / alpha: [B] each, in [0, 1).
+
+    (r_t - r_a) / (r_s - r_a) for r = alpha / sigma and for its inverse, without a division by what vanishes at pure
+    noise or clean data. anchor >= t > s.
+    """
+    (alpha_a, sigma_a), (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+        (alpha.double(), sigma.double()) for alpha, sigma in (schedule(anchor), schedule(t), schedule(s))
+    )
+    start = t == anchor
+    way = (alpha_t * sigma_a - alpha_a * sigma_t) / (alpha_s * sigma_a - alpha_a * sigma_s)
+    x0 = torch.where(start, 0.0, way * sigma_s / sigma_t)
+    # At zero terminal SNR alpha is 0 where t is the anchor.
+    eps = torch.where(start, 0.0, way * alpha_s / torch.where(start, 1.0, alpha_t))
+    return x0, eps
+
+
+def bootstrap(
+    schedule: Schedule, own: Prediction, teacher: Prediction, anchor: Tensor, t: Tensor, s: Tensor
+) -> Prediction:
+    """The anchored pair of s, given that of t (`own`) and the teacher's prediction at x_t = ode_step(own, t).
+
+    Exact for one DDIM (Euler) step from t to s: its jump lands where that step lands. At t = anchor it is the teacher's
+    prediction itself, whatever `own` says. anchor, t, s: [B], anchor >= t > s.
+    """
+    x0, eps = (like(c, own.x0) for c in shares(schedule, anchor, t, s))
+    return Prediction(x0 * own.x0 + (1 - x0) * teacher.x0, eps * own.eps + (1 - eps) * teacher.eps)
+
+
+def heun(schedule: Schedule, first: Prediction, second: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
+    """The teacher's mean over a step by the trapezoidal rule in alpha / sigma: predictions at x_t and where `first` leads."""
+    alpha, sigma = (like(v, x_t) for v in schedule(t))
+    x0 = (first.x0 + second.x0) / 2
+    return Prediction(x0, (x_t.to(x0.dtype) - alpha * x0) / sigma)
+
+
+def log_noise_slope(schedule: Schedule, t: Tensor, reach: float = 1.0) -> Tensor:
+    """d log(sigma / alpha) / dt at t [B], per timestep, by a central difference over +-reach timesteps."""
+
+    def value(u: Tensor) -> Tensor:
+        alpha, sigma = (v.double() for v in schedule(u))
+        return sigma.log() - alpha.log()
+
+    step = torch.as_tensor(reach, dtype=t.dtype, device=t.device)
+    return (value(t + step) - value(t - step)) / (2 * reach)
+
+
+def finite_difference(schedule: Schedule, y: Tensor, teacher_x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """BOOT's own target for y at s: one Euler step of the Signal-ODE, y + (t - s) lambda'(t) (teacher_x0 - y)."""
+    return y + like((t - s) * log_noise_slope(schedule, t), y) * (teacher_x0 - y)

@@ -1,0 +1,90 @@
+"""TrigFlow (Lu & Song 2024, arXiv 2410.11081): every noise process as a rotation, x = cos(tau) x0 + sin(tau) eps.
+
+With tau = atan2(sigma, alpha) and size = |(alpha, sigma)|, x_t = size x, and along the ODE dx/dtau is the velocity
+F = cos(tau) eps - sin(tau) x0 of the network's reading. For a process that keeps the variance size is 1 and F is v; for a
+rectified flow it is the velocity of section 3 of SANA-Sprint's appendix, (1 - 2 s) x_s + (1 - 2 s + 2 s^2) v over size. The noise
+has deviation 1, so the paper's sigma_data is 1 here.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.schedule import Prediction, PredictionType, Schedule, VariancePreserving, like, output_of, read
+
+
+class Rotation(NamedTuple):
+    """Timesteps as angles; each [B] in float64.
+
+    time_rate and size_rate are cos(tau) sin(tau) times d t / d tau and d size / d tau: finite at both ends, where tau itself
+    moves infinitely slowly or fast.
+    """
+
+    tau: Tensor
+    size: Tensor
+    time_rate: Tensor
+    size_rate: Tensor
+
+
+def slopes(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """d alpha / d t and d sigma / d t at t [B], in float64. A table's are those of its angle by central differences."""
+    if isinstance(schedule, VariancePreserving):
+        table = schedule.alphas_cumprod.double().to(t.device)
+        slope = torch.gradient(torch.atan2((1 - table).sqrt(), table.sqrt()))[0][t.long()]
+        alpha, sigma = (v.double() for v in schedule(t))
+        return -sigma * slope, alpha * slope
+    t = t.double()
+    return torch.func.jvp(schedule, (t,), (torch.ones_like(t),))[1]
+
+
+def rotation(schedule: Schedule, t: Tensor) -> Rotation:
+    """The angles of timesteps t [B], whole numbers for a table, and how fast they move."""
+    alpha, sigma = (v.double() for v in schedule(t if isinstance(schedule, VariancePreserving) else t.double()))
+    d_alpha, d_sigma = slopes(schedule, t)
+    size = torch.hypot(alpha, sigma)
+    time_rate = alpha * sigma / (alpha * d_sigma - sigma * d_alpha)
+    return Rotation(torch.atan2(sigma, alpha), size, time_rate, time_rate * (alpha * d_alpha + sigma * d_sigma) / size)
+
+
+def velocity(p: Prediction, tau: Tensor) -> Tensor:
+    """F = cos(tau) eps - sin(tau) x0, [B, ...]: where the ODE through the state leads."""
+    return like(tau.cos(), p.eps) * p.eps - like(tau.sin(), p.x0) * p.x0
+
+
+def velocity_rate(
+    answer: Callable[[Tensor, Tensor], Prediction],
+    schedule: Schedule,
+    kind: PredictionType,
+    x: Tensor,
+    t: Tensor,
+    at: Rotation,
+    slope: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """F of the network at x [B, ...], t [B], and cos(tau) sin(tau) dF/dtau along dx/dtau = slope, by forward-mode autodiff.
+
+    answer: the network's prediction at (x_t = size x, t). Its output is read again with alpha and sigma as functions of tau, for
+    a reading by table would count as constant. Attention runs on the kernel that knows forward mode.
+    """
+    weight = at.tau.cos() * at.tau.sin()
+
+    def moved(x: Tensor, tau: Tensor, size: Tensor, t: Tensor) -> Tensor:
+        x_t = like(size, x) * x
+        output = output_of(schedule, kind, answer(x_t, t), t)
+        return velocity(read(lambda _: (size * tau.cos(), size * tau.sin()), kind, output, x_t, t), tau)
+
+    primals = (x, at.tau, at.size, t.to(x.dtype))
+    tangents = (like(weight, x) * slope, weight, at.size_rate, at.time_rate.to(x.dtype))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        own, rate = torch.func.jvp(moved, primals, tangents)  # type: ignore[misc]
+    return own, rate
+
+
+def tangent(own: Tensor, rate: Tensor, x: Tensor, slope: Tensor, tau: Tensor, warmth: float) -> Tensor:
+    """cos(tau) d f / d tau of the consistency function f = cos(tau) x - sin(tau) F (Lu & Song 2024, eq. 6), [B, ...].
+
+    own, rate: F and cos sin dF/dtau of `velocity_rate`; slope: dx/dtau. warmth in [0, 1] weighs the part that has a derivative.
+    """
+    cos, sin = like(tau.cos(), x), like(tau.sin(), x)
+    return -(cos**2) * (own - slope) - warmth * (cos * sin * x + rate)

@@ -1,0 +1,1 @@
+"""Networks that scores are computed with."""

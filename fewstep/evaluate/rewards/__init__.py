@@ -1,0 +1,1 @@
+"""Human-preference reward models."""

@@ -1,0 +1,221 @@
+"""BOOT (Gu et al. 2023): data-free distillation by bootstrapping along the teacher's ODE from noise, in 1 to 8 steps.
+
+The student jumps from the start z of a segment to any later time in it. What it has to say for one sub-step further is
+what it says itself, without gradient, corrected by one step of the teacher there. The arithmetic stands in signal_ode.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.schedule import add_noise, like
+from fewstep.diffusion.signal_ode import finite_difference
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.grid import sub_times, target_tables
+from fewstep.methods.boot.starts import Pool, Starts, from_student, from_teacher
+from fewstep.methods.boot.teacher import GuidedTeacher
+from fewstep.teachers.base import Teacher
+
+
+class Boot(Method):
+    """The student is one jump per segment, trained for every target time in it; export keeps the segment's end."""
+
+    name = "boot"
+    paper = "Gu et al. 2023, BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping, arXiv 2306.05544"
+    needs_images = False
+
+    config: BootConfig
+
+    def __init__(self, config: BootConfig, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if config.guidance_scale != 1:
+            require_guidable(teacher, "guidance_scale", "1")
+        if config.negative_prompt and teacher.conditions != "prompt":
+            raise ValueError(f"method.negative_prompt: the teacher's conditions are {teacher.conditions}s, not prompts")
+        if config.thresholding != "none" and teacher.latent_shape[-1] != teacher.image_size:
+            raise ValueError("method.thresholding: bounds pixels, and the teacher works on latents; set it to none")
+        if config.guidance_range is not None and config.export_guidance_scale is None:
+            require_live_guidance(teacher)
+        self.export_guidance_scale = config.export_guidance_scale
+        self.embedded = config.guidance_range is not None
+        self.grid = sub_times(config, teacher.jump_grid(self.scheduler(), config.steps), teacher.num_train_timesteps)
+        self.count = config.n_sub // config.m_teacher
+        self.weights, self.factors = target_tables(config, teacher.schedule, self.grid)
+        self.pool = Pool(config.pool_size, config.steps, config.n_sub)
+        quantile = config.threshold_quantile if config.thresholding == "dynamic" else None
+        self.guided = GuidedTeacher(
+            teacher, config.negative_prompt, config.thresholding != "none", quantile, config.solver
+        )
+        self.boundary_errors: list[float] = []
+
+    def roles(self) -> dict[str, Role]:
+        student = self.teacher.student(guidance_embedding=self.embedded, progress_embedding=True)
+        return {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=self.config.optim)}
+
+    def steps(self) -> tuple[Step, ...]:
+        return (Step("student", self.paper_loss if self.config.form == "paper" else self.loss),)
+
+    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+        renoise = self.config.start == "renoise"
+        return (self.teacher.renoise_scheduler if renoise else self.teacher.jump_scheduler)(self.config.steps)
+
+    def allowed_steps(self) -> tuple[int, ...]:
+        n = self.config.steps
+        # Re-noised samples are at home at the start of every segment, states of the ODE only at that of the next one.
+        return self.teacher.renoise_counts(n) if self.config.start == "renoise" else (n,)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.pool.state()
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.pool.load_state(tensors)
+
+    # Losses -----------------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        nets: Networks,
+        batch: Batch,
+        noise: Tensor | None = None,
+        segment: Tensor | None = None,
+        index: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+    ) -> Losses:
+        """Distance of the student's jump to the bootstrapped one.
+
+        Args:
+            noise: [B, C, h, w]; drawn if None.
+            segment: 0 ... steps - 1, [B], on the CPU; drawn if None.
+            index: the target's place in the chain, 0 (the teacher's own output) ... n_sub / m_teacher - 1, [B], on the CPU.
+            guidance_scale: 1 = none, [B]; drawn from the range, or the config's, if None.
+        """
+        m, student = self.config.m_teacher, nets["student"]
+        index = self._draw_index(batch.size) if index is None else index
+        with torch.no_grad():
+            starts = self._starts(nets, batch, noise, segment, guidance_scale)
+            z, segment, cond, scale = starts.z, starts.segment, starts.cond, starts.scale
+            embedded = scale if self.embedded else None
+            anchor = self.grid[segment, 0].to(z.device)
+            times = torch.stack([self.grid[segment, m * index + i] for i in range(m + 1)]).to(z.device)
+            own = student(z, anchor, cond, embedded, self._progress(m * index, batch))
+            target = self.guided.bootstrap(nets["teacher"], own, anchor, times, cond, scale)
+        jump = student(z, anchor, cond, embedded, self._progress(m * index + m, batch))
+        factor, weight = (table[segment, index].to(z.device) for table in (self.factors, self.weights))
+        each = weight * self._distance(like(factor, z) * (jump.x0 - target.x0))
+        self._report(batch, each.detach(), index)
+        if len(first := (index == 0).nonzero().flatten().to(z.device)) > 1:
+            missed = (jump.x0.detach() - target.x0)[first].square().mean()
+            batch.health["boundary_error"] = missed / target.x0[first].var()
+        if self.config.steps > 1:
+            batch.health["start_std"] = z.std()
+        return {"boot": each.mean()}
+
+    def paper_loss(
+        self, nets: Networks, batch: Batch, noise: Tensor | None = None, index: Tensor | None = None
+    ) -> Losses:
+        """The paper's finite difference along x_t = alpha(t) y + sigma(t) noise, and its boundary loss at t_max."""
+        schedule, total, student = self.teacher.schedule, self.teacher.num_train_timesteps, nets["student"]
+        index = self._draw_index(batch.size) if index is None else index
+        with torch.no_grad():
+            starts = self._starts(nets, batch, noise, None, None)
+            z, cond, scale = starts.z, starts.cond, starts.scale
+            embedded = scale if self.embedded else None
+            t, s, t_max = (self.grid[0, i].to(z.device) for i in (index, index + 1, 0 * index))
+            anchor = torch.full_like(t, total - 1)
+            y = student(z, anchor, cond, embedded, self._progress(index, batch)).x0
+            f = self.guided.predict(nets["teacher"], add_noise(schedule, y, z, t), t, cond, scale).x0
+            target = finite_difference(schedule, y, f, t, s)
+            edge = self.guided.predict(nets["teacher"], z, t_max, cond, scale).x0
+        # Both terms in one pass.
+        twice = {key: torch.cat([value, value]) for key, value in cond.items()}
+        scales = None if embedded is None else torch.cat([embedded, embedded])
+        progress = self._progress(torch.cat([index + 1, 0 * index]), batch)
+        y, first = student(torch.cat([z, z]), torch.cat([anchor, anchor]), twice, scales, progress).x0.chunk(2)
+        each = self._distance(y - target) * (total / (t - s)) ** 2
+        boundary = self._distance(first - edge).mean()
+        self._report(batch, each.detach(), index)
+        batch.health["boundary_error"] = (first.detach() - edge).square().mean() / edge.var()
+        return {"boot": each.mean(), "boundary": self.config.paper.boundary_weight * boundary}
+
+    def _draw_index(self, size: int) -> Tensor:
+        """A target for each of `size` samples: the first with probability boundary_frac, else any; stratified."""
+        share = (torch.randperm(size) + torch.rand(size)) / size
+        share = (share - self.config.boundary_frac) / (1 - self.config.boundary_frac)
+        return (share.clamp(0, 1 - 1e-6) * self.count).long()
+
+    def _progress(self, sub_step: Tensor, batch: Batch) -> Tensor:
+        return (sub_step / self.config.n_sub).to(batch.device)
+
+    def _distance(self, difference: Tensor) -> Tensor:
+        """One number per sample, [B]."""
+        square, c = difference.square(), self.config.huber_c
+        return (square if self.config.distance == "l2" else (square + c**2).sqrt() - c).flatten(1).mean(1)
+
+    def _starts(
+        self, nets: Networks, batch: Batch, noise: Tensor | None, segment: Tensor | None, scale: Tensor | None
+    ) -> Starts:
+        c, size = self.config, batch.size
+        if noise is None:
+            noise = torch.randn(size, *self.teacher.latent_shape, device=batch.device)
+        if scale is None and c.guidance_scale != 1:
+            low, high = c.guidance_scale if isinstance(c.guidance_scale, tuple) else (c.guidance_scale,) * 2
+            scale = low + (high - low) * torch.rand(size, device=batch.device)
+        if segment is None:
+            segment = torch.randint(c.steps, (size,))
+        starts = Starts(noise, segment, batch.cond, scale)
+        if c.steps == 1:
+            return starts
+
+        def cross(s: Starts) -> Tensor:
+            return self.guided.walk(nets["teacher"], s.z, self.grid[s.segment].T.to(s.z.device), s.cond, s.scale)
+
+        starts.z = noise.clone()
+        warm = c.warm_start and float(torch.rand(())) >= batch.iteration / c.warm_start
+        if c.start == "pool" or warm:
+            starts.segment = torch.zeros_like(segment)
+            return self.pool.draw(cross, starts)
+        if c.start == "teacher":
+            from_teacher(cross, starts)
+        else:
+            self._follow(nets, starts)
+        return starts
+
+    def _follow(self, nets: Networks, starts: Starts) -> None:
+        """Take noises to the segments' starts as the averaged student does, in place."""
+        renoise = self.config.start == "renoise"
+        from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
+
+    # Health -----------------------------------------------------------------------------------------------------------
+
+    def _report(self, batch: Batch, each: Tensor, index: Tensor) -> None:
+        """The loss [B] at every place of the chain, by the sub-step at which its target begins; and in few words: at the start
+        of the chain, and in each third of the rest."""
+        place = (self.config.m_teacher * index).to(each.device)
+        once = torch.stack([each, torch.ones_like(each)])
+        batch.tallies["loss_by_sub_step"] = once.new_zeros(2, self.config.n_sub).index_add_(1, place, once)
+        part = torch.where(index == 0, 0, 1 + 3 * index // self.count)
+        for i, name in enumerate(("boundary", "front", "middle", "back")):
+            if len(rows := (part == i).nonzero().flatten()):
+                batch.health[f"loss_{name}"] = each[rows.to(each.device)].mean()
+
+    def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
+        """How far the states that the pool is trained on are from those that the student would meet."""
+        if self.config.start != "pool" and iteration > self.config.warm_start:
+            return {}
+        drift = self.pool.drift(partial(self._follow, nets))
+        return {} if drift is None else {"pool_drift": drift}
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """A boundary error, as a share of x0's variance, that is large and does not fall: the chain lacks its beginning."""
+        if (error := figures.get("boundary_error")) is None:
+            return []
+        earlier, self.boundary_errors = self.boundary_errors, [*self.boundary_errors[-4:], error]
+        if error < 0.5 or not earlier or error < 0.9 * min(earlier):
+            return []
+        return [
+            f"the student misses the teacher's own output at the start of a segment by {error:.0%} of its variance, and "
+            "this does not fall: raise method.boundary_frac, or lower method.optim.lr or method.guidance_scale"
+        ]

@@ -1,0 +1,1 @@
+"""Consistency distillation: CD, LCM, PCM, MLCM, and Easy Consistency Tuning."""

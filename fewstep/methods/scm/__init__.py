@@ -1,0 +1,1 @@
+"""Continuous-time consistency models, sCM (Lu & Song 2024)."""

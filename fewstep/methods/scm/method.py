@@ -1,0 +1,167 @@
+"""Continuous-time consistency models (sCM; Lu & Song 2024), for every family: the limit of pairs without a gap.
+
+The student's f = x0(x_t, t) is to stand still along the ODE. Its derivative there, by forward-mode autodiff, is the whole of
+the loss; there is no grid and no target network. The arithmetic stands in fewstep.trigflow.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.schedule import Prediction, add_noise, guide, like
+from fewstep.diffusion.trigflow import Rotation, rotation, tangent, velocity, velocity_rate
+from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
+from fewstep.methods.consistency.tuning import log_levels, lognormal_index
+from fewstep.methods.dropout import without_dropout
+from fewstep.methods.scm.config import ScmConfig
+from fewstep.teachers.base import Denoiser, Teacher
+from fewstep.teachers.guidance import both_sides
+
+WAVES = 8
+
+
+class LogVariance(nn.Module):
+    """The log of the loss to be expected at a log noise level [B], [B]; 0 at the start of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * WAVES, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, level: Tensor) -> Tensor:
+        # Periods from 4 pi down, of the logarithm: smooth over all levels there are, which span about 20.
+        phase = level.float()[:, None] * torch.arange(1, WAVES + 1, device=level.device) / 8
+        out: Tensor = self.linear(torch.cat([phase.sin(), phase.cos()], 1))
+        return out[:, 0]
+
+
+def beneath(network: nn.Module) -> Callable[..., Prediction]:
+    """The denoiser without what a trainer puts around its calls: accelerate's own autocast, DDP. Others as they are."""
+    for part in network.modules():
+        if isinstance(part, Denoiser):
+            return partial(Denoiser.forward, part)
+    return network
+
+
+def in_half(network: nn.Module) -> bool:
+    """Whether some weights are in 16 bits, as an adapter's base may be; only under autocast they go with the others."""
+    return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
+
+
+class Scm(Method):
+    """The student's x0 is constant along the trajectories of the guided teacher, or of the data's own process."""
+
+    name = "scm"
+    paper = (
+        "Lu and Song 2024, Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, arXiv 2410.11081"
+    )
+
+    config: ScmConfig
+
+    def __init__(self, config: ScmConfig, teacher: Teacher) -> None:
+        super().__init__(config, teacher)
+        if config.guidance_range is not None:
+            require_guidable(teacher, "guidance_range", "null")
+        if config.embedded and config.export_guidance_scale is None:
+            require_live_guidance(teacher)
+        self.export_guidance_scale = config.export_guidance_scale
+        self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
+
+    def roles(self) -> dict[str, Role]:
+        student = self.teacher.student(guidance_embedding=self.config.embedded)
+        roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=self.config.optim)}
+        if self.config.adaptive_weight:
+            roles["log_variance"] = Role(LogVariance(), optim=self.config.optim)
+        return roles
+
+    def steps(self) -> tuple[Step, ...]:
+        student = Step("student", self.loss)
+        return (student, Step("log_variance", self.variance_loss)) if self.config.adaptive_weight else (student,)
+
+    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+        return self.teacher.renoise_scheduler(self.config.steps)
+
+    def allowed_steps(self) -> tuple[int, ...]:
+        return self.teacher.renoise_counts(self.config.steps)
+
+    def loss(
+        self,
+        nets: Networks,
+        batch: Batch,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+    ) -> Losses:
+        """|F - stop(F + g)|^2 with the tangent g of the student's consistency function (Lu & Song 2024, eq. 8).
+
+        Args:
+            t: whole timesteps, [B]; of log-normal noise levels if None.
+            noise: like x0, [B, C, h, w]; drawn if None.
+            guidance_scale: 1 = none, [B]; drawn from guidance_range if None.
+        """
+        c, schedule, device = self.config, self.teacher.schedule, batch.device
+        if t is None:
+            t = lognormal_index(self.levels.to(device), batch.size, *c.lognormal)
+        if noise is None:
+            noise = torch.randn_like(batch.x0)
+        if guidance_scale is None and c.guidance_range is not None:
+            low, high = c.guidance_range
+            guidance_scale = low + (high - low) * torch.rand(batch.size, device=device)
+        told = guidance_scale if c.embedded else None
+        student, at = nets["student"], rotation(schedule, t)
+        x_t = add_noise(schedule, batch.x0, noise, t)
+        x = x_t / like(at.size, x_t)
+        with torch.no_grad():
+            if c.velocity == "teacher":
+                slope = velocity(self._teacher(nets, batch, x_t, t, guidance_scale), at.tau)
+            else:
+                slope = velocity(Prediction(batch.x0, noise), at.tau)
+            own, rate = self._rate(student, batch, told, x, t, at, slope)
+            warmth = min(1.0, batch.iteration / c.warmup_iterations) if c.warmup_iterations else 1.0
+            g = tangent(own, rate, x, slope, at.tau, warmth)
+            batch.health["tangent"] = g.square().mean().sqrt()
+            g = self._bounded(g)
+        found = velocity(student(x_t, t, batch.cond, told), at.tau)
+        level = self.levels.to(device)[t]
+        each = (-level).exp() * (found - (found + g).detach()).square().flatten(1).mean(1)
+        if not c.adaptive_weight:
+            return {"scm": each.mean()}
+        batch.carried |= {"each": each.detach(), "level": level}
+        with torch.no_grad():
+            weight = (-nets["log_variance"](level)).exp()
+        return {"scm": (weight * each).mean()}
+
+    def variance_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """e^-u loss + u, whose minimum in u is the log of the loss (Karras et al. 2024, eq. 22)."""
+        u = nets["log_variance"](batch.carried["level"])
+        return {"log_variance": ((-u).exp() * batch.carried["each"] + u).mean()}
+
+    def _rate(
+        self, student: nn.Module, batch: Batch, told: Tensor | None, x: Tensor, t: Tensor, at: Rotation, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """F and cos sin dF/dtau of the student as it is sampled: without dropout, whose masks in forward mode would be others
+        than those of the pass that learns; and in the precision of its weights, whatever the run's."""
+        network, kind = beneath(student), self.teacher.denoiser.prediction_type
+        full = nullcontext() if in_half(student) else torch.autocast(batch.device.type, enabled=False)
+        with without_dropout(student), full:
+            own, rate = velocity_rate(
+                lambda x, u: network(x, u, batch.cond, told), self.teacher.schedule, kind, x, t, at, slope
+            )
+        # Older releases of torch would give the next, differentiated call the weights that autocast has cast in here.
+        torch.clear_autocast_cache()
+        return own, rate
+
+    def _bounded(self, g: Tensor) -> Tensor:
+        if self.config.tangent == "clip":
+            return g.clamp(-1, 1)
+        norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
+        return g / like(norm + self.config.tangent_c, g)
+
+    def _teacher(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, scale: Tensor | None) -> Prediction:
+        if scale is None:
+            return nets["teacher"](x_t, t, batch.cond)  # type: ignore[no-any-return]
+        return guide(*both_sides(nets["teacher"], x_t, t, batch.cond, batch.uncond), scale)

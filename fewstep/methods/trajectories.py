@@ -1,0 +1,199 @@
+"""The teacher's trajectories from noise to sample: drawn before training, on all processes, and kept in files.
+
+File i of a folder is a function of the settings and i alone, whoever draws it; what is there already is not drawn again.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fewstep.diffusion.schedule import Prediction, Schedule, like, ode_step
+from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.guidance import guided
+
+Solver = Literal["ddim", "dpm"]
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """What trajectories depend on, beside teacher and conditions.
+
+    Attributes:
+        count: trajectories in all; batch_size: those of a file.
+        timesteps: of the solver, from the noisiest down; after the last it steps to clean data.
+        kept: those of them at which states are kept, in the same order; the sample is always kept.
+        solver: DDIM (Euler), or DPM-Solver++ of second order.
+        guidance_range: scales (1 = none), drawn uniformly, one a trajectory.
+    """
+
+    count: int
+    batch_size: int
+    timesteps: tuple[float, ...]
+    kept: tuple[float, ...]
+    solver: Solver
+    guidance_range: tuple[float, float]
+
+    @property
+    def files(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def written(self, seed: int) -> str:
+        """As it stands in a file."""
+        return json.dumps(asdict(self) | {"seed": seed})
+
+
+class Trajectories(NamedTuple):
+    """N trajectories, on the CPU.
+
+    x: states at the kept timesteps, from the noisiest, and the samples, [N, K + 1, C, h, w]; scale: of guidance, [N];
+    conditions: the prompts, labels or Nones that they were drawn for.
+    """
+
+    x: Tensor
+    scale: Tensor
+    conditions: list[Any]
+
+    def pick(self, size: int, teacher: Teacher) -> tuple[Tensor, Cond]:
+        """Numbers [size] of trajectories, drawn with replacement, and their conditions, on the teacher's device."""
+        index = torch.randint(len(self.x), (size,))
+        return index, teacher.condition([self.conditions[i] for i in index.tolist()])
+
+
+def even_timesteps(steps: int, num_train_timesteps: int) -> tuple[int, ...]:
+    """`steps` timesteps down from the noisiest, as even as whole numbers are ("trailing"), clean data being the next."""
+    return tuple((torch.linspace(num_train_timesteps, 0, steps + 1).round().long() - 1)[:-1].tolist())
+
+
+def milestone_timesteps(milestones: Sequence[int], substeps: int, num_train_timesteps: int) -> tuple[int, ...]:
+    """Timesteps of a solver through `milestones` [K], descending: `substeps` even ones from each to the next.
+
+    Below the last each is half the one before, while the noise is not lost: even steps to clean data leave out details
+    (benchmarks/RESULTS.md). Raises ValueError where whole numbers between milestones do not suffice.
+    """
+    steps = []
+    for t, s in pairwise(milestones):
+        if t - s < substeps:
+            raise ValueError(f"{substeps} sub-steps do not fit between timesteps {t} and {s}")
+        steps += torch.linspace(t, s, substeps + 1, dtype=torch.float64).round().long()[:-1].tolist()
+    last = milestones[-1] + 1
+    while last >= max(2, num_train_timesteps / 200):
+        steps.append(last - 1)
+        last //= 2
+    return tuple(steps)
+
+
+def second_order(schedule: Schedule, x: Tensor, now: Prediction, before: Prediction, times: Tensor) -> Prediction:
+    """The prediction whose `ode_step` is a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+
+    Args:
+        x: the state at the second of `times`, [B, ...].
+        now, before: the teacher's predictions there and at the first of them.
+        times: [3], descending: of the last step's start, of this one's start and of its end. At pure noise (the first) and
+            clean data (the end) log(alpha / sigma) is infinite, and the step is DDIM's.
+    """
+    alpha, sigma = (v.double() for v in schedule(times))
+    level = (alpha / sigma).log()
+    over = ((level[2] - level[1]) / (level[1] - level[0]) / 2).nan_to_num(posinf=0.0).to(now.x0.dtype)
+    x0 = now.x0 + over * (now.x0 - before.x0)
+    return Prediction(x0, (x - like(alpha[1:2], x) * x0) / like(sigma[1:2], x))
+
+
+@torch.no_grad()
+def solve(
+    teacher: Teacher, noise: Tensor, cond: Cond, uncond: Cond, scale: Tensor, settings: TrajectorySettings
+) -> Tensor:
+    """The guided probability-flow ODE from noise [B, C, h, w] with scales [B]: kept states and samples, [B, K + 1, C, h, w]."""
+    x, states, before = noise, [], None
+    plain = settings.guidance_range == (1, 1)
+    grid = torch.tensor([*settings.timesteps, -1], device=noise.device)
+    for i, (t, s) in enumerate(pairwise(grid)):
+        if t in settings.kept:
+            states.append(x)
+        now = guided(teacher.denoiser, x, t.expand(len(x)), cond, uncond, 1 if plain else scale)
+        step = now
+        if settings.solver == "dpm" and before is not None:
+            step = second_order(teacher.schedule, x, now, before, grid[i - 1 : i + 2])
+        x, before = ode_step(teacher.schedule, step, s.expand(len(x))), now
+    return torch.stack([*states, x], dim=1)
+
+
+def draw_trajectories(
+    teacher: Teacher,
+    conditions: Callable[[list[int]], Sequence[Any]],
+    choices: int,
+    folder: Path,
+    settings: TrajectorySettings,
+    seed: int,
+    device: torch.device,
+    process: int = 0,
+    processes: int = 1,
+) -> None:
+    """Write the files that fall to this process and are not there yet; a kill leaves only whole ones.
+
+    conditions: gives the prompts, labels or Nones at some of the indices 0 ... choices - 1.
+    Raises ValueError where the folder holds trajectories of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine, missing = range(process, settings.files, processes), []
+    for number in mine:
+        if _file(folder, number).exists():
+            _check(_file(folder, number), settings, seed)
+        else:
+            missing.append(number)
+    bar = tqdm(missing, desc="teacher's trajectories", unit="batch", disable=process > 0 or not missing)
+    for number in bar:
+        path = _file(folder, number)
+        size = min(settings.batch_size, settings.count - number * settings.batch_size)
+        generator = torch.Generator().manual_seed((seed << 32) + number)
+        chosen = list(conditions(torch.randint(choices, (size,), generator=generator).tolist()))
+        noise = torch.randn(size, *teacher.latent_shape, generator=generator).to(device)
+        low, high = settings.guidance_range
+        scale = low + (high - low) * torch.rand(size, generator=generator)
+        cond, uncond = teacher.condition(chosen), teacher.null_condition(size)
+        x = solve(teacher, noise, cond, uncond, scale.to(device), settings)
+        partial = path.with_name(path.name + ".partial")
+        metadata = {"conditions": json.dumps(chosen), "settings": settings.written(seed)}
+        save_file({"x": x.cpu(), "scale": scale}, partial, metadata)
+        partial.rename(path)
+
+
+def read_trajectories(folder: Path, settings: TrajectorySettings, seed: int) -> Trajectories:
+    """All of a folder, in order. Raises ValueError where they are of other settings."""
+    x, scale, conditions = [], [], []
+    for number in range(settings.files):
+        path = _file(folder, number)
+        _check(path, settings, seed)
+        with safe_open(path, "pt") as file:
+            x.append(file.get_tensor("x"))
+            scale.append(file.get_tensor("scale"))
+            conditions += json.loads(file.metadata()["conditions"])
+    return Trajectories(torch.cat(x), torch.cat(scale), conditions)
+
+
+def stand_in(teacher: Teacher, points: int) -> Trajectories:
+    """One trajectory of zeros, for runs that are only planned."""
+    example = {"prompt": "", "label": 0, "none": None}[teacher.conditions]
+    return Trajectories(torch.zeros(1, points + 1, *teacher.latent_shape), torch.ones(1), [example])
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
+
+
+def _check(path: Path, settings: TrajectorySettings, seed: int) -> None:
+    with safe_open(path, "pt") as file:
+        found = file.metadata()["settings"]
+    if found != settings.written(seed):
+        raise ValueError(
+            f"{path} holds trajectories of other settings: {found}; wanted: {settings.written(seed)}. Delete the folder or take "
+            "another output_dir"
+        )

@@ -1,0 +1,1 @@
+"""What a run will hold in memory and compute, before it starts."""

@@ -1,0 +1,127 @@
+"""The last part of a run: the exported student and its teacher, scored side by side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from fewstep.config import EvaluateConfig, RunConfig
+from fewstep.evaluate import (
+    MEASURED_ANEW,
+    Earlier,
+    earlier_rows,
+    evaluate,
+    fingerprints,
+    first_images,
+    format_table,
+    grid,
+    protocol,
+    write_report,
+)
+from fewstep.export.pipeline import update_card
+from fewstep.teachers import Teacher, quiet
+from fewstep.training.validation import student_guidance_scale, teacher_guidance_scale
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is known before the training.
+
+    Attributes:
+        fingerprints: of the teacher's pipeline, before adapters come into its network.
+        earlier: scores of the teacher that need not be measured.
+    """
+
+    config: RunConfig[Any]
+    settings: EvaluateConfig
+    fingerprints: dict[str, str]
+    earlier: Earlier
+
+    @classmethod
+    def of(cls, config: RunConfig[Any], teacher: Teacher) -> "Scoring":
+        """Raises ValueError where `evaluate` is null, and for an `evaluate.teacher_from` that is no report."""
+        settings = config.evaluate
+        if settings is None:
+            raise ValueError("evaluate is null: nothing would be scored")
+        scoring = cls(config, settings, fingerprints(teacher.pipeline), Earlier({}, ""))
+        if settings.teacher_from is None:
+            return scoring
+        wanted, scale = protocol(**scoring.asked), teacher_guidance_scale(config)
+        try:
+            found = earlier_rows(settings.teacher_from, wanted, scoring.fingerprints, scale, settings.teacher_steps)
+        except ValueError as error:
+            raise ValueError(f"evaluate.teacher_from: {error}") from None
+        return cls(config, settings, scoring.fingerprints, found)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The protocol, as arguments of `evaluate`."""
+        e = self.settings
+        return {
+            "reference": e.reference, "features": e.features, "clip": e.clip, "prompts": e.prompts,
+            "num_images": e.num_images, "batch_size": e.batch_size, "seed": self.config.seed,
+        }  # fmt: skip
+
+    def run(self, teacher: Teacher, accelerator: Any, keeps_guidance: bool) -> None:
+        """Writes evaluation.json, the scores in the student's card, and a picture; prints the table."""
+        folder = Path(self.config.output_dir)
+        with quiet():
+            student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
+        scale, own = teacher_guidance_scale(self.config), student_guidance_scale(self.config, teacher, keeps_guidance)
+        results = evaluate(
+            student,
+            name="student",
+            steps=self.settings.steps,
+            guidance_scale=own,
+            accelerator=accelerator,
+            **self.asked,
+        )
+        results = [row | {"fingerprints": fingerprints(student)} for row in results]
+        results += self._teacher_rows(teacher, scale, accelerator)
+        if accelerator.is_main_process:
+            named = protocol(**self.asked)
+            write_report(folder / "evaluation.json", named, results)
+            update_card(folder / "pipeline", results, named)
+            print(format_table(results))
+            if self.earlier.rows:
+                print(f"teacher's scores: {self.earlier.words}; its time is measured here")
+            self._picture(teacher, student, scale, own)
+
+    def _teacher_rows(self, teacher: Teacher, scale: float | None, accelerator: Any) -> list[dict[str, Any]]:
+        """One for each of `teacher_steps`. Where the scores are known, one batch a process shows what they cost."""
+        e, known = self.settings, self.earlier.rows
+        few = max(2, min(e.num_images, e.batch_size * accelerator.num_processes))
+        rows: dict[int, dict[str, Any]] = {}
+        for steps, changes in (
+            ([n for n in e.teacher_steps if n not in known], {}),
+            ([n for n in e.teacher_steps if n in known], {"num_images": few}),
+        ):
+            if steps:
+                drawn = evaluate(
+                    teacher.pipeline, name="teacher", steps=steps, guidance_scale=scale, accelerator=accelerator,
+                    **self.asked | changes,
+                )  # fmt: skip
+                rows |= {row["steps"]: row for row in drawn}
+        for n, row in known.items():
+            rows[n] = row | {"model": "teacher"} | {key: rows[n][key] for key in MEASURED_ANEW}
+        return [rows[n] | {"fingerprints": self.fingerprints} for n in e.teacher_steps]
+
+    def _picture(self, teacher: Teacher, student: Any, scale: float | None, own: float | None) -> None:
+        """Teacher and student side by side, from the same noises: samples/comparison.png."""
+        e = self.settings
+        rows, labels = [], []
+        shown: dict[str, Any] = {"reference": e.reference, "features": e.features, "prompts": e.prompts}
+        for name, pipeline, steps, guidance in (
+            ("teacher", teacher.pipeline, e.teacher_steps, scale),
+            ("student", student, e.steps, own),
+        ):
+            for n in steps:
+                rows.append(
+                    first_images(pipeline, **shown, steps=n, count=10, seed=self.config.seed, guidance_scale=guidance)
+                )
+                labels.append(f"{name} {n}")
+        folder = Path(self.config.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(rows, labels).save(folder / "comparison.png")
+        print(f"pictures: {folder / 'comparison.png'}")
