@@ -1,0 +1,44 @@
+"""Shared by the tests: from test_consistency_pixel."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.config import RunConfig
+from fewstep.data.sources import load_source
+from fewstep.diffusion.schedule import ode_step
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.teachers import load_teacher
+from fewstep.training.trainer import Trainer
+
+
+def trained(
+    trained_pixels: tuple[Path, Path], output: Path, method: dict[str, Any], iterations: int,
+    kind: Any = Consistency, settings: Any = ConsistencyConfig,
+) -> Trainer:  # fmt: skip
+    pipeline, images = trained_pixels
+    run = RunConfig[settings].model_validate(
+        {
+            "teacher": str(pipeline), "output_dir": str(output), "data": {"source": "folder", "path": str(images)},
+            "method": {"optim": {"lr": 2e-3, "decay": "cosine"}, "guidance_range": None} | method,
+            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None,
+            "cpu_threads": 1,
+        }
+    )  # fmt: skip
+    teacher = load_teacher(str(pipeline))
+    trainer = Trainer(run, kind(run.method, teacher), teacher, load_source(run.data, 8))
+    assert trainer.fit()
+    return trainer
+
+
+def missed(trainer: Trainer, name: str) -> float:
+    """Mean squared distance of one step of a network from the teacher's 50 DDIM steps, of the same 64 noises."""
+    teacher = trainer.teacher
+    noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        x = noise
+        for t in range(999, -1, -20):
+            x = ode_step(teacher.schedule, teacher.denoiser(x, torch.full((64,), t), {}), torch.full((64,), t - 20))
+        return (trainer.raw[name](noise, torch.full((64,), 999), {}).x0 - x).square().mean().item()

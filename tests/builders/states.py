@@ -1,0 +1,51 @@
+"""Shared by the tests: from test_consistency_states."""
+
+from typing import Any
+
+import torch
+
+from builders.consistency import batch_for
+from fewstep.diffusion.schedule import Prediction, VariancePreserving, ode_step
+from fewstep.methods.base import Batch
+from fewstep.methods.consistency.states import State
+
+ALPHAS = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
+
+
+SCHEDULE = VariancePreserving(ALPHAS)
+
+
+TIMES = torch.arange(1, 41) * 25 - 1
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def exact(x, t):
+    """Data from N(MEAN, STD^2): the posterior mean, and the noise that belongs to it."""
+    alpha, sigma = (v.view(-1, 1) for v in SCHEDULE(t))
+    x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+    return Prediction(x0, (x - alpha * x0) / sigma)
+
+
+def fresh(size, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    cond = {"tag": torch.arange(size) + 100 * seed, "words": torch.randn(size, 3, 2, generator=g)}
+    x = torch.randn(size, 1, generator=g, dtype=torch.float64)
+    return State(x, torch.full((size,), 39), cond, torch.full((size,), float(seed)))
+
+
+def answer(at, t):
+    return exact(at.x, t)
+
+
+def step(at, index):
+    return ode_step(SCHEDULE, answer(at, TIMES[at.index]), TIMES[index])
+
+
+def imageless(teacher, size=4, iteration=0):
+    batch = batch_for(teacher, size)
+    return Batch(size, batch.cond, batch.uncond, torch.device("cpu"), iteration)
+
+
+FREE: dict[str, Any] = {"solver_steps": 40, "steps": 8, "endpoint": "phase", "phases": 8, "states": "trajectory"}

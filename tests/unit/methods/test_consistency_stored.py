@@ -1,0 +1,185 @@
+"""Trajectories drawn before training: their states, targets, costs, and runs on them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from builders.consistency import OPTIM, batch_for, config, nets_for
+from fewstep.config import DataConfig, OptimConfig, RunConfig
+from fewstep.data.sources import load_source
+from fewstep.methods.base import Preparation
+from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig, StoredConfig
+from fewstep.methods.consistency.grid import boundary_scalings
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.trajectories import solve
+from fewstep.teachers import load_teacher
+from fewstep.training.trainer import Trainer
+
+PROMPTS = ["a coat", "a bag", "a shirt"]
+STORED = {
+    "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored", "stored": StoredConfig(count=5, batch_size=3),
+    "target_step": "end", "target_decay": None, "guidance_range": (1.0, 3.0),
+}  # fmt: skip
+
+
+def prepared(path, folder, **changes):
+    teacher = load_teacher(str(path))
+    method = Consistency(config(**STORED | changes), teacher)
+    assert not method.needs_images
+    method.prepare(
+        Preparation(
+            folder, lambda indices: [PROMPTS[i] for i in indices], len(PROMPTS), seed=4, device=torch.device("cpu"), process=0,
+            processes=1, wait=lambda: None, load_reward=lambda name: pytest.fail(name),
+        )
+    )  # fmt: skip
+    return method, teacher
+
+
+def test_trajectories_are_the_solvers_through_the_grid(tiny_sd, tmp_path):
+    method, teacher = prepared(tiny_sd, tmp_path)
+    stored, settings = method.stored, method.stored_settings
+    assert settings.kept == (999, 874, 749, 624, 499, 374, 249, 124)
+    assert settings.timesteps[:4] == (999, 936, 874, 812) and settings.timesteps[-5:] == (124, 61, 30, 14, 6)
+    assert stored.x.shape == (5, 9, *teacher.latent_shape)
+    assert len(list((tmp_path / "trajectories").iterdir())) == 2
+    with torch.no_grad():
+        cond, uncond = teacher.condition(stored.conditions), teacher.null_condition(5)
+        again = solve(teacher, stored.x[:, 0], cond, uncond, stored.scale, settings)
+    torch.testing.assert_close(again, stored.x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("endpoint", ["x0", "x0_plain"])
+@pytest.mark.parametrize("target", ["end", "solver"])
+def test_loss_by_hand(tiny_sd, tmp_path, target, endpoint):
+    """Against the sample itself, or against the target network at the trajectory's next state."""
+    decay = None if target == "end" else 0.95
+    method, teacher = prepared(tiny_sd, tmp_path, target_step=target, target_decay=decay, endpoint=endpoint)
+    nets, batch = nets_for(method), batch_for(teacher, 4)
+    index = torch.tensor([0, 3, 6, 7])
+    stored = method.stored
+    torch.manual_seed(11)
+    loss = method.loss(
+        nets, batch, index=index, noise=torch.zeros(4, *teacher.latent_shape), guidance_scale=torch.ones(4)
+    )
+    torch.manual_seed(11)
+    rows, cond = stored.pick(4, teacher)
+
+    def f(net, x, t, scale):
+        x0 = net(x, t, cond, scale).x0
+        c_skip, c_out = (v.float().view(-1, 1, 1, 1) for v in boundary_scalings(t, 10.0))
+        return c_skip * x + c_out * x0 if endpoint == "x0" else x0
+
+    t, scale = 125 * (index + 1) - 1, stored.scale[rows]
+    ours = f(nets["student"], stored.x[rows, 7 - index], t, scale)
+    if target == "end":
+        theirs = stored.x[rows, 8]
+    else:
+        s = (t - 125).clamp_min(0)
+        x_s = stored.x[rows, 8 - index]
+        theirs = torch.where((s == 0).view(-1, 1, 1, 1), x_s, f(nets["target"], x_s, s, scale))
+    assert loss["consistency"].item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("target", "forwards"), [("end", 3), ("solver", 4)])
+def test_an_iteration_asks_no_teacher(tiny_sd, tmp_path, target, forwards):
+    """In units of one forward of the network: the student's own and its backward, and the target's."""
+    method, teacher = prepared(tiny_sd, tmp_path, target_step=target)
+    nets = {name: role.net for name, role in method.roles().items()}
+    assert set(nets) == {"teacher", "student"}
+    batch = batch_for(teacher)
+    with FlopCounterMode(display=False) as one, torch.no_grad():
+        teacher.denoiser(torch.randn(4, *teacher.latent_shape), torch.full((4,), 999), batch.cond)
+    teacher.denoiser.net.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
+    with FlopCounterMode(display=False) as counted:
+        method.loss(nets, batch)["consistency"].backward()
+    assert counted.get_total_flops() / one.get_total_flops() == pytest.approx(forwards, abs=0.15)
+
+
+def test_states_of_all_points_and_scales_are_drawn(tiny_sd, tmp_path):
+    method, teacher = prepared(tiny_sd, tmp_path)
+    nets, told = nets_for(method), []
+    nets["student"].register_forward_pre_hook(lambda net, args: told.append(args))
+    for _ in range(12):
+        method.loss(nets, batch_for(teacher))
+    assert {int(t) for args in told for t in args[1]} == set(range(124, 1000, 125))
+    assert {float(w) for args in told for w in args[3]} == set(method.stored.scale.tolist())
+
+
+def run_config(path, folder, prompts, **changes):
+    method = ConsistencyConfig(optim=OptimConfig(**OPTIM), **STORED)
+    values = {
+        "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts), "output_dir": folder,
+        "max_iterations": 6, "batch_size": 4, "checkpoint_every": 3, "log_every": 1, "mixed_precision": "no",
+    }  # fmt: skip
+    return RunConfig[ConsistencyConfig](**values | changes)
+
+
+def trainer_for(config):
+    teacher = load_teacher(config.teacher)
+    return Trainer(config, Consistency(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+
+
+def test_runs_without_images_and_resumes_exactly(tiny_sd, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    assert trainer_for(run_config(tiny_sd, tmp_path / "whole", prompts)).fit()
+    rest = trainer_for(run_config(tiny_sd, tmp_path / "rest", prompts))
+    rest.resume(str(tmp_path / "whole" / "checkpoints" / "3"))
+    assert rest.fit()
+    for name in ("student", "ema", "student_optimizer"):
+        a, b = (load_file(tmp_path / run / "checkpoints" / "6" / f"{name}.safetensors") for run in ("whole", "rest"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 6 and all(line["consistency"] > 0 for line in log)
+    # Another seed has other trajectories, which are not mixed with those that are there.
+    with pytest.raises(ValueError, match=r"trajectories.*other settings.*Delete the folder"):
+        trainer_for(run_config(tiny_sd, tmp_path / "whole", prompts, seed=1)).fit()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stored": None}, "stored: rollout stored needs its trajectories"),
+        ({"rollout": "solver", "target_step": "solver"}, "stored: nothing uses these trajectories"),
+        ({"states": "noised_data"}, "rollout: stored trajectories need, in every stage, states trajectory"),
+        (
+            {"stages": (StageConfig(iterations=2), StageConfig(solver_steps=40))},
+            "rollout: stored .* the same solver_steps",
+        ),
+        ({"endpoint": "phase", "phases": 2}, "rollout: stored trajectories need"),
+        ({"grid": "karras"}, "rollout: stored trajectories need"),
+        ({"target_decay": 0.95}, "target_decay: target_step end asks no target network"),
+        ({"rollout": "shared", "stored": None}, "target_step: end is known of stored trajectories only"),
+        ({"guidance_range": None, "keep_guidance": True}, "rollout: stored trajectories have no null conditions"),
+        ({"replay": 64}, "replay: 64 trajectories are kept of states trajectory with rollout shared or solver"),
+    ],
+)
+def test_impossible(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**STORED | changes)
+
+
+def test_too_many_substeps(tiny_sd):
+    with pytest.raises(
+        ValueError, match=r"method\.stored\.substeps: 200 sub-steps do not fit between timesteps 999 and 874"
+    ):
+        Consistency(config(**STORED | {"stored": StoredConfig(count=5, substeps=200)}), load_teacher(str(tiny_sd)))
+
+
+def test_a_plan_needs_no_trajectories(tiny_sd):
+    method = Consistency(config(**STORED), load_teacher(str(tiny_sd)))
+    with pytest.raises(ValueError, match="call prepare first"):
+        method.loss(nets_for(method), batch_for(method.teacher))
+    method.rehearse()
+    assert method.loss(nets_for(method), batch_for(method.teacher))["consistency"].isfinite()
+
+
+def test_without_guidance(tiny_sd, tmp_path):
+    method, teacher = prepared(tiny_sd, tmp_path, guidance_range=None, export_guidance_scale=None)
+    assert method.stored_settings.guidance_range == (1, 1)
+    assert method.loss(nets_for(method), replace(batch_for(teacher)))["consistency"].isfinite()

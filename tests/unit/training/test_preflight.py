@@ -1,0 +1,103 @@
+"""A run that cannot end well does not begin."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders.families import build_dit
+from fewstep.config import RunConfig
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.training.run import run
+
+
+def message(pipeline: Path, folder: Path, **changes: Any) -> str:
+    values = {
+        "teacher": str(pipeline), "output_dir": str(folder / "run"), "data": {"source": "fashion", "limit": 4},
+        "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
+        "cpu_threads": 1,
+    } | changes  # fmt: skip
+    with pytest.raises(SystemExit) as e:
+        run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))
+    assert not (folder / "run" / "config.yaml").exists(), "the run has begun"
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher": "./nowhere"}, "no teacher './nowhere'"),
+        ({"resume": "latest"}, "resume: latest: no checkpoint in "),
+        ({"resume": "x"}, "resume: x is not a checkpoint"),
+        ({"init_from": "x"}, "init_from: x is not a folder: run first what writes it, or start from the teacher"),
+        ({"tracker": "wandbb"}, "tracker: accelerate knows no 'wandbb'; did you mean 'wandb'?"),
+        ({"tracker": "xyz"}, "tracker: accelerate knows no 'xyz'; allowed: aim, "),
+        ({"evaluate": {"reference": "coco"}}, "evaluate.reference: reference 'coco' is neither bundled"),
+        ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; this student is trained for 1, 2, 3, "),
+        ({"score": {"every": 1, "reference": "coco"}}, "score.reference: reference 'coco' is neither bundled"),
+        ({"score": {"every": 1, "steps": 9}}, "score.steps: found 9; this student is trained for 1, 2, 3, "),
+        ({"evaluate": {"reference": "."}}, "evaluate.reference: reference '.' needs features"),
+        (
+            {"evaluate": {"reference": ".", "features": "fashion"}},
+            "evaluate.prompts: the pipeline wants prompts, and the reference brings no prompts",
+        ),
+        (
+            {"score": {"every": 1, "reference": ".", "features": "fashion", "prompts": "nowhere.txt"}},
+            "score.reference: prompts 'nowhere.txt' is not a file",
+        ),
+        ({"data": {"source": "folder", "path": "x"}}, "data.path: found 'x', which is not a folder"),
+    ],
+)
+def test_told_before_the_training(changes: Any, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
+    text = message(tiny_sd, tmp_path, **changes)
+    assert text.startswith(expected) and "\n" not in text
+
+
+def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -> None:
+    """DiTPipeline has a null label of its own; what is scored or shown under guidance ended in an IndexError after training."""
+    folder = build_dit(tmp_path / "dit", num_labels=10)
+    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8, "export_guidance_scale": 4.0}
+    data = {"source": "fashion", "num_labels": 10}
+    for more in ({"evaluate": {"prompts": None}}, {"validate_every": 1}):
+        text = message(folder, tmp_path, data=data, method=method, **more)
+        assert text.startswith(
+            "evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000"
+        )
+        assert text.endswith("set evaluate.teacher_guidance_scale to 1")
+
+
+def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
+    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 2, "export_guidance_scale": [4.0, 5.0]}
+    text = message(tiny_sd, tmp_path, method=method, student="lora")
+    assert text.startswith("method.export_guidance_scale: a file of adapters has no place for scales that differ")
+
+
+def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        text = message(tiny_sd, tmp_path, output_dir=str(folder))
+        assert text.startswith(f"output_dir: cannot write into {folder}: ") and "\n" not in text
+
+
+def test_the_folder_of_an_earlier_run(tiny_sd: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "run" / "checkpoints" / "500"
+    earlier.mkdir(parents=True)
+    (earlier / "state.json").write_text("{}")
+    text = message(tiny_sd, tmp_path)
+    assert text.startswith(f"output_dir: {tmp_path / 'run'} holds a run that reached iteration 500: go on with resume=")
+
+
+def test_tracker_that_is_not_installed(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
+    assert message(tiny_sd, tmp_path, tracker="comet_ml") == "tracker: comet_ml is not installed: pip install comet-ml"
+
+
+def test_numbers_that_run_away_are_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
+    optim = {"lr": 1e30, "max_grad_norm": None}
+    values = {
+        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 4},
+        "method": {"optim": optim}, "max_iterations": 50, "batch_size": 2, "cpu_threads": 1, "max_nonfinite": 2,
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"^3 updates in a row were not finite .* lower method\.optim\.lr"):
+        run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))
