@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher, z = Mixture(), noises()
-    exact = solved("heun", z, teacher.jump_grid(None, 250))
+    exact = solved("heun", z, teacher.samplers.grid(None, 250))
 
     def distances(x: Tensor) -> tuple[float, float]:
         return paired_distance(x, exact), sliced_distance(x, exact)
@@ -82,7 +82,7 @@ def main() -> None:
     for steps in (1, 2, 4, 8, 16, N):
         row(f"teacher, DDIM, {steps} step{'s' * (steps > 1)}", [distances(teacher_samples(teacher, z, steps))])
     for n in (16, N):
-        row(f"teacher, Heun, {n} steps", [distances(solved("heun", z, teacher.jump_grid(None, n)))])
+        row(f"teacher, Heun, {n} steps", [distances(solved("heun", z, teacher.samplers.grid(None, n)))])
     row("teacher, the paper's finite difference", [distances(paper_chain(z))])
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS if args.only in name}
     for seed in args.seeds:

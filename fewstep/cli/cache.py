@@ -38,8 +38,8 @@ def cache(args: argparse.Namespace) -> None:
             source, config.data.on_error, accelerator.process_index, accelerator.num_processes, gather_object
         )
     found = Cache(config.data.cache, teacher)
-    teacher.release(() if images else teacher.image_parts)
-    teacher.to(accelerator.device, torch.float32)
+    teacher.placement.release(() if images else teacher.placement.image_parts)
+    teacher.placement.to(accelerator.device, torch.float32)
     found.fill(
         source, teacher, [teacher.negative(config.method.negative_prompt)], images, config.batch_size, accelerator.process_index,
         accelerator.num_processes, accelerator.wait_for_everyone,

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from fewstep.data.sources import Source
 from fewstep.data.tensor_store import Shards
 from fewstep.data.validate import OnError, without
-from fewstep.teachers.base import Cond, Posterior, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Posterior
 from fewstep.teachers.fingerprint import image_identity, text_identity, text_key
 
 SHOWN = 3
@@ -161,7 +162,7 @@ def _latents(
         indices = [index[name] for name in names] + [index[names[-1]]] * (size - len(names))
         raw = source.get(indices)
         assert raw.images is not None  # asked for sources with images only
-        posterior = teacher.encode(raw.images.to(teacher.device))
+        posterior = teacher.encode(raw.images.to(teacher.placement.device))
         yield [text_key(n) for n in names], {k: v[: len(names)].cpu() for k, v in posterior._asdict().items()}
         bar.update(len(names))
 

@@ -33,7 +33,7 @@ from fewstep.export.pipeline import (
 )
 from fewstep.export.verify import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher
-from fewstep.teachers.base import Scale, own_tensors
+from fewstep.teachers.denoiser import Scale, own_tensors
 from fewstep.teachers.lora import NAME, adapters
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def update_of(teacher: Teacher, student: Denoiser, guidance_scale: Scale | None 
     down = {name: layer.lora_A[NAME].weight for name, layer in layers.items()}
     up = {name: layer.lora_B[NAME].weight for name, layer in layers.items()}
     first = next(iter(layers.values()))
-    before, after = teacher.denoiser.net.state_dict(), teacher.folded(student, guidance_scale).state_dict()
+    before, after = teacher.denoiser.net.state_dict(), teacher.students.fold(student, guidance_scale).state_dict()
     merged = {f"{name}.weight" for name in layers}
     changed = [k for k, v in after.items() if k not in merged and not (k in before and torch.equal(v, before[k]))]
     # What was folded elsewhere is left behind as zeros, and does nothing.
@@ -139,11 +139,11 @@ def export_lora(
     rounded = _rounded(student, DTYPES[dtype])
     update = update_of(teacher, rounded, guidance_scale)
     if keeps_guidance:
-        pipeline = teacher.guided_pipeline(rounded, scheduler)
+        pipeline = teacher.students.guided_pipeline(rounded, scheduler)
         passed = plain = None  # what the pipeline's class guides by is what its caller gets
     else:
-        pipeline = teacher.student_pipeline(rounded, scheduler, guidance_scale)
-        passed, plain = teacher.call_guidance_scale, teacher.plain_guidance_scale
+        pipeline = teacher.students.pipeline(rounded, scheduler, guidance_scale)
+        passed, plain = teacher.guidance.scale_to_pass, teacher.guidance.scale_to_pass_with_adapters
     own_copies(pipeline, torch.float32)
     arguments = arguments_of(teacher, card)
     drawn = draw(pipeline, allowed_steps, arguments, options_of(teacher, passed), refuses(scheduler))

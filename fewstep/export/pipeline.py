@@ -15,7 +15,7 @@ from fewstep.export import card as model_card
 from fewstep.export.card import update_card
 from fewstep.export.verify import ExportError, ask_stranger
 from fewstep.teachers import Denoiser, Teacher, quiet
-from fewstep.teachers.base import Scale
+from fewstep.teachers.denoiser import Scale
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -69,14 +69,14 @@ def export(
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if keeps_guidance:
-        pipeline = teacher.guided_pipeline(student, scheduler)
+        pipeline = teacher.students.guided_pipeline(student, scheduler)
     else:
-        pipeline = teacher.student_pipeline(student, scheduler, guidance_scale)
+        pipeline = teacher.students.pipeline(student, scheduler, guidance_scale)
     own_copies(pipeline, DTYPES[dtype])
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = arguments_of(teacher, card)
-    options = options_of(teacher, None if keeps_guidance else teacher.call_guidance_scale)
+    options = options_of(teacher, None if keeps_guidance else teacher.guidance.scale_to_pass)
     drawn = draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
     try:
         with quiet():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fewstep.config import OptimConfig
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
-from fewstep.teachers.base import Cond, Scale, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Scale
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -25,13 +26,13 @@ Losses = dict[str, Tensor]
 
 def require_guidable(teacher: Teacher, key: str, off: str) -> None:
     """For a config whose `key` guides the teacher: ValueError, with what to set it to, where the teacher cannot be."""
-    if not teacher.guidable:
+    if not teacher.guidance.guidable:
         raise ValueError(f"method.{key}: the teacher has no unconditional answer, so no guidance; set it to {off}")
 
 
 def require_live_guidance(teacher: Teacher) -> None:
     """For a student that is told its caller's guidance scale: ValueError where its stock pipeline does not pass one on."""
-    if not teacher.live_guidance:
+    if not teacher.guidance.live:
         raise ValueError(
             "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its "
             "network; set the one that is to be part of the student's weights"
@@ -40,7 +41,7 @@ def require_live_guidance(teacher: Teacher) -> None:
 
 def require_guidance_by_step(teacher: Teacher) -> None:
     """For a student with a guidance scale for each step of the sampler: ValueError where its family cannot have it folded."""
-    if not teacher.live_guidance:
+    if not teacher.guidance.live:
         raise ValueError(
             "method.export_guidance_scale: one scale for each step is for Stable Diffusion and SDXL, whose UNets embed it; "
             "give one number"

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import Prediction, Schedule, add_noise
 from fewstep.methods.distribution_matching.config import Range
-from fewstep.teachers.base import Cond, Denoiser, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Denoiser
 
 CHANNELS_PER_GROUP = 16
 """Fewest channels that a head normalises together: on a 1x1 map, groups of one or two would keep nothing but signs."""
@@ -175,9 +176,9 @@ class Critic(nn.Module):
 def new_critic(teacher: Teacher, layers: Sequence[str]) -> Critic:
     """A critic that starts as the teacher, with a fresh head for each layer, of the size that a probe finds there."""
     if not layers:
-        return Critic(teacher.learner())
-    device = teacher.device
+        return Critic(teacher.students.trainable())
+    device = teacher.placement.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))
-    return Critic(teacher.learner(), [Head(*f.shape[1:]).to(device) for f in found], layers)
+    return Critic(teacher.students.trainable(), [Head(*f.shape[1:]).to(device) for f in found], layers)

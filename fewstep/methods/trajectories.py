@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.diffusion.schedule import Prediction, Schedule, like, ode_step
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond
 from fewstep.teachers.guidance import guided
 
 Solver = Literal["ddim", "dpm"]

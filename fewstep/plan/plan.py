@@ -17,7 +17,8 @@ from fewstep.data.sources import Raw, Source
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
 from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.plan.weightless import Within, unweighted_teacher
-from fewstep.teachers.base import Posterior, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Posterior
 from fewstep.teachers.prompt_cache import CACHED, CACHED_BYTES
 from fewstep.training.optim import new_optimizer
 from fewstep.training.trainer import DTYPES, Trainer
@@ -154,7 +155,7 @@ class _Rehearsal:
         self.method = method_class(config.method, self.teacher)
         if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
             self._enter("loading")
-            self.teacher.to(torch.device("cpu"), DTYPES[config.adapters.base_dtype])
+            self.teacher.placement.to(torch.device("cpu"), DTYPES[config.adapters.base_dtype])
             self._enter("start")
         source = Anything(self.teacher, config.data, without_values)
         cached = config.data.cache is not None
@@ -163,7 +164,7 @@ class _Rehearsal:
             config = config.model_copy(update={"data": config.data.model_copy(update={"cache": None})})
         offloads = self.config.offload and device == "cuda"
         if offloads:
-            self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
+            self.teacher.placement.release(self.teacher.placement.parts)
         with without_values():
             self.trainer = _Rehearsed(config, self.method, self.teacher, source)
         self.trainer.offloads = offloads
@@ -187,7 +188,7 @@ class _Rehearsal:
             row = self.teacher.condition([""])
             prompts.clear()
             prompts.stored = lambda texts: {key: torch.cat([value] * len(texts)) for key, value in row.items()}
-        self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
+        self.teacher.placement.release(self.teacher.placement.parts)
 
     def _latents(self, indices: list[int]) -> Posterior:
         with without_values():
@@ -334,7 +335,7 @@ class _Rehearsal:
 
     def _timesteps(self) -> dict[int, list[float]]:
         scheduler = self.method.scheduler()
-        return {n: self.teacher.jump_grid(scheduler, n)[:-1].tolist() for n in self.method.allowed_steps()}
+        return {n: self.teacher.samplers.grid(scheduler, n)[:-1].tolist() for n in self.method.allowed_steps()}
 
 
 class Anything(Source):

@@ -39,7 +39,7 @@ def unweighted_teacher(name_or_path: str, within: Within = without_values) -> Te
         return {name: _part(folder / name, index[name], within) for name in names}
 
     # Parts that leave the device do not stay: here it would be the memory of the device.
-    teacher.parts.reload = reload
+    teacher.placement.reload = reload
     return teacher
 
 

@@ -1,6 +1,7 @@
 """Teachers: pretrained diffusers pipelines, one file per family."""
 
-from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Call, Cond, Denoiser, Posterior
 from fewstep.teachers.load import FAMILIES, NETWORKS, load_teacher, locate, quiet
 
 __all__ = [

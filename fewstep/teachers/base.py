@@ -3,136 +3,26 @@
 A new pipeline family is one subclass of Teacher in a file of its own. Methods see nothing but what stands here.
 """
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import LoraConfig
-from fewstep.diffusion.schedule import Prediction, PredictionType, Schedule, read
-from fewstep.teachers.placement import Parts
+from fewstep.diffusion.schedule import Schedule
+from fewstep.teachers.denoiser import Cond, Denoiser, Posterior, Scale
+from fewstep.teachers.guidance_contract import GuidanceContract
+from fewstep.teachers.placement import Placement
+from fewstep.teachers.samplers import Samplers
+from fewstep.teachers.students import Students
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
 
     from fewstep.teachers.prompt_cache import PromptCache
-
-Cond = dict[str, Tensor]
-"""Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""
-Scale = float | Mapping[int, float]
-"""A guidance scale (1 = none); or one for each timestep at which a student is evaluated."""
-
-
-class Call(Protocol):
-    """A family's calling convention: (net, x_t, t, cond, guidance_scale, progress) -> raw network output, shaped as x_t."""
-
-    def __call__(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        guidance_scale: Tensor | None,
-        progress: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-FeatureMap = Callable[[Any], Tensor]
-"""What a block of the network returns, as a map [B, C, h, w]."""
-
-
-def first_output(output: Any) -> Tensor:
-    """The feature map of a UNet's block."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def tokens_as_map(tokens: Tensor) -> Tensor:
-    """Tokens [B, h h, C] of a square image, row by row, as a map [B, C, h, h]."""
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
-
-
-class Posterior(NamedTuple):
-    """What an image is in the teacher's latent space: x0 = mean + std * noise, each [B, C, h, w]; std is 0 for pixels."""
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: Tensor) -> Tensor:
-        return self.mean + self.std * noise
-
-
-class Denoiser(nn.Module):
-    """A network of the teacher's kind: (x_t [B, ...], t [B], cond) -> Prediction in float32.
-
-    `guidance_scale` [B] (1 = none) goes to networks that embed it, `progress` [B] of the target time in its segment, in
-    [0, 1], to those that embed that; the others must be given None.
-
-    Attributes:
-        shared: the tensors that `net` has in common with another network, which owns them; usually none.
-        compiled: whether `net` runs compiled.
-    """
-
-    shared: tuple[Tensor, ...] = ()
-    compiled: bool = False
-
-    def __init__(
-        self,
-        net: nn.Module,
-        call: Call,
-        schedule: Schedule,
-        prediction_type: PredictionType,
-        feature_map: FeatureMap = first_output,
-    ) -> None:
-        super().__init__()
-        self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
-        self.feature_map = feature_map
-
-    def compile_net(self) -> None:
-        """Let the network run compiled from its next call on."""
-        # nn.Module.compile works in place: the network's class, names and copies stay plain.
-        self.net.compile()
-        self.compiled = True
-
-    def eagerly(self) -> AbstractContextManager[Any]:
-        """Where the network runs as written, so that hooks on its modules are called."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-
-    def with_net(self, net: nn.Module) -> "Denoiser":
-        """The same reading of another network."""
-        return Denoiser(net, self.call, self.schedule, self.prediction_type, self.feature_map)
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None, progress: Tensor | None = None
-    ) -> Prediction:
-        output = self.call(self.net, x_t, t, cond, guidance_scale, progress)
-        return read(self.schedule, self.prediction_type, output, x_t, t)
-
-    def clone(self) -> "Denoiser":
-        """A trainable copy; `call`, `schedule` and the tensors that are `shared` stay shared, weights do not."""
-        copied = self.with_net(copy.deepcopy(self.net, {id(tensor): tensor for tensor in self.shared}))
-        copied.shared = self.shared
-        return copied.learnable()
-
-    def learnable(self) -> "Denoiser":
-        """Itself in training mode; what is its own is in float32 and takes gradients, what it shares is left as it is."""
-        shared = {id(tensor) for tensor in self.shared}
-        for parameter in self.parameters():
-            if id(parameter) not in shared:
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-        return self.train()
-
-
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, but for those that the denoisers in `module` share with another network."""
-    shared = {id(tensor) for part in module.modules() if isinstance(part, Denoiser) for tensor in part.shared}
-    return {name: v for name, v in module.state_dict(keep_vars=True).items() if id(v) not in shared}
 
 
 class Teacher(ABC):
@@ -146,17 +36,15 @@ class Teacher(ABC):
         latent_shape: shape of one x0, without the batch: (C, h, w).
         image_size: side of a decoded image in pixels.
         conditions: "prompt", "label" or "none": what `condition` wants.
-        guidable: whether the network has an unconditional answer, away from which to guide.
-        call_guidance_scale: the `guidance_scale` that a caller of a student's pipeline has to pass, where its class would
-            guide by default and nothing in the folder can stop it; None where nothing has to be passed.
-        plain_guidance_scale: the same for the teacher's own pipeline with adapters in it, and with its scheduler replaced.
-        live_guidance: whether that pipeline can pass a guidance scale on to a student that embeds it.
         text_parts: names of the pipeline's networks that turn prompts into conditions; some of them may be None in it.
         image_parts: of those that turn images into latents and back.
         prompts: what keeps conditions of prompts; None for teachers without prompts.
         lora_targets: ends of the names of the linear and convolutional modules that adapters are for by default.
         lora: adapters under which networks learn, see `adapt`; None = whole copies learn.
-        visited: the device that the network's layers visit, see `offload`; None = the network stays where it is.
+        guidance: who guides its students, and how their pipelines are called.
+        students: networks that learn from it, and the pipelines that they leave in.
+        samplers: stock schedulers for students, and their grids.
+        placement: where the pipeline's networks are.
     """
 
     pipeline: "DiffusionPipeline"
@@ -166,16 +54,24 @@ class Teacher(ABC):
     latent_shape: tuple[int, ...]
     image_size: int
     conditions: str
-    guidable: bool = True
-    call_guidance_scale: float | None
-    plain_guidance_scale: float | None
-    live_guidance: bool
+    guidance: GuidanceContract
     text_parts: tuple[str, ...] = ()
     image_parts: tuple[str, ...] = ()
     prompts: "PromptCache | None" = None
     lora_targets: tuple[str, ...]
     lora: LoraConfig | None = None
-    visited: torch.device | None = None
+
+    @cached_property
+    def students(self) -> Students:
+        return Students(self)
+
+    @cached_property
+    def samplers(self) -> Samplers:
+        return Samplers(self)
+
+    @cached_property
+    def placement(self) -> Placement:
+        return Placement(self.pipeline, self.denoiser.net, self.text_parts, self.image_parts)
 
     @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
@@ -287,67 +183,3 @@ class Teacher(ABC):
         Raises ValueError for a family that has none.
         """
         raise ValueError("method.keep_guidance: for Stable Diffusion and SDXL only; set it to false")
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Teacher":
-        """Move the frozen pipeline, but for parts that are away; the denoiser follows."""
-        # A type it has already is not asked for: diffusers would warn of layers that it keeps in float32, and name none.
-        self.pipeline.to(device=device, dtype=None if self.pipeline.dtype == dtype else dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser runs, and conditions and latents with it."""
-        return self.visited or next(self.denoiser.parameters()).device
-
-    def offload(self) -> None:
-        """The network's weights leave for main memory; each layer's come back, where the network was, while it is called.
-
-        Gradients may pass through it: what a backward pass needs stays there until it is over.
-        """
-        from accelerate import cpu_offload
-
-        self.visited = self.device
-        cpu_offload(self.denoiser.net, self.visited)
-
-    def settle(self) -> None:
-        """The network's weights, if they are away, come back to stay."""
-        from accelerate.hooks import remove_hook_from_submodules
-
-        if self.visited is not None:
-            remove_hook_from_submodules(self.denoiser.net)
-            self.visited = None
-
-    @cached_property
-    def parts(self) -> Parts:
-        """Which of `text_parts` and `image_parts` are away."""
-        return Parts(self.pipeline)
-
-    def part(self, name: str) -> Any:
-        """A part of the pipeline, brought back if it was away."""
-        self.recall((name,))
-        return self.pipeline.components[name]
-
-    def release(self, names: Sequence[str]) -> None:
-        """Parts that nothing will call for a while leave the device, and main memory where they can be loaded again.
-
-        `condition`, `encode`, `decode` and `student_pipeline` bring back what they need, to stay. Whoever calls the pipeline
-        itself does so within `whole`.
-        """
-        self.parts.release(names)
-
-    def recall(self, names: Sequence[str]) -> None:
-        """Those of these parts that are away return to the denoiser's device and dtype."""
-        self.parts.recall(names, self.device, next(self.denoiser.parameters()).dtype)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """The pipeline has all of its parts within the block; those that were away leave again after it."""
-        away, lent = tuple(self.parts.away), self.visited is not None
-        self.settle()
-        self.recall(away)
-        try:
-            yield
-        finally:
-            self.release(away)
-            if lent:
-                self.offload()

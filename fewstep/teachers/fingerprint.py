@@ -24,16 +24,21 @@ def text_identity(teacher: Teacher) -> str:
     tokenizers = [v for k, v in sorted(components.items()) if k.startswith("tokenizer") and v is not None]
     read = [str((t.model_max_length, list(t(PROBE, truncation=True).input_ids))) for t in tokenizers]
     return _digest(
-        [type(teacher.pipeline).__name__, str(teacher.image_size), *read, *_weights(teacher, teacher.text_parts)]
+        [
+            type(teacher.pipeline).__name__,
+            str(teacher.image_size),
+            *read,
+            *_weights(teacher, teacher.placement.text_parts),
+        ]
     )
 
 
 def image_identity(teacher: Teacher) -> str:
     """32 hexadecimal digits that change with whatever `Teacher.encode` makes of images; see `text_identity`."""
-    parts = [teacher.pipeline.components[name] for name in teacher.image_parts]
+    parts = [teacher.pipeline.components[name] for name in teacher.placement.image_parts]
     scales = [str((p.config.get("scaling_factor"), p.config.get("shift_factor"))) for p in parts]
     shape = str((teacher.latent_shape, teacher.image_size))
-    return _digest([shape, *scales, *_weights(teacher, teacher.image_parts)])
+    return _digest([shape, *scales, *_weights(teacher, teacher.placement.image_parts)])
 
 
 def text_key(prompt: str) -> str:

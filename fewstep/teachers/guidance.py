@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import Prediction, guide
-from fewstep.teachers.base import Cond
+from fewstep.teachers.denoiser import Cond
 
 
 def concatenate(a: Cond, b: Cond) -> Cond:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Posterior
+from fewstep.teachers.denoiser import Posterior
 
 
 def encode_images(vae: Any, images: Tensor, image_size: int) -> Posterior:

@@ -72,7 +72,7 @@ def load_teacher(name_or_path: str) -> Teacher:
             )
         return {name: fresh.components[name] for name in names}
 
-    teacher.parts.reload = reload
+    teacher.placement.reload = reload
     return teacher
 
 

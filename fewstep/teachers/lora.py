@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.config import LoraConfig
-from fewstep.teachers.base import Denoiser
+from fewstep.teachers.denoiser import Denoiser
 
 NAME = "default"
 """What peft calls the adapter of a tree; each has one."""

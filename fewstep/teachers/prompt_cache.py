@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond
 
 CACHED = 4096
 """Prompts whose conditions are kept on the device, if they are small."""
@@ -53,8 +54,8 @@ class PromptCache:
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Cond:
         if self.stored is not None:
-            return {key: v.to(self.teacher.device) for key, v in self.stored(prompts).items()}
-        self.teacher.recall(self.teacher.text_parts)
+            return {key: v.to(self.teacher.placement.device) for key, v in self.stored(prompts).items()}
+        self.teacher.placement.recall(self.teacher.placement.text_parts)
         return self.encode(prompts)
 
     def clear(self) -> None:

@@ -11,7 +11,8 @@ from fewstep.config import RunConfig
 from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import Raw, Source, Stream
 from fewstep.methods.base import Batch
-from fewstep.teachers.base import Posterior, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Posterior
 
 
 class Batches:

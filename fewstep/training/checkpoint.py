@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.teachers.base import own_tensors
+from fewstep.teachers.denoiser import own_tensors
 
 PARTIAL = ".partial"
 

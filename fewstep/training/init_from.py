@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.methods.base import Role
 from fewstep.teachers import NETWORKS
-from fewstep.teachers.base import Denoiser, own_tensors
+from fewstep.teachers.denoiser import Denoiser, own_tensors
 
 
 def start_from(roles: dict[str, Role], folder: Path) -> None:

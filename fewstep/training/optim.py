@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.teachers.base import Denoiser, own_tensors
+from fewstep.teachers.denoiser import Denoiser, own_tensors
 
 
 @dataclass(frozen=True)

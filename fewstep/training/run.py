@@ -60,8 +60,8 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         if main:
             print(f"stopped at iteration {trainer.iteration}; go on with resume=latest")
         return
-    teacher.settle()
-    teacher.recall(teacher.text_parts + teacher.image_parts)  # the loop is over, and the pipeline itself will be called
+    teacher.placement.onload()
+    teacher.placement.recall(teacher.placement.parts)  # the loop is over, and the pipeline itself will be called
     if main:
         student = trainer.exported_weights()
         card = {

@@ -21,7 +21,8 @@ from fewstep.data.sources import Source
 from fewstep.data.validate import readable
 from fewstep.evaluate.rewards.load import load_training_reward
 from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Reward, Role, Step
-from fewstep.teachers.base import Denoiser, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Denoiser
 from fewstep.training import checkpoint as ckpt
 from fewstep.training.batches import Batches
 from fewstep.training.early_stopping import Patience
@@ -65,22 +66,22 @@ class Trainer:
         self.offloads = config.offload and self.device.type != "cpu"
         self.lends = config.offload_teacher and self.device.type != "cpu"
         if self.offloads:
-            teacher.parts.reload = None  # to wait in main memory, not to be read anew for each visit
+            teacher.placement.reload = None  # to wait in main memory, not to be read anew for each visit
         set_seed(config.seed)  # the same on every process, for weights that are drawn
         cache, source = self._open(source)
         # Before the move, so that what nothing will call never takes the device's memory.
-        teacher.release(teacher.text_parts if cache else ())
-        teacher.release(teacher.image_parts if cache or not method.needs_images else ())
+        teacher.placement.release(teacher.placement.text_parts if cache else ())
+        teacher.placement.release(teacher.placement.image_parts if cache or not method.needs_images else ())
         self.rest()
-        teacher.to(self.device, DTYPES[config.adapters.base_dtype])
+        teacher.placement.to(self.device, DTYPES[config.adapters.base_dtype])
         if config.student == "lora":
-            teacher.adapt(config.adapters)
+            teacher.students.adapt(config.adapters)
         roles = method.roles()
         if config.init_from is not None:
             start_from(roles, config.init_from)
         self._prepare_roles(roles)
         if self.lends:
-            teacher.offload()
+            teacher.placement.offload()
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         torch.manual_seed(config.seed + 1 + rank)  # and another on each, for noise
         self.iteration, self.nonfinite = 0, 0
@@ -90,7 +91,7 @@ class Trainer:
         self.stopping = False
         self.batches = Batches(config, teacher, source, method.needs_images, self.device, rank, world, cache)
         if config.data.cache_latents:
-            teacher.release(teacher.image_parts)
+            teacher.placement.release(teacher.placement.image_parts)
 
     def _open(self, source: Source) -> tuple[Cache | None, Source]:
         """The cache of `data.cache`, from which the teacher then takes its conditions, and what can be read of the source.
@@ -111,7 +112,7 @@ class Trainer:
     def rest(self) -> None:
         """With `offload`, parts beside the network leave the device until they are called."""
         if self.offloads:
-            self.teacher.release((*self.teacher.text_parts, *self.teacher.image_parts))
+            self.teacher.placement.release(self.teacher.placement.parts)
 
     # Roles ------------------------------------------------------------------------------------------------------------
 
@@ -310,15 +311,15 @@ class Trainer:
         ema = self.raw["ema"]
         assert isinstance(ema, Denoiser)
         if self.method.keeps_guidance:
-            return self.teacher.guided_pipeline(ema, self.method.scheduler())
-        return self.teacher.student_pipeline(ema, self.method.scheduler(), self.method.export_guidance_scale)
+            return self.teacher.students.guided_pipeline(ema, self.method.scheduler())
+        return self.teacher.students.pipeline(ema, self.method.scheduler(), self.method.export_guidance_scale)
 
     def _call_scale(self) -> float | None:
         return student_guidance_scale(self.config, self.teacher, self.method.keeps_guidance)
 
     def _score(self) -> None:
         """Small-sample FID and CLIP score of the averaged student; the best weights by FID are kept, the last stage's first."""
-        with self.teacher.whole():
+        with self.teacher.placement.whole():
             scores = small_scores(self._pipeline(), self.config, self.accelerator, self._call_scale())
         self._record({"iteration": self.iteration} | scores)
         fid = scores["fid"]
@@ -342,7 +343,7 @@ class Trainer:
             steps = self.method.allowed_steps()
             self.pictures = Pictures(self.config, self.teacher, self.batches.stream.source, steps, self._call_scale())
         (self.folder / "samples").mkdir(exist_ok=True)
-        with self.teacher.whole():
+        with self.teacher.placement.whole():
             self.pictures.draw(self._pipeline()).save(self.folder / "samples" / f"{self.iteration}.png")
 
     # Checkpoints ------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def teacher_guidance_scale(config: "RunConfig[Any]") -> float | None:
 
 def student_guidance_scale(config: "RunConfig[Any]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
     """What a student's pipeline is called with: the teacher's scale, if it keeps guidance; None = nothing has to be passed."""
-    return teacher_guidance_scale(config) if keeps_guidance else teacher.call_guidance_scale
+    return teacher_guidance_scale(config) if keeps_guidance else teacher.guidance.scale_to_pass
 
 
 class Pictures:

@@ -97,6 +97,6 @@ def settings_of(method: str, teacher: Teacher, steps: int | None = None) -> dict
         # Phases of one teacher's step each leave an unguided student nothing to learn: it is its teacher, to the bit.
         phases = {"phases": steps, "solver_steps": max(8, 2 * steps)} if "phases" in settings else {}
         settings = settings | {"steps": steps} | phases
-    if not teacher.guidable:
+    if not teacher.guidance.guidable:
         settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
     return settings | (ONE_JUMP.get(method, {}) if isinstance(teacher, Edm) else {})

@@ -96,7 +96,7 @@ def opened(folder: Path, teacher: Teacher, source: Source) -> Cache:
     cache.open(source, needs_images=True)
     if teacher.prompts is not None:
         teacher.prompts.stored = cache.conditions
-    teacher.release(teacher.text_parts + teacher.image_parts)
+    teacher.placement.release(teacher.placement.parts)
     return cache
 
 
@@ -111,7 +111,7 @@ def test_batches_are_the_same_to_the_bit(
     files = classes(images) if family == "dit" else captioned(images)
     labels = {"num_labels": 10} if family == "dit" else {}
     config = run_config(tmp_path, source="folder", path=str(images), **labels)
-    teacher = load_teacher(built(family)).to(CPU, torch.float32)
+    teacher = load_teacher(built(family))
     source = load_source(config.data, teacher.image_size)
     expected = drawn(config, teacher, source, None)
     Cache(tmp_path / "cache", teacher).fill(source, teacher, [], True, config.batch_size)
@@ -120,9 +120,9 @@ def test_batches_are_the_same_to_the_bit(
         file.write_bytes(bytes(file.stat().st_size))
     teacher = load_teacher(built(family))
     cache = opened(tmp_path / "cache", teacher, source)
-    teacher.to(CPU, torch.float32)
-    away = {name for name in teacher.text_parts + teacher.image_parts if teacher.pipeline.config[name][0] is None}
-    assert away == set(teacher.text_parts + teacher.image_parts)
+    teacher.placement.to(CPU, torch.float32)
+    away = {name for name in teacher.placement.parts if teacher.pipeline.config[name][0] is None}
+    assert away == set(teacher.placement.parts)
     found = drawn(
         config.model_copy(update={"data": config.data.model_copy(update={"cache_latents": in_memory})}),
         teacher,
@@ -135,7 +135,7 @@ def test_batches_are_the_same_to_the_bit(
         for mine, other in ((a.cond, b.cond), (a.uncond, b.uncond)):
             assert mine.keys() == other.keys() and all(torch.equal(mine[k], other[k]) for k in mine)
             assert all(mine[k].dtype == other[k].dtype for k in mine)
-    assert set(teacher.parts.away) == away, "something was brought back, so something was encoded"
+    assert set(teacher.placement.away) == away, "something was brought back, so something was encoded"
 
 
 def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: 
     arguments = [f"teacher={built('sd')}", f"data.cache={tmp_path / 'cache'}", "data.limit=24", "batch_size=4"]
     main(["cache", str(ROOT / "configs" / "lcm_fashion.yaml"), *arguments])
     trainer = make(built("sd"), tmp_path / "cached", data=data | {"cache": str(tmp_path / "cache")}, **shown)
-    assert set(trainer.teacher.parts.away) == {"text_encoder", "vae"}
+    assert set(trainer.teacher.placement.away) == {"text_encoder", "vae"}
     assert trainer.fit()
-    assert set(trainer.teacher.parts.away) == {"text_encoder", "vae"}
+    assert set(trainer.teacher.placement.away) == {"text_encoder", "vae"}
     assert_equal(weights(tmp_path / "cached", 6), weights(tmp_path / "plain", 6))
     scores = [
         [line for line in map(json.loads, (tmp_path / n / "log.jsonl").open()) if "fid" in line]
@@ -234,7 +234,7 @@ def test_a_prompt_outside_the_source_is_an_error(filled: tuple[Path, Path], buil
     assert teacher.condition(["an extra"])["encoder_hidden_states"].shape == (1, 8, 32)
     with pytest.raises(ValueError, match=r"lacks 1 of 1 prompts .* such as 'blurry'"):
         teacher.condition(["blurry"])
-    assert "text_encoder" in teacher.parts.away
+    assert "text_encoder" in teacher.placement.away
 
 
 # Writing ----------------------------------------------------------------------------------------------------------------
@@ -413,24 +413,24 @@ def size(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_released_parts_free_their_memory_and_return(family: str, built: Callable[[str], str]) -> None:
-    teacher = load_teacher(built(family)).to(CPU, torch.float32)
+    teacher = load_teacher(built(family))
     image = torch.rand(2, 3, teacher.image_size, teacher.image_size)
     before = teacher.condition(["a bag"]), teacher.encode(image), teacher.decode(torch.ones(1, *teacher.latent_shape))
-    names = teacher.text_parts + teacher.image_parts
+    names = teacher.placement.parts
     freed = sum(size(teacher.pipeline.components[name]) for name in names)
     held = parameter_bytes()
-    teacher.release(names)
+    teacher.placement.release(names)
     assert held - parameter_bytes() == freed
     teacher.prompts.clear()  # type: ignore[union-attr]  # these have prompts
     after = teacher.condition(["a bag"]), teacher.encode(image), teacher.decode(torch.ones(1, *teacher.latent_shape))
     assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
     assert torch.equal(after[1].mean, before[1].mean) and torch.equal(after[2], before[2])
-    assert not teacher.parts.away and parameter_bytes() == held
+    assert not teacher.placement.away and parameter_bytes() == held
     assert all(not p.requires_grad for name in names for p in teacher.pipeline.components[name].parameters())
 
 
 def test_the_whole_pipeline_can_be_called_and_leaves_again(built: Callable[[str], str]) -> None:
-    teacher = load_teacher(built("sdxl")).to(CPU, torch.float32)
+    teacher = load_teacher(built("sdxl"))
 
     def call() -> Any:
         return teacher.pipeline(
@@ -438,33 +438,33 @@ def test_the_whole_pipeline_can_be_called_and_leaves_again(built: Callable[[str]
         ).images
 
     before, held = call(), parameter_bytes()
-    teacher.release(("text_encoder", "text_encoder_2", "vae"))
+    teacher.placement.release(("text_encoder", "text_encoder_2", "vae"))
     released = parameter_bytes()
-    with teacher.whole():
+    with teacher.placement.whole():
         assert np.array_equal(call(), before)
         assert parameter_bytes() == held
     assert parameter_bytes() == released < held
-    teacher.recall(("vae",))
-    with teacher.whole():
+    teacher.placement.recall(("vae",))
+    with teacher.placement.whole():
         pass
-    assert set(teacher.parts.away) == {"text_encoder", "text_encoder_2"}, "what was there stays"
+    assert set(teacher.placement.away) == {"text_encoder", "text_encoder_2"}, "what was there stays"
 
 
 def test_a_students_pipeline_brings_its_parts_back(built: Callable[[str], str]) -> None:
     for family in ("sd", "sdxl", "dit"):
-        teacher = load_teacher(built(family)).to(CPU, torch.float32)
-        teacher.release(teacher.text_parts + teacher.image_parts)
-        pipeline = teacher.student_pipeline(teacher.denoiser, teacher.jump_scheduler(4))
+        teacher = load_teacher(built(family))
+        teacher.placement.release(teacher.placement.parts)
+        pipeline = teacher.students.pipeline(teacher.denoiser, teacher.samplers.jump(4))
         assert pipeline.vae is teacher.pipeline.vae is not None
 
 
 def test_parts_of_a_pipeline_that_comes_from_no_folder_wait_in_memory(built: Callable[[str], str]) -> None:
-    teacher = load_teacher(built("sd")).to(CPU, torch.float32)
-    teacher.parts.reload = None
+    teacher = load_teacher(built("sd"))
+    teacher.placement.reload = None
     encoder = teacher.pipeline.text_encoder
-    teacher.release(("text_encoder",))
+    teacher.placement.release(("text_encoder",))
     assert teacher.pipeline.text_encoder is None
-    assert teacher.part("text_encoder") is encoder
+    assert teacher.placement.part("text_encoder") is encoder
 
 
 def test_training_holds_the_networks_alone(
@@ -483,4 +483,4 @@ def test_training_holds_the_networks_alone(
 
 def test_the_autoencoder_leaves_where_no_image_will_be_encoded(built: Callable[[str], str], tmp_path: Path) -> None:
     trainer = make(built("sd"), tmp_path, data={"source": "fashion", "limit": 8, "cache_latents": True})
-    assert set(trainer.teacher.parts.away) == {"vae"}
+    assert set(trainer.teacher.placement.away) == {"vae"}

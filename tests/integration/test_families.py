@@ -119,7 +119,7 @@ def test_the_network_is_given_what_the_stock_pipeline_gives_it(
     halves = halves[::-1] if teacher.conditions == "label" else halves  # DiTPipeline's order
     if isinstance(teacher, Flux):  # guides by an embedding alone
         halves = halves[1:]
-    elif not teacher.guidable:
+    elif not teacher.guidance.guidable:
         halves = halves[:1]
     x = torch.cat([noise(teacher)] * len(halves))
     t = torch.full((len(x),), teacher.num_train_timesteps - 1)
@@ -152,14 +152,14 @@ def test_encoding_inverts_decoding_as_the_pipeline_decodes(teacher: Teacher) -> 
 
 
 def passed(teacher: Teacher) -> dict[str, Any]:
-    scale = teacher.call_guidance_scale
+    scale = teacher.guidance.scale_to_pass
     return {} if scale is None else {"guidance_scale": scale}
 
 
 def test_student_starts_as_the_teacher_with_any_embedding(teacher: Teacher) -> None:
     x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
     expected = teacher.denoiser(x, t, cond).x0
-    student = teacher.student(progress_embedding=True)
+    student = teacher.students.new(progress_embedding=True)
     for progress in (0.0, 0.7):
         found = student(x, t, cond, progress=torch.full((2,), progress)).x0
         # A consistency model of pixels differs from the diffusion model by sigma_min / sigma, here 2e-3.
@@ -168,7 +168,7 @@ def test_student_starts_as_the_teacher_with_any_embedding(teacher: Teacher) -> N
 
 def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> None:
     """Its jumps, written out with the timesteps that `jump_grid` tells, are the stock pipeline's image."""
-    student = teacher.student(progress_embedding=True)
+    student = teacher.students.new(progress_embedding=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in student.parameters():
@@ -176,15 +176,15 @@ def test_stock_pipeline_draws_the_student_at_the_jump_grid(teacher: Teacher) -> 
     student.eval()
     cond = teacher.condition(raw(teacher, 1))
     for steps in (1,) if isinstance(teacher, Edm) else (1, 2):
-        scheduler = teacher.jump_scheduler(steps)
-        grid = teacher.jump_grid(scheduler, steps)
+        scheduler = teacher.samplers.jump(steps)
+        grid = teacher.samplers.grid(scheduler, steps)
         assert len(grid) == steps + 1 and grid[0] == teacher.num_train_timesteps - 1
         x = noise(teacher, 1)
         with torch.no_grad():
             for t, s in pairwise(grid):
                 x = ode_step(teacher.schedule, student(x, t[None], cond, progress=torch.ones(1)), s[None])
             expected = (teacher.decode(x)[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
-        pipeline: Any = teacher.student_pipeline(student, scheduler)
+        pipeline: Any = teacher.students.pipeline(student, scheduler)
         drawn = pipeline(
             **called(teacher, 1), num_inference_steps=steps, generator=torch.Generator().manual_seed(0),
             output_type="np", **passed(teacher),
@@ -200,15 +200,15 @@ def test_networks_whose_weights_wait_in_main_memory_answer_the_same(teacher: Tea
     for _ in range(2):
         answers.append(teacher.denoiser(x, t, cond).x0)
         answers += torch.autograd.grad(answers[-1].square().mean(), x)
-        if teacher.visited is None:
-            teacher.offload()
+        if not teacher.placement.offloaded:
+            teacher.placement.offload()
         assert {p.device.type for p in teacher.denoiser.parameters()} == {"meta"}
-        assert teacher.device.type == teacher.null_condition(1)[next(iter(cond))].device.type == "cpu"
+        assert teacher.placement.device.type == teacher.null_condition(1)[next(iter(cond))].device.type == "cpu"
     assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3]) and answers[1].any()
-    with teacher.whole():
+    with teacher.placement.whole():
         assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
     assert next(teacher.denoiser.parameters()).device.type == "meta"
-    teacher.settle()
+    teacher.placement.onload()
     assert all(torch.equal(before[key], v) for key, v in teacher.denoiser.state_dict().items())
 
 
@@ -329,8 +329,8 @@ def test_images_of_renoising_students_depend_on_seed_and_index_only(
 ) -> None:
     """Also where the pipeline passes its scheduler no generator."""
     teacher = load_teacher(str(folders(family)))
-    pipeline = teacher.student_pipeline(perturbed(teacher, False), teacher.renoise_scheduler(2))
-    settings = {"steps": 2, "seed": 1, "guidance_scale": teacher.call_guidance_scale}
+    pipeline = teacher.students.pipeline(perturbed(teacher, False), teacher.samplers.renoise(2))
+    settings = {"steps": 2, "seed": 1, "guidance_scale": teacher.guidance.scale_to_pass}
     whole = sample(pipeline, raw(teacher), [5, 6], **settings)
     alone = sample(pipeline, raw(teacher)[1:], [6], **settings)
     assert (alone[0].int() - whole[1].int()).abs().max() <= 1
@@ -353,7 +353,7 @@ def test_sdxl_vae_stays_in_float32_where_it_asks_for_it(folders: Callable[[str],
     teacher = load_teacher(str(folders("sdxl")))
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     expected = teacher.encode(images).mean
-    teacher.to(torch.device("cpu"), torch.bfloat16)
+    teacher.placement.to(torch.device("cpu"), torch.bfloat16)
     assert teacher.pipeline.vae.dtype == torch.bfloat16
     rounded = (
         teacher.pipeline.vae.encode(images.bfloat16()).latent_dist.mean * teacher.pipeline.vae.config.scaling_factor
@@ -368,7 +368,7 @@ def test_sdxl_has_no_guidance_of_its_own(guidance: bool, folders: Callable[[str]
     teacher = load_teacher(str(folders("sdxl")))
     student, x = perturbed(teacher, guidance), noise(teacher, 1)
     scale = 2.0 if guidance else None
-    pipeline: Any = teacher.student_pipeline(student, teacher.renoise_scheduler(4), scale)
+    pipeline: Any = teacher.students.pipeline(student, teacher.samplers.renoise(4), scale)
     with torch.no_grad():
         embedded = None if scale is None else torch.tensor([scale])
         x0 = student(x, torch.tensor([999]), teacher.condition(["a bag"]), embedded).x0
@@ -385,7 +385,7 @@ def test_sdxl_has_no_guidance_of_its_own(guidance: bool, folders: Callable[[str]
 def test_dit_keeps_its_labels_in_training_mode(folders: Callable[[str], Path]) -> None:
     """diffusers would drop one label in ten, in each block anew."""
     teacher = load_teacher(str(folders("dit")))
-    student = teacher.student()
+    student = teacher.students.new()
     assert student.net.training
     x, t, cond = noise(teacher, 1).expand(64, -1, -1, -1), torch.full((64,), 500), teacher.condition([3] * 64)
     with torch.no_grad():
@@ -398,7 +398,7 @@ def test_dit_student_keeps_the_names_of_classes(folders: Callable[[str], Path], 
     from diffusers import DiffusionPipeline
 
     teacher = load_teacher(str(folders("dit")))
-    teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4)).save_pretrained(tmp_path)
+    teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4)).save_pretrained(tmp_path)
     assert DiffusionPipeline.from_pretrained(tmp_path).get_label_ids(["boot", "bag"]) == [3, 0]
 
 
@@ -407,7 +407,7 @@ def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labels 0 to 9; found 10"):
         teacher.condition([10])
     # The stock pipeline's own null label is 1000 for any number of classes, so that it cannot guide this one at all.
-    pipeline: Any = teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4))
+    pipeline: Any = teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4))
     with pytest.raises(IndexError):
         pipeline([3], num_inference_steps=4)
     for scale, said in ((None, "4 by default"), (1.5, "1.5")):
@@ -419,7 +419,7 @@ def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "sana"])
 def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders(family)))
-    student = teacher.student(guidance_embedding=True, progress_embedding=True)
+    student = teacher.students.new(guidance_embedding=True, progress_embedding=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in student.parameters():
@@ -428,16 +428,16 @@ def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]
     one, scale = torch.ones(2), torch.full((2,), 3.5)
     with torch.no_grad():
         live = student.eval()(x, t, cond, scale, one).x0
-        net: Any = teacher.student_pipeline(student, teacher.renoise_scheduler(4), 3.5)
+        net: Any = teacher.students.pipeline(student, teacher.samplers.renoise(4), 3.5)
         folded = teacher.denoiser.with_net(net.transformer)(x, t, cond).x0
         other = student(x, t, cond, scale - 2, one).x0
         middle = student(x, t, cond, scale, one / 2).x0
     torch.testing.assert_close(folded, live, rtol=1e-4, atol=1e-4)
     assert (other - live).abs().max() > 1e-3 and (middle - live).abs().max() > 1e-3
     with pytest.raises(ValueError, match="set one to fold"):
-        teacher.student_pipeline(student, teacher.renoise_scheduler(4))
+        teacher.students.pipeline(student, teacher.samplers.renoise(4))
     with pytest.raises(ValueError, match="no guidance embedding"):
-        teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4), 2.0)
+        teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4), 2.0)
     with pytest.raises(ValueError, match="was given none"):
         student(x, t, cond)
 
@@ -463,8 +463,8 @@ def test_flow_students_run_the_even_grid_under_the_shift(
     teacher = load_teacher(str(folders(family)))
     assert isinstance(teacher, FlowTeacher)
     h = teacher.schedule.shift
-    scheduler: Any = teacher.renoise_scheduler(steps) if stochastic else teacher.jump_scheduler(steps)
-    grid = teacher.jump_grid(scheduler, steps)
+    scheduler: Any = teacher.samplers.renoise(steps) if stochastic else teacher.samplers.jump(steps)
+    grid = teacher.samplers.grid(scheduler, steps)
     u = torch.arange(steps, 0, -1) / steps
     expected = torch.cat([h * u / (1 + (h - 1) * u), torch.zeros(1)])
     torch.testing.assert_close(scheduler.sigmas, expected, rtol=0, atol=2e-6)
@@ -495,8 +495,8 @@ def test_flow_schedule_and_its_inverse() -> None:
 def test_stock_pipeline_renoises_as_the_method_does(family: str, folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders(family)))
     student, cond = perturbed(teacher, False), teacher.condition(["a bag"])
-    scheduler = teacher.renoise_scheduler(2)
-    pipeline: Any = teacher.student_pipeline(student, scheduler)
+    scheduler = teacher.samplers.renoise(2)
+    pipeline: Any = teacher.students.pipeline(student, scheduler)
     torch.manual_seed(5)
     images = pipeline(
         "a bag",
@@ -508,7 +508,7 @@ def test_stock_pipeline_renoises_as_the_method_does(family: str, folders: Callab
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *teacher.latent_shape, generator=generator)
     torch.manual_seed(5)
-    grid = teacher.jump_grid(scheduler, 2)
+    grid = teacher.samplers.grid(scheduler, 2)
     with torch.no_grad():
         for t, s in pairwise(grid):
             x0 = student(x, t[None], cond).x0
@@ -521,11 +521,11 @@ def test_stock_pipeline_renoises_as_the_method_does(family: str, folders: Callab
 def test_flow_refuses_what_its_scheduler_cannot_do(folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders("sd3")))
     with pytest.raises(ValueError, match="starts at pure noise"):
-        teacher.renoise_scheduler(1, spacing=400)
+        teacher.samplers.renoise(1, spacing=400)
     with pytest.raises(ValueError, match="timestep_scaling"):
-        teacher.renoise_scheduler(4, timestep_scaling=0.1)
-    assert teacher.renoise_counts(4) == (4,)
-    assert load_teacher(str(folders("flux"))).renoise_counts(4) == (1, 2, 4)
+        teacher.samplers.renoise(4, timestep_scaling=0.1)
+    assert teacher.samplers.counts(4) == (4,)
+    assert load_teacher(str(folders("flux"))).samplers.counts(4) == (1, 2, 4)
 
 
 def test_flux_packing_is_the_pipelines() -> None:
@@ -542,7 +542,7 @@ def test_flux_student_has_its_guidance_in_its_weights(folders: Callable[[str], P
     student, cond = perturbed(teacher, False), teacher.condition(["a bag"])
     assert cond["guidance"].tolist() == [3.5]
     x, t = noise(teacher, 1), torch.tensor([999])
-    pipeline: Any = teacher.student_pipeline(student, teacher.renoise_scheduler(1))
+    pipeline: Any = teacher.students.pipeline(student, teacher.samplers.renoise(1))
     assert not pipeline.transformer.config.guidance_embeds
     plain = {key: v for key, v in cond.items() if key != "guidance"}
     with torch.no_grad():
@@ -558,7 +558,7 @@ def test_a_student_with_folded_guidance_is_no_start_for_one_that_embeds_it(
 ) -> None:
     """Flux-dev's scale would count twice."""
     teacher = load_teacher(str(folders("flux")))
-    teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4)).save_pretrained(tmp_path)
+    teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4)).save_pretrained(tmp_path)
     roles = DMD2(DMD2Config.model_validate({"optim": {"lr": 1e-3}, "steps": 4}), teacher).roles()
     with pytest.raises(ValueError, match=r"init_from: .* lacks .*guidance_embedder"):
         start_from(roles, tmp_path)
@@ -589,7 +589,7 @@ def test_sana_has_no_instruction_for_what_guidance_leads_away_from(
     cache.open(source, needs_images=False)
     teacher.prompts.clear()
     teacher.prompts.stored = cache.conditions
-    teacher.release(teacher.text_parts)
+    teacher.placement.release(teacher.placement.text_parts)
     assert torch.equal(teacher.null_condition(1)["encoder_hidden_states"], null["encoder_hidden_states"])
     again = teacher.condition([teacher.negative("a coat"), "a bag"])
     torch.testing.assert_close(again, found, rtol=1e-5, atol=1e-5)
@@ -633,10 +633,10 @@ def test_edm_networks_are_told_and_read_as_the_stock_scheduler_does(labels: int 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_edm_students_run_the_even_grid(steps: int, tmp_path: Path) -> None:
     teacher = edm(tmp_path / "edm", levels=40)
-    scheduler: Any = teacher.renoise_scheduler(steps)
-    for n in teacher.renoise_counts(steps):
+    scheduler: Any = teacher.samplers.renoise(steps)
+    for n in teacher.samplers.counts(steps):
         scheduler.set_timesteps(n)
-        grid = teacher.jump_grid(scheduler, n)
+        grid = teacher.samplers.grid(scheduler, n)
         expected = torch.arange(40, 0, -40 // n) - 1
         assert torch.equal(grid, torch.cat([expected, torch.tensor([-1])]))
         torch.testing.assert_close(teacher.schedule.level(expected), scheduler.sigmas[:-1].double(), rtol=1e-6, atol=0)
@@ -644,15 +644,15 @@ def test_edm_students_run_the_even_grid(steps: int, tmp_path: Path) -> None:
 
 def test_edm_stock_pipeline_renoises_as_the_method_does(folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders("edm")))
-    student, cond, scheduler = perturbed(teacher, False), teacher.condition([3]), teacher.renoise_scheduler(4)
-    pipeline: Any = teacher.student_pipeline(student, scheduler)
+    student, cond, scheduler = perturbed(teacher, False), teacher.condition([3]), teacher.samplers.renoise(4)
+    pipeline: Any = teacher.students.pipeline(student, scheduler)
     drawn = pipeline(
         class_labels=[3], num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np"
     ).images
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, *teacher.latent_shape, generator=generator)
     with torch.no_grad():
-        for t, s in pairwise(teacher.jump_grid(scheduler, 4)):
+        for t, s in pairwise(teacher.samplers.grid(scheduler, 4)):
             x0 = student(x, t[None], cond).x0
             x = add_noise(teacher.schedule, x0, torch.randn(x.shape, generator=generator), s[None])
     expected = (x[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
@@ -661,7 +661,7 @@ def test_edm_stock_pipeline_renoises_as_the_method_does(folders: Callable[[str],
 
 def test_edm_progress_folds_beside_labels(folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders("edm")))
-    student = teacher.student(progress_embedding=True)
+    student = teacher.students.new(progress_embedding=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in student.parameters():
@@ -669,7 +669,7 @@ def test_edm_progress_folds_beside_labels(folders: Callable[[str], Path]) -> Non
     x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
     with torch.no_grad():
         live, middle = (student.eval()(x, t, cond, progress=torch.full((2,), v)).x0 for v in (1.0, 0.5))
-        folded = student.with_net(teacher.folded(student))
+        folded = student.with_net(teacher.students.fold(student))
         torch.testing.assert_close(folded(x, t, cond).x0, live, rtol=1e-4, atol=1e-4)
         other = folded(x, t, teacher.condition([1, 2])).x0
     assert (middle - live).abs().max() > 1e-3 and (other - live).abs().max() > 1e-3
@@ -695,13 +695,13 @@ def test_edm_time_is_differentiable(folders: Callable[[str], Path]) -> None:
 def test_edm_refuses_what_its_pipeline_cannot_do(tmp_path: Path) -> None:
     teacher = edm(tmp_path / "edm", levels=40)
     with pytest.raises(ValueError, match="one deterministic step"):
-        teacher.jump_scheduler(2)
+        teacher.samplers.jump(2)
     with pytest.raises(ValueError, match="does not divide num_train_timesteps = 40"):
-        teacher.renoise_scheduler(3)
+        teacher.samplers.renoise(3)
     with pytest.raises(ValueError, match="starts at timestep 39, and the grid at 19"):
-        teacher.renoise_scheduler(2, spacing=10)
+        teacher.samplers.renoise(2, spacing=10)
     with pytest.raises(ValueError, match="too small for 40 steps"):
-        teacher.renoise_scheduler(40)
+        teacher.samplers.renoise(40)
     with pytest.raises(ValueError, match="labels 0 to 9; found 10"):
         teacher.condition([10])
     with pytest.raises(ValueError, match="guidance_range: the teacher has no unconditional answer"):

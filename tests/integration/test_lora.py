@@ -27,7 +27,7 @@ from fewstep.export.pipeline import draw, export
 from fewstep.methods.discriminator import Noised, features, named_layers
 from fewstep.methods.distribution_matching.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
-from fewstep.teachers.base import own_tensors
+from fewstep.teachers.denoiser import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
 from fewstep.training import checkpoint as ckpt
 from fewstep.training.optim import new_optimizer
@@ -94,11 +94,11 @@ def test_targets_are_the_familys(family: str, count: int, folders: Callable[[str
     """79 modules of a UNet with an attention block on each side: what LCM-LoRA's list gives there. Each network starts as the
     teacher."""
     teacher = load_teacher(str(folders(family)))
-    names = adapted_modules(teacher.denoiser.net, teacher.lora_targets)
+    names = adapted_modules(teacher.denoiser.net, teacher.students.lora_targets)
     assert len(names) == count
     assert not [name for name in names if name in ("proj_out", "conv_in", "conv_out")]
-    teacher.adapt(LoraConfig(rank=2))
-    student = teacher.student()
+    teacher.students.adapt(LoraConfig(rank=2))
+    student = teacher.students.new()
     assert sorted(name for name, _ in adapters(student.net)) == sorted(names)
     assert len(own_tensors(student)) == 2 * count
     x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
@@ -108,7 +108,7 @@ def test_targets_are_the_familys(family: str, count: int, folders: Callable[[str
 def test_unknown_targets_are_refused(folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders("sd")))
     with pytest.raises(ValueError, match=r"lora\.targets: .* ends in 'to_qq'; did you mean 'to_q'"):
-        teacher.adapt(LoraConfig(targets=("to_v", "to_qq")))
+        teacher.students.adapt(LoraConfig(targets=("to_v", "to_qq")))
 
 
 def test_all_networks_share_one_base(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ def test_whole_weights_are_no_adapters(folders: Callable[[str], Path], tmp_path:
     with pytest.raises(ValueError, match="does not fit the student"):
         make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(checkpoint))
     with pytest.raises(ValueError, match=r"init_from: .* no start for adapters"):
-        trainer.teacher.student_pipeline(
-            trainer.teacher.student(), trainer.method.scheduler()
+        trainer.teacher.students.pipeline(
+            trainer.teacher.students.new(), trainer.method.scheduler()
         ).save_pretrained(tmp_path / "pipeline")  # fmt: skip
         make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(tmp_path / "pipeline"))
     assert all(torch.equal(before[key], v) for key, v in trainer.teacher.denoiser.state_dict().items())
@@ -284,7 +284,7 @@ def test_adapters_that_keep_guidance_are_guided(
     assert "`negative_prompt` do what they do in the teacher's pipeline" in card and "needs none" not in card
     assert "| 2 | 999, 499 |" in card
 
-    stock, memory = by_card(path, monkeypatch), teacher.guided_pipeline(student, own.scheduler())
+    stock, memory = by_card(path, monkeypatch), teacher.students.guided_pipeline(student, own.scheduler())
     rows: list[int] = []
     stock.unet.register_forward_hook(lambda net, args, out: rows.append(len(args[0])))
 
@@ -337,8 +337,8 @@ def test_stock_diffusers_loads_every_module(family: str, folders: Callable[[str]
     from safetensors.torch import save_file
 
     teacher = load_teacher(str(folders(family)))
-    teacher.adapt(LoraConfig(rank=4, alpha=6.0))
-    student = stirred(teacher.student()).eval()
+    teacher.students.adapt(LoraConfig(rank=4, alpha=6.0))
+    student = stirred(teacher.students.new()).eval()
     part = "unet" if family in ("sd", "sdxl") else "transformer"
     update = update_of(teacher, student)
     tensors, metadata = update.diffusers(part, torch.float32)
@@ -381,15 +381,15 @@ def test_stock_diffusers_loads_every_module(family: str, folders: Callable[[str]
 def test_kohya_names_are_those_that_comfyui_knows(family: str, folders: Callable[[str], Path]) -> None:
     """lora_unet_ or lora_transformer_, and diffusers' name with underscores; the update is alpha / rank up @ down."""
     teacher = load_teacher(str(folders(family)))
-    teacher.adapt(LoraConfig(rank=4, alpha=6.0))
-    student = stirred(teacher.student())
+    teacher.students.adapt(LoraConfig(rank=4, alpha=6.0))
+    student = stirred(teacher.students.new())
     part = "unet" if family == "sdxl" else "transformer"
     file = update_of(teacher, student).kohya(part, torch.float32)
     weights = teacher.denoiser.net.state_dict()
     known = {f"lora_{part}_{k.removesuffix('.weight').replace('.', '_')}": k for k in weights if k.endswith(".weight")}
     patches = {key.partition(".")[0] for key in file}
     assert patches <= known.keys()
-    after = teacher.folded(student).state_dict()
+    after = teacher.students.fold(student).state_dict()
     changed = {known[name] for name in patches}
     for name in patches:
         up, down, alpha = (file[f"{name}.{kind}"] for kind in ("lora_up.weight", "lora_down.weight", "alpha"))
@@ -400,8 +400,8 @@ def test_kohya_names_are_those_that_comfyui_knows(family: str, folders: Callable
 
 def test_live_guidance_has_no_place_in_a_file_of_adapters(folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders("sd")))
-    teacher.adapt(LoraConfig(rank=4))
-    student = stirred(teacher.student(guidance_embedding=True))
+    teacher.students.adapt(LoraConfig(rank=4))
+    student = stirred(teacher.students.new(guidance_embedding=True))
     with pytest.raises(ValueError, match=r"set method\.export_guidance_scale"):
         update_of(teacher, student)
     assert set(update_of(teacher, student, 2.0).shift) == {"time_embedding.linear_1"}
@@ -453,7 +453,7 @@ def test_checkpointing_saves_activations(folders: Callable[[str], Path]) -> None
     x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))
     saved = {}
     for on in (False, True):
-        student: Any = teacher.student()
+        student: Any = teacher.students.new()
         if on:
             student.net.enable_gradient_checkpointing()
         kept: dict[int, int] = {}
@@ -488,9 +488,9 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
         trainer = make(folders("sd"), tmp_path / name, "dmd2", offload=offload)
         assert not trainer.offloads
         if leave:
-            trainer.offloads, trainer.teacher.parts.reload = True, None
+            trainer.offloads, trainer.teacher.placement.reload = True, None
         assert trainer.fit()
-        assert set(trainer.teacher.parts.away) == ({"text_encoder", "vae"} if leave else set())
+        assert set(trainer.teacher.placement.away) == ({"text_encoder", "vae"} if leave else set())
         found[name] = load_file(tmp_path / name / "checkpoints" / "2" / "student.safetensors")
     for name in ("on", "left"):
         assert not [key for key, value in found["off"].items() if not torch.equal(value, found[name][key])]
@@ -506,9 +506,9 @@ def test_a_teacher_in_main_memory_changes_nothing(
         trainer = make(
             folders("sd"), tmp_path / name, "dmd2", more=changes, student="full", lora=None, offload_teacher=leave
         )
-        assert not trainer.lends and trainer.teacher.visited is None
+        assert not trainer.lends and not trainer.teacher.placement.offloaded
         if leave:
-            trainer.teacher.offload()
+            trainer.teacher.placement.offload()
         assert trainer.fit()
         assert {p.device.type for p in trainer.raw["teacher"].parameters()} == ({"meta"} if leave else {"cpu"})
         assert "meta" not in {
@@ -606,8 +606,8 @@ def test_compiled_runs_train_resume_and_export(
 def test_compiled_networks_are_the_same(folders: Callable[[str], Path]) -> None:
     """Outputs, gradients of adapters, and features, which are heard where the network runs as written."""
     teacher = load_teacher(str(folders("sd")))
-    teacher.adapt(LoraConfig(rank=4))
-    plain = stirred(teacher.student())
+    teacher.students.adapt(LoraConfig(rank=4))
+    plain = stirred(teacher.students.new())
     compiled = plain.clone()
     compiled.compile_net()
     x, t, cond = noise(teacher), torch.tensor([999, 400]), teacher.condition(raw(teacher))

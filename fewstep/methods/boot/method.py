@@ -41,7 +41,9 @@ class Boot(Method):
             require_live_guidance(teacher)
         self.export_guidance_scale = config.export_guidance_scale
         self.embedded = config.guidance_range is not None
-        self.grid = sub_times(config, teacher.jump_grid(self.scheduler(), config.steps), teacher.num_train_timesteps)
+        self.grid = sub_times(
+            config, teacher.samplers.grid(self.scheduler(), config.steps), teacher.num_train_timesteps
+        )
         self.count = config.n_sub // config.m_teacher
         self.weights, self.factors = target_tables(config, teacher.schedule, self.grid)
         self.pool = Pool(config.pool_size, config.steps, config.n_sub)
@@ -52,7 +54,7 @@ class Boot(Method):
         self.boundary_errors: list[float] = []
 
     def roles(self) -> dict[str, Role]:
-        student = self.teacher.student(guidance_embedding=self.embedded, progress_embedding=True)
+        student = self.teacher.students.new(guidance_embedding=self.embedded, progress_embedding=True)
         return {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=self.config.optim)}
 
     def steps(self) -> tuple[Step, ...]:
@@ -60,12 +62,12 @@ class Boot(Method):
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
         renoise = self.config.start == "renoise"
-        return (self.teacher.renoise_scheduler if renoise else self.teacher.jump_scheduler)(self.config.steps)
+        return (self.teacher.samplers.renoise if renoise else self.teacher.samplers.jump)(self.config.steps)
 
     def allowed_steps(self) -> tuple[int, ...]:
         n = self.config.steps
         # Re-noised samples are at home at the start of every segment, states of the ODE only at that of the next one.
-        return self.teacher.renoise_counts(n) if self.config.start == "renoise" else (n,)
+        return self.teacher.samplers.counts(n) if self.config.start == "renoise" else (n,)
 
     def state(self) -> dict[str, Tensor]:
         return self.pool.state()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import Prediction, Schedule, add_noise, ode_step
-from fewstep.teachers.base import Cond
+from fewstep.teachers.denoiser import Cond
 
 
 @dataclass

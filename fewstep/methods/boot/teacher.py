@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import Prediction, guide, like, ode_step, threshold
 from fewstep.diffusion.signal_ode import bootstrap, heun
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond
 from fewstep.teachers.guidance import both_sides
 
 

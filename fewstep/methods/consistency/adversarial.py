@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import more_noise
 from fewstep.methods.discriminator import Head, Noised, features
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Discriminator(nn.Module):
 
 def new_discriminator(teacher: Teacher, layers: Sequence[str]) -> Discriminator:
     """Fresh heads, of the size that a probe finds."""
-    device = teacher.device
+    device = teacher.placement.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
         found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))

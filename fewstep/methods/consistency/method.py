@@ -42,7 +42,8 @@ from fewstep.methods.dropout import random_state, replayed, set_dropout
 from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories as Stored
 from fewstep.methods.trajectories import stand_in
-from fewstep.teachers.base import Cond, Scale, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Scale
 from fewstep.teachers.guidance import both_sides, concatenate
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
@@ -94,19 +95,19 @@ class Consistency(Method):
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
         self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
         if config.rolls_out:
-            self.own_timesteps = teacher.jump_grid(self.scheduler(), config.student_steps)[:-1]
+            self.own_timesteps = teacher.samplers.grid(self.scheduler(), config.student_steps)[:-1]
 
     def _folded_scale(self) -> Scale | None:
         scale = self.config.export_guidance_scale
         if not isinstance(scale, tuple):
             return scale
         require_guidance_by_step(self.teacher)
-        times = self.teacher.jump_grid(self.scheduler(), self.config.steps)[:-1].tolist()
+        times = self.teacher.samplers.grid(self.scheduler(), self.config.steps)[:-1].tolist()
         return dict(zip(times, scale, strict=True))
 
     def _grid(self, plan: PlannedStage) -> Grid:
         if plan.endpoint == "phase":
-            jumps = self.teacher.jump_grid(self.teacher.jump_scheduler(plan.phases), plan.phases)
+            jumps = self.teacher.samplers.grid(self.teacher.samplers.jump(plan.phases), plan.phases)
             try:
                 return phase_grid(jumps, plan.solver_steps)
             except ValueError as error:
@@ -115,7 +116,7 @@ class Consistency(Method):
             t = torch.arange(self.teacher.num_train_timesteps)
             return Grid(t, t - 1, torch.full_like(t, -1))
         if self.config.grid == "karras":
-            met = self.teacher.jump_grid(self.scheduler(), self.config.steps)[:-1]
+            met = self.teacher.samplers.grid(self.scheduler(), self.config.steps)[:-1]
             total, rho = self.teacher.num_train_timesteps, self.config.karras_rho
             try:
                 return karras_grid(self.teacher.schedule, plan.solver_steps, total, met, rho)
@@ -137,7 +138,7 @@ class Consistency(Method):
 
     def roles(self) -> dict[str, Role]:
         c = self.config
-        student = self.teacher.student(guidance_embedding=c.embedded)
+        student = self.teacher.students.new(guidance_embedding=c.embedded)
         if c.dropout is not None:
             set_dropout(student, c.dropout)
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=c.optim)}
@@ -157,14 +158,14 @@ class Consistency(Method):
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
         if self.config.sampling == "jump":
-            return self.teacher.jump_scheduler(self.config.steps)
-        return self.teacher.renoise_scheduler(self.config.steps, self.config.timestep_scaling)
+            return self.teacher.samplers.jump(self.config.steps)
+        return self.teacher.samplers.renoise(self.config.steps, self.config.timestep_scaling)
 
     def allowed_steps(self) -> tuple[int, ...]:
         """Re-noised samples are at home at every timestep of the grid, those of jumps only where a phase has begun."""
         if self.config.sampling == "jump":
             return tuple(range(self.stages[-1].plan.phases, self.config.steps + 1))
-        return self.teacher.renoise_counts(self.config.steps)
+        return self.teacher.samplers.counts(self.config.steps)
 
     def prepare(self, at: Preparation) -> None:
         if self.config.reward is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import Prediction, Schedule, add_noise, like, ode_step
-from fewstep.teachers.base import Cond
+from fewstep.teachers.denoiser import Cond
 
 
 @dataclass(frozen=True)

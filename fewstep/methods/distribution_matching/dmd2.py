@@ -25,7 +25,8 @@ from fewstep.methods.distribution_matching.config import DMD2Config, Range
 from fewstep.methods.distribution_matching.diagnostics import accuracies, alarms, prompt_distances, sample_figures
 from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, even_timesteps, stand_in
-from fewstep.teachers.base import Cond, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond
 from fewstep.teachers.guidance import both_sides, concatenate, guided
 
 
@@ -59,7 +60,7 @@ class DMD2(Method):
         c = self.config
         roles = {
             "teacher": Role(self.teacher.denoiser),
-            "student": Role(self.teacher.student(), optim=c.optim),
+            "student": Role(self.teacher.students.new(), optim=c.optim),
         }
         if c.criticised:
             roles["critic"] = Role(new_critic(self.teacher, self.layers), optim=c.critic_optim or c.optim)
@@ -80,16 +81,16 @@ class DMD2(Method):
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
         spacing = self.config.spacing or self.teacher.num_train_timesteps // self.config.count
-        return self.teacher.renoise_scheduler(self.config.count, spacing=spacing)
+        return self.teacher.samplers.renoise(self.config.count, spacing=spacing)
 
     def allowed_steps(self) -> tuple[int, ...]:
         """The counts whose timesteps are the first of the trained ones: their last sample was matched, too."""
         trained = self.timesteps.tolist()
-        counts = self.teacher.renoise_counts(len(trained))
+        counts = self.teacher.samplers.counts(len(trained))
         return tuple(n for n in counts if self._timesteps(n).tolist() == trained[:n])
 
     def _timesteps(self, count: int) -> Tensor:
-        return self.teacher.jump_grid(self.scheduler(), count)[:-1]
+        return self.teacher.samplers.grid(self.scheduler(), count)[:-1]
 
     def prepare(self, at: Preparation) -> None:
         """The teacher draws the pairs that are not in the run's folder yet."""

@@ -17,7 +17,8 @@ from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, re
 from fewstep.methods.consistency.tuning import log_levels, lognormal_index
 from fewstep.methods.dropout import without_dropout
 from fewstep.methods.scm.config import ScmConfig
-from fewstep.teachers.base import Denoiser, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Denoiser
 from fewstep.teachers.guidance import both_sides
 
 WAVES = 8
@@ -72,7 +73,7 @@ class Scm(Method):
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
 
     def roles(self) -> dict[str, Role]:
-        student = self.teacher.student(guidance_embedding=self.config.embedded)
+        student = self.teacher.students.new(guidance_embedding=self.config.embedded)
         roles = {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=self.config.optim)}
         if self.config.adaptive_weight:
             roles["log_variance"] = Role(LogVariance(), optim=self.config.optim)
@@ -83,10 +84,10 @@ class Scm(Method):
         return (student, Step("log_variance", self.variance_loss)) if self.config.adaptive_weight else (student,)
 
     def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
-        return self.teacher.renoise_scheduler(self.config.steps)
+        return self.teacher.samplers.renoise(self.config.steps)
 
     def allowed_steps(self) -> tuple[int, ...]:
-        return self.teacher.renoise_counts(self.config.steps)
+        return self.teacher.samplers.counts(self.config.steps)
 
     def loss(
         self,

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Scale
+from fewstep.teachers.denoiser import Scale
 from fewstep.teachers.embeddings.unet import HARMONICS, ProgressEmbedding, waves
 from fewstep.teachers.families.sd import EMBEDDING_DIM, guidance_embedding
 

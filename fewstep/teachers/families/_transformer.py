@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import PredictionType, Schedule
-from fewstep.teachers.base import Call, Denoiser, FeatureMap, Posterior, Scale, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Call, Denoiser, FeatureMap, Posterior, Scale
 from fewstep.teachers.embeddings import transformer as told
 from fewstep.teachers.families.sd import in_dtype
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
@@ -25,7 +26,6 @@ class TransformerTeacher(Teacher):
     A guidance scale that a student embeds has to be folded at export: no stock pipeline of these families passes one.
     """
 
-    live_guidance = False
     image_parts = ("vae",)
     lora_targets: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD)
     call: Call
@@ -51,10 +51,10 @@ class TransformerTeacher(Teacher):
         """The network's modules with a `time_proj` and a `timestep_embedder`."""
 
     def encode(self, images: Tensor) -> Posterior:
-        return encode_images(self.part("vae"), images, self.image_size)
+        return encode_images(self.placement.part("vae"), images, self.image_size)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return decode_latents(self.part("vae"), x0)
+        return decode_latents(self.placement.part("vae"), x0)
 
     def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
         student = self.learner()
@@ -75,7 +75,7 @@ class TransformerTeacher(Teacher):
         self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
     ) -> "DiffusionPipeline":
         """A pipeline of the teacher's class."""
-        self.recall(self.text_parts + self.image_parts)
+        self.placement.recall(self.placement.parts)
         net = self.folded(student, guidance_scale)
         parts = {"transformer": net, "scheduler": copy.deepcopy(scheduler)}
         others = {key: part for key, part in self.pipeline.components.items() if key not in parts}

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Cond, Denoiser, Posterior, Scale, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Denoiser, Posterior, Scale
 from fewstep.teachers.embeddings.unet import attach_progress, fold_progress
+from fewstep.teachers.guidance_contract import GuidanceContract
 from fewstep.teachers.lora import FEED_FORWARD, UNET, plain_copy
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 
@@ -46,10 +48,7 @@ class Pixel(DiscreteGrids, Teacher):
     """
 
     conditions = "none"
-    guidable = False
-    call_guidance_scale = None
-    plain_guidance_scale = None
-    live_guidance = False
+    guidance = GuidanceContract(guidable=False)
     lora_targets = tuple(name for name in UNET if name not in (*FEED_FORWARD, "proj_in", "proj_out"))
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Call, Cond, Denoiser, FeatureMap, Scale, tokens_as_map
+from fewstep.teachers.denoiser import Call, Cond, Denoiser, FeatureMap, Scale, tokens_as_map
 from fewstep.teachers.embeddings import transformer as told
 from fewstep.teachers.families._transformer import TransformerTeacher
+from fewstep.teachers.guidance_contract import GUIDED_BY_DEFAULT
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.schedulers import DiscreteGrids, deterministic_scheduler, read_schedule
 
@@ -33,8 +34,7 @@ class DiT(DiscreteGrids, TransformerTeacher):
     """
 
     conditions = "label"
-    call_guidance_scale = 1.0
-    plain_guidance_scale = 1.0
+    guidance = GUIDED_BY_DEFAULT
     lora_targets = (*ATTENTION, *FEED_FORWARD, "norm1.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)
@@ -71,10 +71,10 @@ class DiT(DiscreteGrids, TransformerTeacher):
                 f"the teacher's conditions are labels 0 to {self.num_labels - 1}; found {wrong[0]!r}: set data.source to one "
                 "with labels, and data.num_labels"
             )
-        return {"class_labels": torch.tensor(raw, device=self.device)}
+        return {"class_labels": torch.tensor(raw, device=self.placement.device)}
 
     def null_condition(self, size: int) -> Cond:
-        return {"class_labels": torch.full((size,), self.num_labels, device=self.device)}
+        return {"class_labels": torch.full((size,), self.num_labels, device=self.placement.device)}
 
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return deterministic_scheduler(self.pipeline.scheduler, steps)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Cond, Denoiser, Scale
+from fewstep.teachers.denoiser import Cond, Denoiser, Scale
 from fewstep.teachers.embeddings.unet import ToldLabels
 from fewstep.teachers.families.ddpm import Pixel, check_network
 from fewstep.teachers.lora import ATTENTION
@@ -124,7 +124,7 @@ class Edm(Pixel):
                 f"the teacher's conditions are labels 0 to {self.num_labels - 1}; found {wrong[0]!r}: set data.source to one "
                 "with labels, and data.num_labels"
             )
-        return {"class_labels": torch.tensor(raw, dtype=torch.int, device=self.device)}
+        return {"class_labels": torch.tensor(raw, dtype=torch.int, device=self.placement.device)}
 
     def null_condition(self, size: int) -> Cond:
         """Any label: no network is asked for an unconditional answer, since methods refuse to guide this family."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
-from fewstep.teachers.base import Cond, Denoiser, Scale, tokens_as_map
+from fewstep.teachers.denoiser import Cond, Denoiser, Scale, tokens_as_map
 from fewstep.teachers.embeddings import transformer as told
 from fewstep.teachers.families._transformer import TransformerTeacher
 from fewstep.teachers.flow_schedulers import even_grid_scheduler, shift_of, shifted_scheduler
+from fewstep.teachers.guidance_contract import GUIDED_BY_DEFAULT, GuidanceContract
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.prompt_cache import PromptCache
 
@@ -123,6 +124,7 @@ class FlowTeacher(TransformerTeacher):
         self.call, self.feature_map = call(schedule), block_output_as_map
         super().__init__(pipeline, schedule, "flow")
         self.prompts = PromptCache(self, self._encode_prompts)
+        self.placement.moved.append(self.prompts.clear)
 
     @staticmethod
     def time_modules(net: Any) -> Sequence[Any]:
@@ -181,11 +183,6 @@ class FlowTeacher(TransformerTeacher):
         grid = torch.cat([even, even.new_tensor([-1])])
         return grid.long() if bool((grid == grid.round()).all()) else grid.float()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "FlowTeacher":
-        super().to(device, dtype)
-        self.prompts.clear()
-        return self
-
 
 class StableDiffusion3(FlowTeacher):
     """A StableDiffusion3Pipeline.
@@ -193,9 +190,8 @@ class StableDiffusion3(FlowTeacher):
     It guides by default, and nothing in a folder can stop it: a student's caller passes guidance_scale=1.
     """
 
-    call_guidance_scale = 1.0
+    guidance = GUIDED_BY_DEFAULT
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    plain_guidance_scale = 1.0
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
@@ -204,7 +200,7 @@ class StableDiffusion3(FlowTeacher):
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
         encoded, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False,
+            prompts, None, None, device=self.placement.device, do_classifier_free_guidance=False,
             max_sequence_length=self._max_length(),
         )  # fmt: skip
         return {"encoder_hidden_states": encoded, "pooled_projections": pooled}
@@ -227,9 +223,8 @@ class Flux(FlowTeacher):
     In a student's pipeline this scale is part of the weights, and a caller's guidance_scale has no effect.
     """
 
-    call_guidance_scale = None
+    guidance = GuidanceContract()
     text_parts = ("text_encoder", "text_encoder_2")
-    plain_guidance_scale = None
     lora_targets = (
         *JOINT_ATTENTION, *FEED_FORWARD, "norm1.linear", "norm1_context.linear", "norm.linear", "proj_mlp", "proj_out",
     )  # fmt: skip
@@ -244,7 +239,7 @@ class Flux(FlowTeacher):
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
         encoded, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=self._max_length()
+            prompts, None, device=self.placement.device, max_sequence_length=self._max_length()
         )
         cond = {"encoder_hidden_states": encoded, "pooled_projections": pooled}
         if self.pipeline.transformer.config.guidance_embeds:

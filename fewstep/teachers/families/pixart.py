@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Call, Cond, FeatureMap, tokens_as_map
+from fewstep.teachers.denoiser import Call, Cond, FeatureMap, tokens_as_map
 from fewstep.teachers.embeddings import transformer as told
 from fewstep.teachers.families._transformer import TransformerTeacher
+from fewstep.teachers.guidance_contract import GUIDED_BY_DEFAULT
 from fewstep.teachers.lora import ATTENTION, FEED_FORWARD
 from fewstep.teachers.prompt_cache import PromptCache
 from fewstep.teachers.schedulers import DiscreteGrids, read_schedule, tcd_scheduler
@@ -43,10 +44,9 @@ class PixArt(DiscreteGrids, TransformerTeacher):
     """
 
     conditions = "prompt"
-    call_guidance_scale = 1.0
+    guidance = GUIDED_BY_DEFAULT
     text_parts = ("text_encoder",)
     prompts: PromptCache
-    plain_guidance_scale = 1.0
     lora_targets = (*ATTENTION, *FEED_FORWARD, "adaln_single.linear")
     call: Call = staticmethod(call)
     feature_map: FeatureMap = staticmethod(tokens_as_map)
@@ -57,6 +57,7 @@ class PixArt(DiscreteGrids, TransformerTeacher):
         alpha = type(pipeline).__name__ == "PixArtAlphaPipeline"
         self.sized = alpha and pipeline.transformer.config.sample_size == SIZED
         self.prompts = PromptCache(self, self._encode_prompts)
+        self.placement.moved.append(self.prompts.clear)
 
     @staticmethod
     def time_modules(net: Any) -> Sequence[Any]:
@@ -85,8 +86,3 @@ class PixArt(DiscreteGrids, TransformerTeacher):
 
     def jump_scheduler(self, steps: int) -> "SchedulerMixin":
         return tcd_scheduler(self.pipeline.scheduler, steps)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "PixArt":
-        super().to(device, dtype)
-        self.prompts.clear()
-        return self

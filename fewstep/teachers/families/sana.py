@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
-from fewstep.teachers.base import Cond, Posterior, tokens_as_map
+from fewstep.teachers.denoiser import Cond, Posterior, tokens_as_map
 from fewstep.teachers.embeddings import transformer as told
 from fewstep.teachers.families._transformer import TransformerTeacher
 from fewstep.teachers.families.flow import FlowTeacher
 from fewstep.teachers.flow_schedulers import shift_of, twice_shifted_scheduler
+from fewstep.teachers.guidance_contract import GUIDED_BY_DEFAULT
 from fewstep.teachers.lora import ATTENTION
 from fewstep.teachers.prompt_cache import PromptCache
 
@@ -56,8 +57,7 @@ class Sana(FlowTeacher):
     1024 pixels wide unless the caller asks for others: those of networks for another size are resized by its call.
     """
 
-    call_guidance_scale = 1.0
-    plain_guidance_scale = 1.0
+    guidance = GUIDED_BY_DEFAULT
     text_parts = ("text_encoder",)
     lora_targets = (*ATTENTION, "conv_inverted", "conv_point", "time_embed.linear")
 
@@ -69,6 +69,7 @@ class Sana(FlowTeacher):
         self.call, self.feature_map = SanaCall(schedule), tokens_as_map
         TransformerTeacher.__init__(self, pipeline, schedule, "flow")
         self.prompts = PromptCache(self, self._encode_prompts)
+        self.placement.moved.append(self.prompts.clear)
 
     @staticmethod
     def sizes(pipeline: "DiffusionPipeline") -> tuple[tuple[int, int, int], int]:
@@ -81,7 +82,7 @@ class Sana(FlowTeacher):
 
     def encode(self, images: Tensor) -> Posterior:
         """The autoencoder is deterministic: std is 0."""
-        vae, expected = self.part("vae"), (3, self.image_size, self.image_size)
+        vae, expected = self.placement.part("vae"), (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
         with torch.no_grad():
@@ -101,7 +102,7 @@ class Sana(FlowTeacher):
         for away, instruction in ((False, given["complex_human_instruction"].default), (True, None)):
             if some := [prompt for prompt in prompts if prompt.startswith(AWAY) == away]:
                 encoded, mask, _, _ = self.pipeline.encode_prompt(
-                    [prompt.removeprefix(AWAY) for prompt in some], False, device=self.device,
+                    [prompt.removeprefix(AWAY) for prompt in some], False, device=self.placement.device,
                     complex_human_instruction=instruction, **defaults,
                 )  # fmt: skip
                 rows |= dict(zip(some, zip(encoded, mask, strict=True), strict=True))

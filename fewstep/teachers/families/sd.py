@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Scale, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Call, Cond, Denoiser, Posterior, Scale
 from fewstep.teachers.embeddings.unet import attach_progress, fold_progress
+from fewstep.teachers.guidance_contract import GuidanceContract
 from fewstep.teachers.latents import decode_latents, encode_images, square_size
 from fewstep.teachers.lora import UNET, plain_copy
 from fewstep.teachers.prompt_cache import PromptCache, freeze
@@ -120,9 +122,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
     """
 
     conditions = "prompt"
-    call_guidance_scale = None
-    plain_guidance_scale = 1.0
-    live_guidance = True
+    guidance = GuidanceContract(live=True, scale_to_pass_with_adapters=1.0)
     text_parts: tuple[str, ...] = ("text_encoder",)
     image_parts = ("vae",)
     prompts: PromptCache
@@ -143,12 +143,13 @@ class StableDiffusion(DiscreteGrids, Teacher):
         side, self.image_size = square_size(unet, pipeline)
         self.latent_shape = (unet.config.in_channels, side, side)
         self.prompts = PromptCache(self, self._encode_prompts)
+        self.placement.moved.append(self.prompts.clear)
 
     def encode(self, images: Tensor) -> Posterior:
-        return encode_images(self.part("vae"), images, self.image_size)
+        return encode_images(self.placement.part("vae"), images, self.image_size)
 
     def decode(self, x0: Tensor) -> Tensor:
-        return decode_latents(self.part("vae"), x0)
+        return decode_latents(self.placement.part("vae"), x0)
 
     def condition(self, raw: Sequence[Any]) -> Cond:
         return self.prompts(raw)
@@ -196,7 +197,7 @@ class StableDiffusion(DiscreteGrids, Teacher):
         return self._assembled(StableDiffusionPipeline, self.folded(student).requires_grad_(False).eval(), scheduler)
 
     def _assembled(self, kind: Any, unet: Any, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
-        self.recall(self.text_parts + self.image_parts)
+        self.placement.recall(self.placement.parts)
         pipeline: DiffusionPipeline = kind(
             vae=in_dtype(self.pipeline.vae, unet.dtype),
             text_encoder=in_dtype(self.pipeline.text_encoder, unet.dtype),
@@ -226,11 +227,6 @@ class StableDiffusion(DiscreteGrids, Teacher):
         if unet.config.time_cond_proj_dim is None:
             unet = with_guidance_embedding(unet)
         return unet.requires_grad_(False).eval()
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "StableDiffusion":
-        super().to(device, dtype)
-        self.prompts.clear()
-        return self
 
 
 def in_dtype(module: Any, dtype: torch.dtype) -> Any:

@@ -1,13 +1,12 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, a pooled prompt, and the image's size as a condition."""
 
 import copy
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fewstep.teachers.base import Call, Cond, Denoiser, Posterior, Scale
+from fewstep.teachers.denoiser import Call, Cond, Denoiser, Posterior, Scale
 from fewstep.teachers.families import sd
 from fewstep.teachers.families.sd import StableDiffusion, in_dtype
 from fewstep.teachers.latents import decode_latents, encode_images
@@ -39,17 +38,12 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipeline)
         if pipeline.vae.config.get("latents_mean") is not None:
             raise ValueError("the teacher's VAE has a latents_mean; only those with a scaling_factor are supported")
-        self._full: Any = None
 
     @property
     def vae(self) -> Any:
         """The autoencoder in a type that holds its activations: float32 where its config asks for that (force_upcast)."""
-        own = self.part("vae")
-        if own.dtype == torch.float32 or not own.config.force_upcast:
-            return own
-        if self._full is None:
-            self._full = copy.deepcopy(own).float()
-        return self._full
+        own: Any = self.placement.part("vae")
+        return self.placement.part_in_float32("vae") if own.config.force_upcast else own
 
     def encode(self, images: Tensor) -> Posterior:
         return encode_images(self.vae, images, self.image_size)
@@ -90,7 +84,7 @@ class StableDiffusionXL(StableDiffusion):
         return self._assembled(StableDiffusionXLPipeline, self.folded(student).requires_grad_(False).eval(), scheduler)
 
     def _assembled(self, kind: Any, unet: Any, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
-        self.recall(self.text_parts + self.image_parts)
+        self.placement.recall(self.placement.parts)
         own = self.pipeline
         pipeline: DiffusionPipeline = kind(
             vae=in_dtype(own.vae, unet.dtype),
@@ -104,13 +98,3 @@ class StableDiffusionXL(StableDiffusion):
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "StableDiffusionXL":
-        super().to(device, dtype)
-        self._full = None
-        return self
-
-    def release(self, names: Sequence[str]) -> None:
-        super().release(names)
-        if "vae" in names:
-            self._full = None

@@ -26,7 +26,7 @@ def exported(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student with a scale of 2, for 1 to 8 steps, in fp32; not to be changed."""
     teacher = load_teacher(str(tiny_sd))
     return export(
-        teacher, perturbed(teacher, True), teacher.renoise_scheduler(8), tmp_path_factory.mktemp("run") / "pipeline",
+        teacher, perturbed(teacher, True), teacher.samplers.renoise(8), tmp_path_factory.mktemp("run") / "pipeline",
         allowed_steps=(1, 2, 4, 8), guidance_scale=2.0, card=CARD,
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def test_stock_diffusers_draws_the_student(tiny_sd: Path, exported: Path) -> Non
     assert not [p for p in exported.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     teacher = load_teacher(str(tiny_sd))
     stock = DiffusionPipeline.from_pretrained(exported)
-    memory = teacher.student_pipeline(perturbed(teacher, True), teacher.renoise_scheduler(8), 2.0)
+    memory = teacher.students.pipeline(perturbed(teacher, True), teacher.samplers.renoise(8), 2.0)
     for pipeline in (stock, memory):
         pipeline.set_progress_bar_config(disable=True)
     images = [
@@ -55,7 +55,7 @@ def test_stock_diffusers_draws_the_student(tiny_sd: Path, exported: Path) -> Non
 def test_half_precision_is_that_of_the_copy_alone(tiny_sd: Path, tmp_path: Path, dtype: str) -> None:
     teacher = load_teacher(str(tiny_sd))
     path = export(
-        teacher, perturbed(teacher, True), teacher.renoise_scheduler(8), tmp_path / "pipeline", allowed_steps=(1, 2, 4, 8),
+        teacher, perturbed(teacher, True), teacher.samplers.renoise(8), tmp_path / "pipeline", allowed_steps=(1, 2, 4, 8),
         guidance_scale=2.0, dtype=dtype, card=CARD,
     )  # fmt: skip
     assert teacher.pipeline.vae.dtype == torch.float32
@@ -68,7 +68,7 @@ def test_pixels(tiny_ddpm_grey: Path, tmp_path: Path) -> None:
     path = export(
         teacher,
         perturbed(teacher, False),
-        teacher.renoise_scheduler(2),
+        teacher.samplers.renoise(2),
         tmp_path / "pipeline",
         allowed_steps=(1, 2),
         card={},
@@ -81,26 +81,26 @@ def test_a_failed_export_keeps_the_old_one(tiny_sd: Path, exported: Path, tmp_pa
     before = tree(path)
     # A grid of 8 runs 5 steps, for which this student was not trained.
     with pytest.raises(ExportError, match="num_inference_steps=5 does not raise"):
-        export(teacher, teacher.student(), teacher.renoise_scheduler(8), path, allowed_steps=(1, 2, 4), card=CARD)
+        export(teacher, teacher.students.new(), teacher.samplers.renoise(8), path, allowed_steps=(1, 2, 4), card=CARD)
     # A grid of 2 cannot run 4.
     with pytest.raises(ExportError, match="num_inference_steps=4 does not run"):
-        export(teacher, teacher.student(), teacher.renoise_scheduler(2), path, allowed_steps=(4,), card=CARD)
+        export(teacher, teacher.students.new(), teacher.samplers.renoise(2), path, allowed_steps=(4,), card=CARD)
     assert tree(path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["pipeline"]
     # A student that draws NaN compares equal to nothing.
-    student = teacher.student()
+    student = teacher.students.new()
     with torch.no_grad():
         next(student.parameters()).fill_(float("nan"))
     with pytest.raises(ExportError, match="other pixels"):
-        export(teacher, student, teacher.renoise_scheduler(4), path, allowed_steps=(4,), card=CARD)
+        export(teacher, student, teacher.samplers.renoise(4), path, allowed_steps=(4,), card=CARD)
     assert tree(path) == before
-    export(teacher, perturbed(teacher, False), teacher.renoise_scheduler(4), path, allowed_steps=(1, 2, 4), card=CARD)
+    export(teacher, perturbed(teacher, False), teacher.samplers.renoise(4), path, allowed_steps=(1, 2, 4), card=CARD)
     assert tree(path) != before
 
 
 def test_arguments_are_checked_first(tiny_sd: Path, tmp_path: Path) -> None:
     teacher = load_teacher(str(tiny_sd))
-    arguments = (teacher, teacher.student(), teacher.renoise_scheduler(4), tmp_path / "pipeline")
+    arguments = (teacher, teacher.students.new(), teacher.samplers.renoise(4), tmp_path / "pipeline")
     with pytest.raises(ValueError, match="export_dtype is 'fp8'"):
         export(*arguments, allowed_steps=(4,), dtype="fp8", card=CARD)
     with pytest.raises(ValueError, match="allowed_steps"):

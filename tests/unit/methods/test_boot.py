@@ -70,7 +70,7 @@ def teacher(request):
 
 
 def test_student_starts_as_the_teacher_for_every_target_time(teacher):
-    student, batch, x = teacher.student(progress_embedding=True), batch_for(teacher), noise_for(teacher)
+    student, batch, x = teacher.students.new(progress_embedding=True), batch_for(teacher), noise_for(teacher)
     t = torch.tensor([999, 700, 300, 10])
     expected = teacher.denoiser(x, t, batch.cond)
     for progress in (0.0, 0.3, 1.0):
@@ -82,7 +82,7 @@ def test_folded_equals_unfolded_at_the_end_of_a_segment(teacher):
     method = Boot(config(), teacher)
     student, batch, x = nets_for(method)["student"].eval().double(), batch_for(teacher), noise_for(teacher)
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    unet = teacher.student_pipeline(student, method.scheduler()).unet
+    unet = teacher.students.pipeline(student, method.scheduler()).unet
     folded = Denoiser(unet, student.call, student.schedule, student.prediction_type)
     scale = torch.ones(4) if teacher.conditions == "prompt" else None
     t = torch.tensor([999, 700, 300, 10])
@@ -98,7 +98,7 @@ def test_a_taken_place_is_refused(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     teacher.denoiser.net.class_embedding = torch.nn.Embedding(10, 128)
     with pytest.raises(ValueError, match="class labels"):
-        teacher.student(progress_embedding=True)
+        teacher.students.new(progress_embedding=True)
 
 
 # The loss ---------------------------------------------------------------------------------------------------------------
@@ -432,8 +432,8 @@ def test_warm_start_falls_evenly_from_pool_to_student(tiny_ddpm_grey):
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_the_grid_is_what_the_scheduler_does(request, family, steps):
     teacher = load_teacher(str(request.getfixturevalue(family)))
-    scheduler = teacher.jump_scheduler(steps)
-    grid = teacher.jump_grid(scheduler, steps)
+    scheduler = teacher.samplers.jump(steps)
+    grid = teacher.samplers.grid(scheduler, steps)
     assert len(grid) == steps + 1 and grid[0] >= 990
     generator = torch.Generator().manual_seed(0)
     for t, s in pairwise(grid):
@@ -496,7 +496,7 @@ def test_a_range_of_guidance_stays_with_the_caller_or_is_folded(tiny_sd):
 
     assert (said(1.5) - said(3.0)).abs().max() > 1e-2
     for folded in (None, 3.0):
-        stock = teacher.student_pipeline(student, method.scheduler(), folded)
+        stock = teacher.students.pipeline(student, method.scheduler(), folded)
         sizes = []
         stock.unet.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
         for scale in (1.5, 3.0):

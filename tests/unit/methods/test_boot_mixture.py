@@ -17,7 +17,8 @@ from fewstep.diffusion.schedule import VariancePreserving, add_noise, ode_step, 
 from fewstep.methods.base import Batch
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.method import Boot
-from fewstep.teachers.base import Cond, Denoiser, Posterior, Teacher
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.denoiser import Cond, Denoiser, Posterior
 
 N = 64
 """Sub-steps of the teacher in all segments together."""
@@ -55,6 +56,7 @@ def call(
 
 class Mixture(Teacher):
     conditions, num_train_timesteps, latent_shape, image_size = "none", 1000, (2,), 2
+    lora_targets = ()
 
     def __init__(self) -> None:
         table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -123,7 +125,7 @@ def train(iterations: int = 2500, size: int = 512, seed: int = 0, **changes: Any
 @torch.no_grad()
 def teacher_samples(teacher: Teacher, z: Tensor, steps: int) -> Tensor:
     """Noise z [B, 2] by DDIM with the teacher; steps = 1000 visits every timestep."""
-    for t, s in pairwise(teacher.jump_grid(None, steps)):
+    for t, s in pairwise(teacher.samplers.grid(None, steps)):
         z = ode_step(teacher.schedule, teacher.denoiser(z, t.expand(len(z)), {}), s.expand(len(z)))
     return z
 
@@ -132,7 +134,7 @@ def teacher_samples(teacher: Teacher, z: Tensor, steps: int) -> Tensor:
 def student_samples(method: Boot, student: nn.Module, z: Tensor) -> Tensor:
     """Noise z [B, 2] as the exported student draws it: told where its scheduler's steps begin, and never its chain's grid."""
     teacher, renoise = method.teacher, method.config.start == "renoise"
-    times, generator = teacher.jump_grid(method.scheduler(), method.config.steps), torch.Generator().manual_seed(2)
+    times, generator = teacher.samplers.grid(method.scheduler(), method.config.steps), torch.Generator().manual_seed(2)
     for t, s in pairwise(times):
         p = student(z, t.expand(len(z)), {}, progress=torch.ones(len(z)))
         if renoise:

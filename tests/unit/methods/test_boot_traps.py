@@ -103,7 +103,7 @@ def test_stable_diffusion_rewrites_the_offset(tiny_sd: Path) -> None:
     stock = StableDiffusionPipeline(**parts | {"scheduler": saved}, requires_safety_checker=False)
     stock.scheduler.set_timesteps(1)
     assert stock.scheduler.timesteps.tolist() == [1]
-    ours: Any = teacher.jump_scheduler(4)
+    ours: Any = teacher.samplers.jump(4)
     before = dict(ours.config)
     kept = StableDiffusionPipeline(**parts | {"scheduler": ours}, requires_safety_checker=False)
     assert dict(kept.scheduler.config) == before
@@ -133,7 +133,7 @@ def test_pixart_cannot_take_one_step_of_dpm_solver(tmp_path: Path) -> None:
     assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     with pytest.raises(IndexError):
         pipeline("a bag", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-    ours: Any = teacher.student_pipeline(teacher.student(progress_embedding=True), teacher.jump_scheduler(1))
+    ours: Any = teacher.students.pipeline(teacher.students.new(progress_embedding=True), teacher.samplers.jump(1))
     drawn = ours("a bag", num_inference_steps=1, guidance_scale=1.0, output_type="latent").images
     assert drawn.isfinite().all()
 
@@ -142,9 +142,9 @@ def test_pixart_cannot_take_one_step_of_dpm_solver(tmp_path: Path) -> None:
 def test_pipelines_guide_by_default(build: Callable[[Path], Path], tmp_path: Path) -> None:
     """A second half of the batch, unless the caller says no: in SDXL the folder itself does, for the others the card."""
     teacher = load_teacher(str(build(tmp_path / "teacher")))
-    ours: Any = teacher.student_pipeline(teacher.student(progress_embedding=True), teacher.jump_scheduler(1))
+    ours: Any = teacher.students.pipeline(teacher.students.new(progress_embedding=True), teacher.samplers.jump(1))
     inputs = {"prompt": "a bag"} if teacher.conditions == "prompt" else {"class_labels": [3]}
-    said = {} if teacher.call_guidance_scale is None else {"guidance_scale": teacher.call_guidance_scale}
+    said = {} if teacher.guidance.scale_to_pass is None else {"guidance_scale": teacher.guidance.scale_to_pass}
     assert (said == {}) == (build is build_sdxl)
     rows = []
     for pipeline, more in ((teacher.pipeline, {}), (ours, {}), (ours, said)):
@@ -173,7 +173,7 @@ def test_sdxls_own_scheduler_scales_noise_and_begins_late(tmp_path: Path) -> Non
     assert own.init_noise_sigma == pytest.approx(14.6, abs=0.1)
     x, _ = noise()
     for steps in (1, 4):
-        ours: Any = teacher.jump_scheduler(steps)
+        ours: Any = teacher.samplers.jump(steps)
         ours.set_timesteps(steps)
         assert (
             ours.timesteps[0] == 999 and ours.init_noise_sigma == 1 and torch.equal(ours.scale_model_input(x, 999), x)

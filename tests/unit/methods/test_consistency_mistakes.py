@@ -50,7 +50,8 @@ class Turn:
     def __init__(
         self, folder: str, distance: str = "l2", timestep_scaling: float = 10.0, dtype: torch.dtype = torch.float64
     ) -> None:
-        self.teacher = teacher = load_teacher(folder).to(torch.device("cpu"), dtype)
+        self.teacher = teacher = load_teacher(folder)
+        teacher.placement.to(torch.device("cpu"), dtype)
         self.alphas = teacher.pipeline.scheduler.alphas_cumprod.double()
         teacher.schedule = teacher.denoiser.schedule = VariancePreserving(self.alphas)
         config = ConsistencyConfig(
@@ -369,7 +370,7 @@ def test_online_target_with_other_dropout_masks(whose: str, tiny_sd: Any) -> Non
     """Dropout need not come from the method's own key: the teacher's network may have it, and adapters."""
     teacher = load_teacher(str(tiny_sd))
     if whose == "adapters":
-        teacher.adapt(LoraConfig(rank=2, dropout=0.3))
+        teacher.students.adapt(LoraConfig(rank=2, dropout=0.3))
     else:
         set_dropout(teacher.denoiser, 0.3)
     config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), target_decay=None, guidance_range=None)

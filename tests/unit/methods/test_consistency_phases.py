@@ -26,7 +26,7 @@ def teacher(tiny_sd_epsilon):
 
 
 def jumps(teacher, phases):
-    return teacher.jump_grid(teacher.jump_scheduler(phases), phases)
+    return teacher.samplers.grid(teacher.samplers.jump(phases), phases)
 
 
 # Tables -------------------------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_phases_are_those_of_pcm(teacher, n, phases, ends):
 @pytest.mark.parametrize("phases", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_phases_begin_where_the_stock_sampler_steps(teacher, phases):
     """For every count, also those that divide nothing: the tcd grid of 3 steps is 998, 665, 332."""
-    scheduler = teacher.jump_scheduler(phases)
+    scheduler = teacher.samplers.jump(phases)
     scheduler.set_timesteps(phases)
     grid = phase_grid(jumps(teacher, phases), 10 * phases)
     assert grid.t.flip(0)[::10].tolist() == scheduler.timesteps.tolist()
@@ -110,7 +110,7 @@ def test_tlcms_schedules_are_taken_as_timesteps(tiny_sd, places):
     wanted = [[999, 874, 749, 624, 499, 374, 249, 124][i] for i in places]
     teacher = load_teacher(str(tiny_sd))
     method = Consistency(phased(steps=8, phases=1, sampling="renoise", embed_guidance=False), teacher)
-    pipeline = teacher.student_pipeline(method.roles()["student"].net, method.scheduler())
+    pipeline = teacher.students.pipeline(method.roles()["student"].net, method.scheduler())
     seen: list[int] = []
     pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
     pipeline("a coat", timesteps=wanted, output_type="latent")
@@ -222,7 +222,7 @@ def test_phase_maps_are_the_stock_steps_bit_for_bit(teacher, kind, n):
     for phases in (1, 2, 4):
         grid = phase_grid(jumps(teacher, phases), n)
         exported = TCDScheduler.from_config(
-            own | dict(teacher.jump_scheduler(phases).config) | {"prediction_type": kind}
+            own | dict(teacher.samplers.jump(phases).config) | {"prediction_type": kind}
         )
         for scheduler, options in ((tcd, {"eta": 0.0}), (exported, {"eta": 0.0}), (ddim, {})):
             scheduler.set_timesteps(phases)

@@ -132,7 +132,7 @@ def test_student_rollout_is_the_samplers_loop(tiny_sd):
 
     with torch.no_grad():
         drawn = student_rollout(predict, teacher.schedule, times, noise, renoise=False)
-        scheduler, x = teacher.jump_scheduler(4), noise
+        scheduler, x = teacher.samplers.jump(4), noise
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps[:3]:
             x = scheduler.step(teacher.denoiser.net(x, t, **cond).sample, int(t), x, eta=0.0).prev_sample

@@ -30,7 +30,7 @@ from fewstep.methods.discriminator import Head, noised
 from fewstep.methods.distribution_matching.diagnostics import alarms, prompt_distances
 from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.teachers import load_teacher
-from fewstep.teachers.base import Denoiser
+from fewstep.teachers.denoiser import Denoiser
 
 
 def batch_for(teacher, size=3):
@@ -746,12 +746,12 @@ def test_an_exported_consistency_student_is_a_start(tiny_sd, tmp_path):
     from fewstep.training.init_from import start_from
 
     teacher = load_teacher(str(tiny_sd))
-    earlier = teacher.student(guidance_embedding=True)
+    earlier = teacher.students.new(guidance_embedding=True)
     with torch.no_grad():
         for p in earlier.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
     for name, scale in (("folded", 2.0), ("live", None)):
-        teacher.student_pipeline(earlier, teacher.renoise_scheduler(4), scale).save_pretrained(tmp_path / name)
+        teacher.students.pipeline(earlier, teacher.samplers.renoise(4), scale).save_pretrained(tmp_path / name)
     roles = DMD2(config(), teacher).roles()
     start_from(roles, tmp_path / "folded")
     x, t = torch.randn(2, *teacher.latent_shape), torch.tensor([999, 249])

@@ -319,8 +319,8 @@ def test_forwards_per_sample(request, name, changes, forwards):
     teacher = load_teacher(str(request.getfixturevalue(name)))
     method = scm(teacher, adaptive_weight=False, **changes)
     nets = {name: role.net for name, role in method.roles().items()}
-    cond = teacher.condition(["a", "b"]) if teacher.guidable else {}
-    uncond = teacher.null_condition(2) if teacher.guidable else {}
+    cond = teacher.condition(["a", "b"]) if teacher.guidance.guidable else {}
+    uncond = teacher.null_condition(2) if teacher.guidance.guidable else {}
     latents, t = torch.randn(2, *teacher.latent_shape), torch.tensor([300, 700])
     batch = Batch(2, cond, uncond, CPU, latents=latents)
     with FlopCounterMode(display=False) as one, torch.no_grad():

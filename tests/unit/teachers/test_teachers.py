@@ -129,9 +129,9 @@ def test_adapters_that_are_in_the_pipeline_are_distilled(
     assert (other - drawn).abs().max() > 0.05
     x, t, cond = noise(teacher), T, teacher.condition(PROMPTS)
     expected = teacher.denoiser(x, t, cond).x0
-    assert torch.equal(teacher.student()(x, t, cond).x0, expected)
-    teacher.adapt(LoraConfig(rank=2))
-    assert torch.equal(teacher.student()(x, t, cond).x0, expected)
+    assert torch.equal(teacher.students.new()(x, t, cond).x0, expected)
+    teacher.students.adapt(LoraConfig(rank=2))
+    assert torch.equal(teacher.students.new()(x, t, cond).x0, expected)
 
 
 def test_epsilon_with_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_epsilon_with_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
 
 def test_v_with_zero_terminal_snr_keeps_it_in_the_student(tmp_path: Path) -> None:
     teacher = load_teacher(str(build_sd(tmp_path / "sd", zero_terminal_snr=True)))
-    assert teacher.renoise_scheduler(4).alphas_cumprod[-1] == 0
+    assert teacher.samplers.renoise(4).alphas_cumprod[-1] == 0
 
 
 def test_embedded_teacher() -> None:
@@ -179,14 +179,14 @@ def test_conditions_are_the_pipelines(sd: Teacher) -> None:
 
 def test_embedding_is_the_stock_one(tiny_sd: Path) -> None:
     teacher = load_teacher(str(tiny_sd))
-    stock = teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4))
+    stock = teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4))
     scales = torch.tensor([1.0, 2.5, 8.5])
     torch.testing.assert_close(guidance_embedding(scales), stock.get_guidance_scale_embedding(scales - 1, 256))
 
 
 @pytest.mark.parametrize("guidance", [False, True])
 def test_student_starts_as_the_teacher(sd: Teacher, guidance: bool) -> None:
-    student, cond = sd.student(guidance), sd.condition(PROMPTS)
+    student, cond = sd.students.new(guidance), sd.condition(PROMPTS)
     assert all(p.requires_grad for p in student.parameters())
     assert student.net.training
     expected = sd.denoiser(noise(sd), T, cond)
@@ -200,7 +200,7 @@ def test_guidance_scale_goes_where_it_is_embedded(sd: Teacher) -> None:
     with pytest.raises(ValueError, match="no guidance embedding"):
         sd.denoiser(noise(sd), T, cond, scale)
     with pytest.raises(ValueError, match="given none"):
-        sd.student(True)(noise(sd), T, cond)
+        sd.students.new(True)(noise(sd), T, cond)
 
 
 def test_fold_is_exact(sd: Teacher) -> None:
@@ -208,7 +208,7 @@ def test_fold_is_exact(sd: Teacher) -> None:
     before = {name: p.clone() for name, p in student.named_parameters()}
     live = student(noise(sd), T, cond, torch.full((2,), 3.5)).eps
     folded = Denoiser(
-        sd.student_pipeline(student, sd.renoise_scheduler(4), 3.5).unet,
+        sd.students.pipeline(student, sd.samplers.renoise(4), 3.5).unet,
         student.call, student.schedule, student.prediction_type,
     )  # fmt: skip
     for scale in (1.0, 9.0):
@@ -224,7 +224,7 @@ def test_fold_of_a_scale_for_each_timestep_is_exact(sd: Teacher) -> None:
     """At its timesteps the folded network is the student told their scales; what the caller says does not matter."""
     student, cond = perturbed(sd, True), sd.condition(PROMPTS)
     scales = {999: 1.5, 874: 3.5, 749: 1.0, 499: 7.0, 249: 2.0, 124: 2.0}
-    unet = sd.student_pipeline(student, sd.renoise_scheduler(8), scales).unet
+    unet = sd.students.pipeline(student, sd.samplers.renoise(8), scales).unet
     folded = Denoiser(unet, student.call, student.schedule, student.prediction_type)
     for t, scale in scales.items():
         at = torch.full((2,), t)
@@ -249,7 +249,7 @@ def test_stock_pipeline_draws_the_student(sd: Teacher, guidance: bool) -> None:
     """One step of the stock pipeline is the student's x0 at t = 999, whatever guidance_scale the caller passes."""
     student, cond = perturbed(sd, guidance), sd.condition(["a bag"])
     scale = 2.0 if guidance else None
-    pipeline = sd.student_pipeline(student, sd.renoise_scheduler(4, timestep_scaling=10.0), scale)
+    pipeline = sd.students.pipeline(student, sd.samplers.renoise(4, timestep_scaling=10.0), scale)
     x = noise(sd)[:1]
     with torch.no_grad():
         x0 = student(x, T[:1], cond, torch.tensor([scale]) if scale else None).x0
@@ -261,7 +261,7 @@ def test_stock_pipeline_draws_the_student(sd: Teacher, guidance: bool) -> None:
 def test_live_guidance_is_the_callers(tiny_sd: Path) -> None:
     teacher = load_teacher(str(tiny_sd))
     student, x = perturbed(teacher, True), noise(teacher)[:1]
-    pipeline = teacher.student_pipeline(student, teacher.renoise_scheduler(4))
+    pipeline = teacher.students.pipeline(student, teacher.samplers.renoise(4))
     for scale in (1.5, 4.0):
         with torch.no_grad():
             x0 = student(x, T[:1], teacher.condition(["a bag"]), torch.tensor([scale])).x0
@@ -274,7 +274,7 @@ def test_other_schedulers_get_the_plain_pipeline_without_guidance(tiny_sd: Path)
 
     teacher = load_teacher(str(tiny_sd))
     scheduler = DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
-    pipeline = teacher.student_pipeline(teacher.student(), scheduler)
+    pipeline = teacher.students.pipeline(teacher.students.new(), scheduler)
     draw = [
         pipeline("a bag", num_inference_steps=2, guidance_scale=g, latents=noise(teacher)[:1], output_type="np").images
         for g in (1.0, 7.5)
@@ -286,12 +286,12 @@ def test_other_schedulers_get_the_plain_pipeline_without_guidance(tiny_sd: Path)
 def test_guidance_without_an_embedding_is_refused(sd: Teacher, pixel: Teacher) -> None:
     for teacher in (sd, pixel):
         with pytest.raises(ValueError, match="guidance_scale is"):
-            teacher.student_pipeline(teacher.student(), teacher.renoise_scheduler(4), 2.0)
+            teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4), 2.0)
 
 
 def test_grid(sd: Teacher, pixel: Teacher) -> None:
     for teacher in (sd, pixel):
-        scheduler = teacher.renoise_scheduler(8)
+        scheduler = teacher.samplers.renoise(8)
         grids = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624, 499, 374, 249, 124]}
         for steps, grid in grids.items():
             scheduler.set_timesteps(steps)
@@ -299,18 +299,18 @@ def test_grid(sd: Teacher, pixel: Teacher) -> None:
         with pytest.raises(ValueError):
             scheduler.set_timesteps(9)
         with pytest.raises(ValueError, match="steps is 7"):
-            teacher.renoise_scheduler(7)
+            teacher.samplers.renoise(7)
 
 
 def test_moved_teacher_gives_full_precision_students(tiny_sd: Path) -> None:
     teacher = load_teacher(str(tiny_sd))
     teacher.condition(PROMPTS)
-    teacher.to(torch.device("cpu"), torch.bfloat16)
+    teacher.placement.to(torch.device("cpu"), torch.bfloat16)
     assert teacher.condition(PROMPTS)["encoder_hidden_states"].dtype == torch.bfloat16
-    student = teacher.student(True)
+    student = teacher.students.new(True)
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert teacher.denoiser(noise(teacher), T, teacher.condition(PROMPTS)).x0.dtype == torch.float32
-    pipeline = teacher.student_pipeline(student, teacher.renoise_scheduler(4), 2.0)
+    pipeline = teacher.students.pipeline(student, teacher.samplers.renoise(4), 2.0)
     assert pipeline("a bag", num_inference_steps=2).images[0].size == (32, 32)
     assert teacher.pipeline.vae.dtype == torch.bfloat16
 
@@ -325,10 +325,10 @@ def test_pixels(pixel: Teacher) -> None:
     torch.testing.assert_close(pixel.decode(posterior.mean), expected)
     assert pixel.condition([None, None]) == {} == pixel.null_condition(2)
     with pytest.raises(ValueError, match="guidance"):
-        pixel.student(guidance_embedding=True)
-    student = pixel.student()
+        pixel.students.new(guidance_embedding=True)
+    student = pixel.students.new()
     assert torch.equal(student(images[:, :channels], T, {}).x0, pixel.denoiser(images[:, :channels], T, {}).x0)
-    pipeline = pixel.student_pipeline(student, pixel.renoise_scheduler(4))
+    pipeline = pixel.students.pipeline(student, pixel.samplers.renoise(4))
     assert pipeline(num_inference_steps=4).images[0].size == (16, 16)
 
 
