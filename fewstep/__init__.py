@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fewstep._version import __version__
+
 if TYPE_CHECKING:
     from fewstep.evaluate import sample
     from fewstep.teachers import load_teacher
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "load_teacher", "sample"]
 
 # Loaded when first used, so that `import fewstep` and the check of a config wait for no torch.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.assets import ASSETS, asset_path
+from fewstep.io import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +25,12 @@ def one_progress_bar() -> None:
 
 def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
     """A pipeline on its device; SystemExit, in one sentence, for one that cannot be loaded."""
-    import torch
     from diffusers import DiffusionPipeline
 
     one_progress_bar()
     path = str(asset_path(name) / "pipeline") if name in ASSETS else name
-    dtypes = dict(fp64=torch.float64, fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
     try:
-        return DiffusionPipeline.from_pretrained(path, dtype=dtypes[dtype]).to(device)
+        return DiffusionPipeline.from_pretrained(path, dtype=torch_dtype(dtype)).to(device)
     # A broken folder ends in any of these, according to what is broken.
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
         if name not in ASSETS and not Path(name).exists():

@@ -4,7 +4,6 @@ A file names the keys of its rows in its own header, is written aside and rename
 `index.json` says where each key is; it is written when all files are, and it is what readers go by.
 """
 
-import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-PARTIAL = ".partial"
+from fewstep import io
 
 
 class Shards:
@@ -43,32 +42,25 @@ class Shards:
     def write(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
         """One file with rows of each name [len(keys), ...]. It is named after its keys, so that no two writers collide."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
-        path = self.folder / f"{name}.safetensors"
-        partial = path.with_name(path.name + PARTIAL)
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in rows.items()}, partial, {"keys": json.dumps(list(keys))}
-        )
-        partial.rename(path)
+        name = io.blake2b(" ".join(keys), 8).hex()
+        tensors = {k: v.detach().contiguous().cpu() for k, v in rows.items()}
+        with io.atomic(self.folder / f"{name}.safetensors") as partial:
+            save_file(tensors, partial, {"keys": json.dumps(list(keys))})
 
     def clean(self) -> None:
         """Delete what interrupted writes left; not while another process writes."""
-        for partial in self.folder.glob(f"*{PARTIAL}"):
-            partial.unlink()
+        io.prune(self.folder)
 
     def write_index(self, about: Mapping[str, Any]) -> None:
         """`index.json`: what the rows are about, and the keys of every file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"index.json{PARTIAL}"
-        partial.write_text(json.dumps({"about": dict(about), "files": self.written()}))
-        partial.rename(self.folder / "index.json")
+        io.write_json({"about": dict(about), "files": self.written()}, self.folder / "index.json", indent=None)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def read_index(self) -> None:
         """Know the rows that are indexed; none where there is no index."""
         path = self.folder / "index.json"
-        files = json.loads(path.read_text())["files"] if path.exists() else {}
+        files = io.read_json(path)["files"] if path.exists() else {}
         self.places = {key: (file, row) for file, keys in files.items() for row, key in enumerate(keys)}
 
     def missing(self, keys: Iterable[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Images out of any diffusers pipeline, by its own call, the same for every batch size and number of processes."""
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep import io
 from fewstep.teachers import NETWORKS
 
 ConditionKind = Literal["prompt", "label", "none"]
@@ -68,7 +68,7 @@ def check_guidance_scale(pipeline: Any, guidance_scale: float | None) -> None:
 
 def noise_generator(seed: int, index: int) -> torch.Generator:
     """The source of all noise of image `index`, on the CPU so that every device draws the same."""
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    digest = io.blake2b(f"{seed}:{index}", 8)
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -1,7 +1,6 @@
 """Protocols: what must be equal before two scores may be compared, as a named YAML file."""
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import yaml
 from annotated_types import Ge
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from fewstep import io
 from fewstep.config import Strict, yaml12
 from fewstep.config.help import explain
 from fewstep.data.hub import DATA
@@ -160,7 +160,7 @@ class Protocol(Strict):
         settings["conditions"].pop("file_from")
         if not self.rewards:  # protocols without keep the hash that they had before there were any
             settings.pop("rewards")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return io.sha256(json.dumps(settings, sort_keys=True), 12)
 
 
 def names() -> list[str]:

@@ -33,6 +33,7 @@ from fewstep.evaluate.protocol import (
     read_prompts,
 )
 from fewstep.evaluate.statistics import SUFFIXES, Statistics, check_metadata, load_statistics
+from fewstep.io import blake2b
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -347,7 +348,7 @@ class Subjects:
 
 def random_label(seed: int, index: int, num_labels: int) -> int:
     """Uniform, and the same for every batch size and number of processes."""
-    digest = hashlib.blake2b(f"{seed}:{index}:label".encode(), digest_size=8).digest()
+    digest = blake2b(f"{seed}:{index}:label", 8)
     return int.from_bytes(digest, "little") % num_labels
 
 

@@ -1,7 +1,5 @@
 """What an interrupted evaluation has done: the features of finished batches, by which it goes on without drawing them again."""
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fewstep import io
 
 COSTS = ("seconds", "evaluations")
 
@@ -35,12 +35,10 @@ class Keeper:
         """Raises ValueError for a folder that holds the batches of other settings."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        file, text = folder / "settings.json", json.dumps(dict(settings), indent=2) + "\n"
+        file = folder / "settings.json"
         if not file.exists():
-            aside = folder / f".{os.getpid()}.settings.json"
-            aside.write_text(text)
-            aside.replace(file)
-        found = json.loads(file.read_text())
+            io.write_json(dict(settings), file)
+        found = io.read_json(file)
         other = [key for key in settings if found.get(key) != settings[key]]
         if other:
             raise ValueError(
@@ -61,9 +59,8 @@ class Keeper:
         }
         # By the clock of indices, not of processes: two processes never write one name.
         name = f"batch_{batch.indices[0]:08d}_{batch.indices[-1]:08d}.safetensors"
-        aside = self.folder / f".{os.getpid()}.{name}"
-        save_file(tensors, aside)
-        aside.replace(self.folder / name)
+        with io.atomic(self.folder / name) as partial:
+            save_file(tensors, partial)
 
     @staticmethod
     def indices(file: Path) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fewstep import io
 from fewstep.assets import ASSETS, asset_path
 from fewstep.teachers import NETWORKS
 
@@ -39,7 +40,7 @@ def fingerprints(pipeline: Any) -> dict[str, str]:
     # Keys with an underscore tell of the library that wrote it.
     settings = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     written = json.dumps([type(pipeline.scheduler).__name__, settings], sort_keys=True, default=str)
-    return found | {"scheduler": hashlib.sha256(written.encode()).hexdigest()[:16]}
+    return found | {"scheduler": io.sha256(written, 16)}
 
 
 def earlier_rows(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep import io
 from fewstep.evaluate.generate import (
     ConditionKind,
     batches,
@@ -187,9 +188,7 @@ def scoring_dtype(pipeline: Any) -> torch.dtype:
 
 
 def fingerprint_of(what: Subjects) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr((list(what.conditions), what.prompts)).encode()).hexdigest()[:16]
+    return io.sha256(repr((list(what.conditions), what.prompts)), 16)
 
 
 def evaluate_protocol(

@@ -1,7 +1,6 @@
 """Files of reference statistics: our own, with what they were made of, and those of pytorch-fid, clean-fid, EDM and ADM."""
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep import io
 from fewstep.evaluate.metrics.frechet import Moments, moments
 
 SUFFIXES = (".npz", ".safetensors")
@@ -42,21 +42,20 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
     if m is None:
         raise ValueError("statistics without moments are not written")
     metadata = {**statistics.metadata, "ddof": "1"} | ({} if m.count is None else {"count": str(m.count)})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{os.getpid()}.{file.name}")
     if file.suffix == ".safetensors":
         tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
         if statistics.features is not None:
             tensors["features"] = statistics.features.cpu().contiguous()
-        save_file(tensors, aside, metadata=metadata)
+        with io.atomic(file) as partial:
+            save_file(tensors, partial, metadata=metadata)
     elif file.suffix == ".npz":
         arrays: dict[str, Any] = {"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()}
         if statistics.features is not None:
             arrays["features"] = statistics.features.cpu().numpy()
-        np.savez(aside, **arrays, metadata=np.array(json.dumps(metadata)))
+        with io.atomic(file) as partial, partial.open("wb") as f:  # of a name, numpy would change the end
+            np.savez(f, **arrays, metadata=np.array(json.dumps(metadata)))
     else:
         raise ValueError(f"{file}: a file of statistics ends in {' or '.join(SUFFIXES)}")
-    aside.replace(file)
 
 
 def load_statistics(file: Path) -> Statistics:

@@ -1,9 +1,7 @@
 """What was compared and how it came out: the protocol, the report's file, its table and its picture."""
 
 import json
-import os
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import fewstep
+from fewstep import io
 from fewstep.assets import ASSETS, asset_path
 from fewstep.data.hub import is_dataset
 from fewstep.evaluate.models.clip import clip_folder
-from fewstep.evaluate.models.features import features_weights, sha256
+from fewstep.evaluate.models.features import features_weights
 from fewstep.evaluate.protocol import ClipScoring, Comparison, Protocol, is_own_reward
 from fewstep.evaluate.references import (
     NOTHING,
@@ -40,7 +38,7 @@ def recommended_guidance_scale(teacher: str) -> float | None:
 
 
 def _weights(file: Path | None) -> str | None:
-    return sha256(file) if file is not None and file.exists() else None
+    return io.sha256_of_file(file) if file is not None and file.exists() else None
 
 
 def _clip_weights(scoring: ClipScoring | None) -> Path | None:
@@ -84,7 +82,7 @@ def _reference(name: str, c: Comparison, given: Given) -> dict[str, Any]:
     return {
         "reference": path,
         "reference_images": None if statistics.moments is None else statistics.moments.count,
-        "reference_sha256": sha256(file),
+        "reference_sha256": io.sha256_of_file(file),
         # Statistics that others wrote do not say with which network.
         "reference_features": "those of this evaluation" if known else "not recorded in the file",
     }
@@ -124,7 +122,7 @@ def describe_protocol(
         "prompts": str(prompts) if prompts else text[protocol.conditions.source],
         "prompts_sha256": _weights(prompts),
         "uint8": protocol.uint8,
-        "versions": {"fewstep": fewstep.__version__, **{lib: metadata.version(lib) for lib in LIBRARIES}},
+        "versions": io.versions(*LIBRARIES),
     } | ({} if name == "custom" else {"definition": protocol.model_dump(mode="json")})
 
 
@@ -145,11 +143,7 @@ def protocol(
 
 def write_report(path: Path | str, protocol: dict[str, Any], results: list[dict[str, Any]]) -> None:
     """Writes {"protocol", "results"} as JSON, aside first: the file is whole or absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps({"protocol": protocol, "results": results}, indent=2) + "\n")
-    aside.replace(path)
+    io.write_json({"protocol": protocol, "results": results}, Path(path))
 
 
 def _cell(value: float | None, digits: int) -> str:

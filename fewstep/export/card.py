@@ -1,19 +1,16 @@
 """The model card of an exported pipeline: what it is, the exact call, and its scores."""
 
-import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import fewstep
+from fewstep import io
 
 BEGIN, END = "<!-- scores -->", "<!-- /scores -->"
 COLUMNS = ("model", "steps", "guidance_scale", "fid", "clip_score", "images")
 KNOWN = ("method", "paper", "teacher", "data", "license", "prompt", "scores", "versions")
-TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def render(
@@ -69,8 +66,8 @@ def render(
             guidance,
             "",
             *[f"- {key}: {value}" for key, value in details.items() if value is not None],
-            f"- Weights: {TORCH_NAMES[dtype]}",
-            f"- Versions: {', '.join(f'{name} {number}' for name, number in card.get('versions', versions()).items())}",
+            f"- Weights: {io.DTYPES[dtype]}",
+            f"- Versions: {', '.join(f'{name} {number}' for name, number in card.get('versions', io.versions()).items())}",
             "",
             timesteps,
             "",
@@ -90,7 +87,7 @@ def call_text(
     given = ""
     if dtype != "fp32":
         lines.insert(0, "import torch")
-        given = f", dtype=torch.{TORCH_NAMES[dtype]}"
+        given = f", dtype=torch.{io.DTYPES[dtype]}"
     steps = 4 if 4 in allowed_steps else max(allowed_steps)
     inputs = "".join(f"{argument!r}, " for argument in arguments)
     more = "".join(f", {key}={value!r}" for key, value in (options or {}).items())
@@ -139,13 +136,7 @@ def update_card(path: Path, scores: Sequence[Mapping[str, Any]], protocol: Mappi
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{readme} has no {BEGIN} ... {END} in which to write scores")
-    aside = path / "README.md.partial"
-    aside.write_text(head + scores_text(scores, protocol) + tail)
-    os.replace(aside, readme)
-
-
-def versions() -> dict[str, str]:
-    return {"fewstep": fewstep.__version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    io.write_text(head + scores_text(scores, protocol) + tail, readme)
 
 
 def _cell(value: Any) -> str:

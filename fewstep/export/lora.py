@@ -4,7 +4,6 @@ They are loaded by a stranger and compared with the student in memory before the
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.export.card import TORCH_NAMES, timesteps_text
+from fewstep.export.card import timesteps_text
 from fewstep.export.pipeline import (
-    DTYPES,
     LIVE_GUIDANCE,
     TOLERANCES,
     arguments_of,
@@ -25,13 +23,13 @@ from fewstep.export.pipeline import (
     draw,
     options_of,
     own_copies,
-    put_in_place,
     refuses,
     scale_text,
     timesteps_of,
     tolerance_of,
 )
 from fewstep.export.verify import ExportError, ask_stranger
+from fewstep.io import DTYPES, atomic, torch_dtype
 from fewstep.teachers import Denoiser, Teacher
 from fewstep.teachers.denoiser import Scale, own_tensors
 from fewstep.teachers.lora import NAME, adapters
@@ -133,10 +131,8 @@ def export_lora(
     Raises ExportError where the two differ, in pixels, timesteps or the number of adapted modules; `path` stays as it was.
     """
     path = path.resolve()
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     part = "unet" if "unet" in teacher.pipeline.components else "transformer"
-    rounded = _rounded(student, DTYPES[dtype])
+    rounded = _rounded(student, torch_dtype(dtype))
     update = update_of(teacher, rounded, guidance_scale)
     if keeps_guidance:
         pipeline = teacher.students.guided_pipeline(rounded, scheduler)
@@ -148,11 +144,11 @@ def export_lora(
     arguments = arguments_of(teacher, card)
     drawn = draw(pipeline, allowed_steps, arguments, options_of(teacher, passed), refuses(scheduler))
     options = options_of(teacher, plain)
-    try:
-        partial.mkdir(parents=True)
-        tensors, metadata = update.diffusers(part, DTYPES[dtype])
+    with atomic(path) as partial:
+        partial.mkdir()
+        tensors, metadata = update.diffusers(part, torch_dtype(dtype))
         save_file(tensors, partial / FILE, metadata=metadata)
-        save_file(update.kohya(part, DTYPES[dtype]), partial / KOHYA_FILE, metadata={"format": "pt"})
+        save_file(update.kohya(part, torch_dtype(dtype)), partial / KOHYA_FILE, metadata={"format": "pt"})
         scheduler.save_pretrained(partial / "scheduler")
         code = _code(teacher, type(scheduler).__name__, base, part, arguments, allowed_steps, options)
         guidance = LIVE_GUIDANCE if keeps_guidance else _guidance_text(guidance_scale)
@@ -170,9 +166,6 @@ def export_lora(
             }
             own["too_many_raised"] = found["too_many_raised"]
             compare(drawn, own, allowed_steps, tolerance, refuses(scheduler))
-        put_in_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -272,7 +265,7 @@ def _card(
             f"`num_inference_steps`: {', '.join(map(str, allowed_steps))}. {merging}", "",
             guidance, "",
             f"`{KOHYA_FILE}` has the same adapters in kohya's layout, for ComfyUI.", "",
-            f"- Rank {update.rank}, alpha {update.alpha:g}, {len(update.up)} modules, {TORCH_NAMES[dtype]}",
+            f"- Rank {update.rank}, alpha {update.alpha:g}, {len(update.up)} modules, {DTYPES[dtype]}",
             f"- Method: {card.get('method', 'distillation')}", f"- Paper: {card.get('paper')}", "",
             timesteps, "",
         ]

@@ -1,7 +1,6 @@
 """A student to a pipeline folder that plain diffusers opens, reloaded and compared before it counts as written."""
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from fewstep.assets import ASSETS
 from fewstep.export import card as model_card
 from fewstep.export.card import update_card
 from fewstep.export.verify import ExportError, ask_stranger
+from fewstep.io import atomic, torch_dtype
 from fewstep.teachers import Denoiser, Teacher, quiet
 from fewstep.teachers.denoiser import Scale
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportError", "export", "update_card"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Largest difference between reloaded and in-memory pixels in [0, 1]: rounding of the dtype, no more."""
 
@@ -61,24 +60,22 @@ def export(
     Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays
     as it was. Some schedulers run any count (`refuses`): then the card says so instead.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"export_dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if dtype not in TOLERANCES:
+        raise ValueError(f"export_dtype is {dtype!r}; allowed: {', '.join(TOLERANCES)}")
     if not allowed_steps or min(allowed_steps) < 1:
         raise ValueError(f"allowed_steps are {tuple(allowed_steps)}; at least one count of 1 or more is needed")
     path = path.resolve()
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     if keeps_guidance:
         pipeline = teacher.students.guided_pipeline(student, scheduler)
     else:
         pipeline = teacher.students.pipeline(student, scheduler, guidance_scale)
-    own_copies(pipeline, DTYPES[dtype])
+    own_copies(pipeline, torch_dtype(dtype))
     if "license" not in card and card.get("teacher") in ASSETS:
         card = card | {"license": "apache-2.0"}
     arguments = arguments_of(teacher, card)
     options = options_of(teacher, None if keeps_guidance else teacher.guidance.scale_to_pass)
     drawn = draw(pipeline, allowed_steps, arguments, options, refuses(scheduler))
-    try:
+    with atomic(path) as partial:
         with quiet():
             pipeline.save_pretrained(partial, safe_serialization=True)
         kind = type(pipeline).__name__
@@ -97,9 +94,6 @@ def export(
         tolerance = tolerance_of(student, teacher.num_train_timesteps - 1, dtype)
         found = ask_stranger(partial, allowed_steps, arguments, options)
         compare(drawn, found, allowed_steps, tolerance, refuses(scheduler))
-        put_in_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 
@@ -225,18 +219,3 @@ def tolerance_of(student: Denoiser, last_timestep: int, dtype: str) -> float:
         return TOLERANCES[dtype]
     alpha, sigma = student.schedule(torch.tensor([last_timestep]))
     return TOLERANCES[dtype] * max(1.0, 0.1 * float(sigma / alpha))
-
-
-def put_in_place(new: Path, path: Path) -> None:
-    """Put `new` at `path`; what was there is moved aside first, so that a half-written folder never has that name."""
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fewstep import io
 from fewstep.diffusion.schedule import Prediction, Schedule, like, ode_step
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
@@ -152,7 +153,6 @@ def draw_trajectories(
             missing.append(number)
     bar = tqdm(missing, desc="teacher's trajectories", unit="batch", disable=process > 0 or not missing)
     for number in bar:
-        path = _file(folder, number)
         size = min(settings.batch_size, settings.count - number * settings.batch_size)
         generator = torch.Generator().manual_seed((seed << 32) + number)
         chosen = list(conditions(torch.randint(choices, (size,), generator=generator).tolist()))
@@ -161,10 +161,9 @@ def draw_trajectories(
         scale = low + (high - low) * torch.rand(size, generator=generator)
         cond, uncond = teacher.condition(chosen), teacher.null_condition(size)
         x = solve(teacher, noise, cond, uncond, scale.to(device), settings)
-        partial = path.with_name(path.name + ".partial")
         metadata = {"conditions": json.dumps(chosen), "settings": settings.written(seed)}
-        save_file({"x": x.cpu(), "scale": scale}, partial, metadata)
-        partial.rename(path)
+        with io.atomic(_file(folder, number)) as partial:
+            save_file({"x": x.cpu(), "scale": scale}, partial, metadata)
 
 
 def read_trajectories(folder: Path, settings: TrajectorySettings, seed: int) -> Trajectories:

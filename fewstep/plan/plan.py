@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from fewstep import io
 from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data.sources import Raw, Source
 from fewstep.methods.base import Batch, Losses, Method, Networks, Step
@@ -21,7 +22,7 @@ from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Posterior
 from fewstep.teachers.prompt_cache import CACHED, CACHED_BYTES
 from fewstep.training.optim import new_optimizer
-from fewstep.training.trainer import DTYPES, Trainer
+from fewstep.training.trainer import Trainer
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80)
@@ -155,7 +156,7 @@ class _Rehearsal:
         self.method = method_class(config.method, self.teacher)
         if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
             self._enter("loading")
-            self.teacher.placement.to(torch.device("cpu"), DTYPES[config.adapters.base_dtype])
+            self.teacher.placement.to(torch.device("cpu"), io.torch_dtype(config.adapters.base_dtype))
             self._enter("start")
         source = Anything(self.teacher, config.data, without_values)
         cached = config.data.cache is not None

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from fewstep.io import atomic
 from fewstep.pretrain.classifier import enlarged, load_classifier
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data, as_uint8, scaled
-from fewstep.pretrain.loop import aside, fit
+from fewstep.pretrain.loop import fit
 
 
 def train_autoencoder(config: TeacherTraining, data: Data, folder: Path) -> None:
@@ -50,7 +51,7 @@ def train_autoencoder(config: TeacherTraining, data: Data, folder: Path) -> None
     fit("autoencoder", model, loss, settings, folder, config.seed + 2, config.checkpoint_seconds)
     mean, std = encode(model, data.train_images[:5000])
     model.register_to_config(scaling_factor=float(1 / (mean + std * torch.randn(std.shape)).std()))
-    with aside(folder / "autoencoder") as part:
+    with atomic(folder / "autoencoder") as part:
         model.save_pretrained(part)
 
 

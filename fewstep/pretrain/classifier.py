@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from fewstep.data.fashion import CLASSES
+from fewstep.io import atomic
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data, scaled, shifted
-from fewstep.pretrain.loop import aside, fit
+from fewstep.pretrain.loop import fit
 
 SIZE = 64
 """The stem strides by four: images are doubled first, or 32 pixels would leave an 8x8 map."""
@@ -43,7 +44,7 @@ def train_classifier(config: TeacherTraining, data: Data, folder: Path) -> None:
     processor = ViTImageProcessor(
         size={"height": SIZE, "width": SIZE}, resample=2, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    with aside(folder / "classifier") as part:
+    with atomic(folder / "classifier") as part:
         processor.save_pretrained(part)
         model.save_pretrained(part)
 

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from fewstep.data.fashion import CLASSES, TEMPLATES, caption
+from fewstep.io import atomic
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data, scaled
-from fewstep.pretrain.loop import aside, fit
+from fewstep.pretrain.loop import fit
 
 MAX_TOKENS = 16
 CAPTIONS = [caption(label, t) for label in range(len(CLASSES)) for t in range(len(TEMPLATES))]
@@ -111,7 +112,7 @@ def train_clip(config: TeacherTraining, data: Data, folder: Path) -> None:
     fit("clip", model, loss, config.clip, folder, config.seed + 1, config.checkpoint_seconds)
     size = {"height": 32, "width": 32}
     processor = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    with aside(folder / "clip") as part:
+    with atomic(folder / "clip") as part:
         tokenizer.save_pretrained(part)
         processor.save_pretrained(part)
         model.save_pretrained(part)

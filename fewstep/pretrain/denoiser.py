@@ -8,11 +8,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.io import atomic
 from fewstep.pretrain.autoencoder import encode, load_autoencoder
 from fewstep.pretrain.clip import CAPTIONS, TEMPLATES, caption_ids, load_clip, text_tower
 from fewstep.pretrain.config import DenoiserConfig, TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside, best_device, fit, stratified
+from fewstep.pretrain.loop import best_device, fit, stratified
 
 
 def build_unet(config: DenoiserConfig) -> UNet2DConditionModel:
@@ -77,7 +78,7 @@ def cached_latents(vae: AutoencoderKL, data: Data, folder: Path) -> tuple[Tensor
     cache = folder / "latents.safetensors"
     if not cache.exists():
         mean, std = encode(vae, data.train_images)
-        with aside(cache) as part:
+        with atomic(cache) as part:
             save_file({"mean": mean.contiguous(), "std": std.contiguous()}, part)
     latents = load_file(cache)
     return latents["mean"], latents["std"]
@@ -121,5 +122,5 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         ema_decay=settings.ema_decay,
     )
     # Half the bytes in the package; diffusers loads them as fp32 unless asked otherwise.
-    with aside(folder / "pipeline") as part:
+    with atomic(folder / "pipeline") as part:
         assemble(folder, unet.cpu().half(), vae.cpu(), settings).save_pretrained(part)

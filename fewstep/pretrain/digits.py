@@ -7,8 +7,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from PIL import Image
 from torch import Tensor
 
+from fewstep.io import atomic
 from fewstep.pretrain.config import DigitsTraining
-from fewstep.pretrain.loop import aside, fit, stratified
+from fewstep.pretrain.loop import fit, stratified
 
 
 def load_digits(image_size: int) -> Tensor:
@@ -47,7 +48,7 @@ def run(config: DigitsTraining) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     images = load_digits(config.image_size)
     if not (folder / "images").exists():
-        with aside(folder / "images") as part:
+        with atomic(folder / "images") as part:
             part.mkdir()
             for i, image in enumerate(images):
                 pixels = ((image[0] + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
@@ -69,5 +70,5 @@ def run(config: DigitsTraining) -> None:
         return F.mse_loss(predicted, noise if epsilon else scheduler.get_velocity(x0, noise, t))
 
     fit("denoiser", unet, loss, settings, folder, config.seed, config.checkpoint_seconds, ema_decay=config.ema_decay)
-    with aside(folder / "pipeline") as part:
+    with atomic(folder / "pipeline") as part:
         DDIMPipeline(unet=unet, scheduler=scheduler).save_pretrained(part)

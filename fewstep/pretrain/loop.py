@@ -1,11 +1,8 @@
 """The optimizer loop that all stages share."""
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewstep.io import atomic
 from fewstep.pretrain.config import StageConfig
 from fewstep.training.checkpoint import pack_optimizer, unpack_optimizer
 
@@ -44,16 +42,6 @@ class RecentMean:
         mean = float(torch.stack(self.values).mean())
         self.values.clear()
         return mean
-
-
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A path to write an output to; it takes its name only once it is complete."""
-    part = target.with_name(f"part-{target.name}")
-    if part.is_dir():
-        shutil.rmtree(part)
-    yield part
-    os.replace(part, target)
 
 
 def learning_rate(config: StageConfig, iteration: int) -> float:
@@ -88,7 +76,7 @@ def fit(
         start = _load(checkpoint, model, optimizer, average, generator)
 
     def save(iteration: int) -> None:
-        with aside(checkpoint) as part:
+        with atomic(checkpoint) as part:
             save_file(_state(model, optimizer, average, generator, iteration), part)
 
     model.train()

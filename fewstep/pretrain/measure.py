@@ -14,12 +14,13 @@ from transformers import ResNetForImageClassification
 
 from fewstep.data.fashion import CLASSES, caption
 from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, load_moments, moments
+from fewstep.io import atomic
 from fewstep.pretrain.autoencoder import decode, encode, load_autoencoder
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.clip import clip_scores, load_clip
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside, best_device
+from fewstep.pretrain.loop import best_device
 
 BLURS = (0.5, 1.0, 2.0)
 NOISES = (10.0, 20.0, 40.0)
@@ -180,5 +181,5 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
         | {"guidance_sweep": {"samples": settings.sweep_samples, **sweep}}
         | teacher_figures(j, images, labels),
     }
-    with aside(folder / "asset.json") as unfinished:
+    with atomic(folder / "asset.json") as unfinished:
         unfinished.write_text(json.dumps(asset, indent=2) + "\n")

@@ -1,11 +1,12 @@
 """Copies a finished run into an asset folder and writes its data card."""
 
-import hashlib
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from fewstep import io
 
 FOLDERS = ("pipeline", "clip", "classifier")
 FILES = ("reference.safetensors", "images.parquet", "asset.json", "samples.png")
@@ -71,7 +72,7 @@ def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def checksums(folder: Path) -> dict[str, str]:
     """sha256 of every file of the asset but its card, by path."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "README.md")
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {str(f.relative_to(folder)): io.sha256_of_file(f) for f in files}
 
 
 def write_card(folder: Path) -> None:

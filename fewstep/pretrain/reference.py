@@ -10,10 +10,10 @@ from PIL import Image
 
 from fewstep.data.fashion import CLASSES, caption
 from fewstep.evaluate.metrics.frechet import moments, save_moments
+from fewstep.io import atomic
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.config import TeacherTraining
 from fewstep.pretrain.data import Data
-from fewstep.pretrain.loop import aside
 
 IMAGES_PER_CLASS = 200
 
@@ -25,7 +25,7 @@ def write_reference(config: TeacherTraining, data: Data, folder: Path) -> None:
         "resolution": "32",
         "dataset": f"{config.dataset}, training split",
     }
-    with aside(folder / "reference.safetensors") as part:
+    with atomic(folder / "reference.safetensors") as part:
         save_moments(moments(features), part, metadata)
 
 
@@ -45,5 +45,5 @@ def write_images(config: TeacherTraining, data: Data, folder: Path) -> None:
             "text": pa.string(),
         }
     )
-    with aside(folder / "images.parquet") as part:
+    with atomic(folder / "images.parquet") as part:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part, compression="zstd")

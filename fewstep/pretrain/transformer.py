@@ -16,11 +16,12 @@ from fewstep.data.fashion import CLASSES, caption
 from fewstep.evaluate import sample
 from fewstep.evaluate.generate import condition_kind
 from fewstep.evaluate.metrics.frechet import load_moments
+from fewstep.io import atomic
 from fewstep.pretrain.classifier import load_classifier
 from fewstep.pretrain.config import TransformerTraining
 from fewstep.pretrain.data import load_data
 from fewstep.pretrain.denoiser import cached_latents
-from fewstep.pretrain.loop import aside, best_device, fit
+from fewstep.pretrain.loop import best_device, fit
 from fewstep.pretrain.measure import balanced, grid, judge, recommended
 
 ASSET = asset_path("fashion")
@@ -78,7 +79,7 @@ def train(
         config.checkpoint_seconds,
         ema_decay=config.ema_decay,
     )
-    with aside(folder / "pipeline") as part:
+    with atomic(folder / "pipeline") as part:
         pipeline.to("cpu").save_pretrained(part)
 
 
@@ -130,7 +131,7 @@ def measure(config: TransformerTraining, folder: Path) -> None:
     print(json.dumps(result, indent=2))
     rows = [images[labels == label][:16] for label in range(len(CLASSES))]
     grid(torch.cat(rows), len(rows[0])).save(folder / "samples.png")
-    with aside(folder / "figures.json") as part:
+    with atomic(folder / "figures.json") as part:
         part.write_text(json.dumps(result, indent=2) + "\n")
 
 

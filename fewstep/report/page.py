@@ -2,14 +2,14 @@
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import fewstep
+from fewstep import io
+from fewstep._version import __version__
 from fewstep.evaluate.tables import COLUMNS, score_columns
 from fewstep.report.chart import Line, chart
 from fewstep.report.runs import Run, read_run
@@ -26,10 +26,7 @@ def write_page(paths: Sequence[Path], output: Path, title: str | None = None) ->
     """Writes the page, aside first. ValueError for a path that is no run."""
     runs = _distinct([read_run(path) for path in paths])
     text = page(runs, title or ", ".join(run.name for run in runs))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(output)
+    io.write_text(text, output)
 
 
 def _distinct(runs: list[Run]) -> list[Run]:
@@ -55,7 +52,7 @@ def page(runs: Sequence[Run], title: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
         f"<h1>{escape(title)}</h1>{_warnings(runs)}{body}"
-        f"<footer>fewstep {fewstep.__version__}</footer></body></html>\n"
+        f"<footer>fewstep {__version__}</footer></body></html>\n"
     )
 
 

@@ -1,11 +1,11 @@
 """Names for what a teacher makes of prompts and of images, by which kept encodings are found again."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from fewstep import io
 from fewstep.teachers.base import Teacher
 
 SAMPLES = 64
@@ -56,13 +56,9 @@ def _of_module(module: nn.Module) -> str:
     for p in module.parameters():
         flat = p.detach().flatten()
         some = flat[:: max(1, len(flat) // SAMPLES)].float().cpu().numpy().tobytes()
-        found.append(f"{tuple(p.shape)} {hashlib.blake2b(some, digest_size=16).hexdigest()}")
+        found.append(f"{tuple(p.shape)} {io.blake2b(some, 16).hex()}")
     return _digest(sorted(found))
 
 
 def _digest(parts: Iterable[str]) -> str:
-    whole = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        content = part.encode()
-        whole.update(len(content).to_bytes(8, "big") + content)
-    return whole.hexdigest()
+    return io.blake2b_of_parts(parts, 16)

@@ -1,9 +1,7 @@
 """Checkpoints that a kill at any moment leaves whole: written aside, then renamed; safetensors and JSON, no pickles."""
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep import io
 from fewstep.teachers.denoiser import own_tensors
-
-PARTIAL = ".partial"
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -93,29 +90,8 @@ def find(folder: Path, name: str) -> Path:
     return path
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `path` only when the block ends well."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def prune(folder: Path, keep: int) -> None:
     """Delete the oldest checkpoints beyond `keep`, and what interrupted writes left behind."""
-    for old in [*checkpoints(folder)[:-keep], *folder.glob(f"*{PARTIAL}")]:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def write_json(value: Any, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=1))
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    io.prune(folder)

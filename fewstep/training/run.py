@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep import io
 from fewstep.config import RunConfig, dump_config
 
 if TYPE_CHECKING:
@@ -94,6 +95,4 @@ def _example(source: "Source") -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("fewstep", "torch", "diffusers", "transformers", "accelerate")}
+    return io.versions("torch", "diffusers", "transformers", "accelerate")

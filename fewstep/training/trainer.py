@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import Source
@@ -30,7 +31,8 @@ from fewstep.training.init_from import start_from
 from fewstep.training.optim import Own, new_optimizer, set_up
 from fewstep.training.validation import Pictures, small_scores, student_guidance_scale
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RANKS = "ranks"
+"""Token of the partial folder of a checkpoint, which every rank writes to."""
 
 
 class NonFiniteError(RuntimeError):
@@ -73,7 +75,7 @@ class Trainer:
         teacher.placement.release(teacher.placement.text_parts if cache else ())
         teacher.placement.release(teacher.placement.image_parts if cache or not method.needs_images else ())
         self.rest()
-        teacher.placement.to(self.device, DTYPES[config.adapters.base_dtype])
+        teacher.placement.to(self.device, io.torch_dtype(config.adapters.base_dtype))
         if config.student == "lora":
             teacher.students.adapt(config.adapters)
         roles = method.roles()
@@ -332,9 +334,8 @@ class Trainer:
         if self.patience.beats(fid, self.iteration, self.best):
             self.best = {"fid": fid, "iteration": self.iteration}
             if self.accelerator.is_main_process:
-                aside = self.folder / "best.safetensors.partial"
-                ckpt.save_module(self.raw["ema"], aside)
-                aside.rename(self.folder / "best.safetensors")
+                with io.atomic(self.folder / "best.safetensors") as partial:
+                    ckpt.save_module(self.raw["ema"], partial)
 
     def _picture(self) -> None:
         if not self.accelerator.is_main_process:
@@ -352,14 +353,14 @@ class Trainer:
         """Write everything that exact resume needs to checkpoints/<iteration>; a failed write leaves the last one whole."""
         path = self.folder / "checkpoints" / f"{self.iteration}"
         rank = self.accelerator.process_index
-        partial = path.with_name(path.name + ckpt.PARTIAL)
+        partial = io.partial_path(path, RANKS)
         partial.mkdir(parents=True, exist_ok=True)
         save_file(ckpt.rng_state(self.device), partial / f"rng_{rank}.safetensors")
         if own := self.method.state():
             save_file({k: v.contiguous().cpu() for k, v in own.items()}, partial / f"method_{rank}.safetensors")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            with ckpt.written_aside(path) as aside:
+            with io.atomic(path, RANKS) as aside:
                 for name, role in self.roles.items():
                     if role.optim or role.follows:
                         ckpt.save_module(self.raw[name], aside / f"{name}.safetensors")
@@ -370,7 +371,7 @@ class Trainer:
                     "patience": self.patience.state(), "data": self.batches.stream.state_dict(),
                     "num_processes": self.accelerator.num_processes,
                 }  # fmt: skip
-                ckpt.write_json(state, aside / "state.json")
+                io.write_json(state, aside / "state.json")
             ckpt.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         return path
@@ -378,7 +379,7 @@ class Trainer:
     def resume(self, name: str) -> None:
         """Go on from a checkpoint ("latest" or a path), bit for bit on the same number of processes."""
         path = ckpt.find(self.folder / "checkpoints", name)
-        state = ckpt.read_json(path / "state.json")
+        state = io.read_json(path / "state.json")
         if state["num_processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"resume: {path} was written by {state['num_processes']} processes, this run has "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from builders import ROOT
 from builders.contract import CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from builders.trainer import environment
+from fewstep import io
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
 from fewstep.export.lora import FILE, KOHYA_FILE, export_lora, update_of
@@ -29,7 +30,6 @@ from fewstep.methods.distribution_matching.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.denoiser import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
-from fewstep.training import checkpoint as ckpt
 from fewstep.training.optim import new_optimizer
 from fewstep.training.trainer import Trainer
 
@@ -203,7 +203,7 @@ def test_two_processes_agree_and_resume_exactly(folders: Callable[[str], Path], 
             load_file(tmp_path / part / "checkpoints" / "4" / f"{name}.safetensors") for part in ("whole", "parts")
         )
         assert not [k for k in one if not torch.equal(one[k], two[k])]
-    assert ckpt.read_json(tmp_path / "whole" / "checkpoints" / "4" / "state.json")["num_processes"] == 2
+    assert io.read_json(tmp_path / "whole" / "checkpoints" / "4" / "state.json")["num_processes"] == 2
     assert (tmp_path / "whole" / "lora" / FILE).exists()
 
 

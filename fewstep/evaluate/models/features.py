@@ -1,6 +1,5 @@
 """Image features: networks behind their own preprocessing, done in torch and in float32, or after `.double()` in float64."""
 
-import hashlib
 import importlib
 import json
 import os
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep import io
 from fewstep.assets import ASSETS, asset_path
 from fewstep.data.hub import DATA, cached
 from fewstep.evaluate.models.inception import Inception, inception_weights
@@ -161,15 +161,7 @@ def features_identity(name: str) -> dict[str, str]:
     base, file = name.partition("@")[0], features_weights(name)
     fixed = base in ("inception", "inception-clean", "efficientnet-lite0") or _is_function(name)
     kind = base if fixed else "transformers"
-    return {"features": kind} | ({} if file is None else {"features_sha256": sha256(file)})
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"features": kind} | ({} if file is None else {"features_sha256": io.sha256_of_file(file)})
 
 
 def load_features(name: str) -> ImageFeatures:

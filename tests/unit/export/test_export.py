@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from builders.teachers import perturbed
-from fewstep.export.pipeline import DTYPES, ExportError, export, update_card
+from fewstep.export.pipeline import ExportError, export, update_card
+from fewstep.io import torch_dtype
 from fewstep.teachers import load_teacher
 
 CARD = {"method": "consistency", "paper": "arXiv 2310.04378", "teacher": "fashion", "data": "none", "prompt": "a bag"}
@@ -60,7 +61,7 @@ def test_half_precision_is_that_of_the_copy_alone(tiny_sd: Path, tmp_path: Path,
     )  # fmt: skip
     assert teacher.pipeline.vae.dtype == torch.float32
     file = path / "unet" / "diffusion_pytorch_model.safetensors"
-    assert {v.dtype for v in load_file(file).values()} == {DTYPES[dtype]}
+    assert {v.dtype for v in load_file(file).values()} == {torch_dtype(dtype)}
 
 
 def test_pixels(tiny_ddpm_grey: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from builders import ROOT
+from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data.sources import Fashion, Folder, Parquet, load_source
 from fewstep.diffusion.schedule import like, ode_step, read
@@ -630,7 +631,7 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
         assert (tmp_path / name / "pipeline" / "model_index.json").exists()
         runs[name] = weights(tmp_path / name, ckpt.find(tmp_path / name / "checkpoints", "latest").name)
     folder = tmp_path / "whole" / "checkpoints" / "4"
-    assert ckpt.read_json(folder / "state.json")["num_processes"] == 2, "the launch silently used one process"
+    assert io.read_json(folder / "state.json")["num_processes"] == 2, "the launch silently used one process"
     pools = [load_file(folder / f"method_{rank}.safetensors")["z"] for rank in (0, 1)]
     assert not torch.equal(*pools)
     # One process alone draws 4 targets an iteration.

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from builders import ROOT
 from builders.trainer import assert_equal, environment, make, weights
+from fewstep import io
 from fewstep.config import OptimConfig
 from fewstep.methods.consistency.method import Consistency
 from fewstep.training import checkpoint as ckpt
@@ -189,10 +190,10 @@ def test_learning_rate_schedule():
 
 def test_interrupted_write_is_not_a_checkpoint(tmp_path):
     folder = tmp_path / "checkpoints"
-    with ckpt.written_aside(folder / "1") as aside:
-        aside.mkdir(parents=True)
-        ckpt.write_json({}, aside / "state.json")
-    (folder / f"2{ckpt.PARTIAL}").mkdir()
+    with io.atomic(folder / "1") as partial:
+        partial.mkdir()
+        io.write_json({}, partial / "state.json")
+    io.partial_path(folder / "2", "ranks").mkdir()
     assert ckpt.find(folder, "latest").name == "1"
     ckpt.prune(folder, 1)
     assert [p.name for p in folder.iterdir()] == ["1"]
@@ -254,7 +255,7 @@ def test_two_processes_agree_and_resume_exactly(teacher_path, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = weights(tmp_path / name, ckpt.find(tmp_path / name / "checkpoints", "latest").name)
-    state = ckpt.read_json(tmp_path / "whole" / "checkpoints" / "6" / "state.json")
+    state = io.read_json(tmp_path / "whole" / "checkpoints" / "6" / "state.json")
     assert state["num_processes"] == 2, "the launch silently used one process"
     assert_equal(runs["whole"], runs["rest"])
 
@@ -286,7 +287,7 @@ def test_kill_amid_checkpoints_leaves_the_last_one_whole(teacher_path, tmp_path)
     """A checkpoint every iteration, and a kill -9 while one is being written."""
     process = start_training(teacher_path, tmp_path, "checkpoint_every=1")
     folder, deadline = tmp_path / "checkpoints", time.monotonic() + 60
-    while not list(folder.glob(f"*{ckpt.PARTIAL}")) and time.monotonic() < deadline:
+    while not list(folder.glob(f"*{io.PARTIAL}")) and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()
     process.communicate(timeout=60)
