@@ -61,10 +61,7 @@ def main() -> None:
 
         def whole() -> None:
             for trainer.iteration in range(iterations):
-                batches = [trainer.batches.draw(trainer.iteration, 0)]
-                for step in steps:
-                    if trainer.iteration % step.every == 0:
-                        trainer._update(step, batches)
+                trainer.iterate(steps)
 
         for _ in range(2):
             bare()

@@ -161,10 +161,7 @@ def _train(name: str, file: str, device: str) -> int:
     trainer = Trainer(config, method, teacher, Anything(teacher, config.data, nullcontext))
     iterations = 2
     for trainer.iteration in range(iterations):
-        batches = [trainer.batches.draw(trainer.iteration, 0)]
-        for step in method.steps():
-            if trainer.iteration % step.every == 0:
-                trainer._update(step, batches)
+        trainer.iterate(method.steps())
     return iterations
 
 

@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,34 @@ from torch import Tensor, nn
 from fewstep.config import OptimConfig
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond, Scale
+from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-Networks = Mapping[str, nn.Module]
+
+class Networks(Protocol):
+    """The networks of a method's roles by name, as a loss gets them: those that learn as the trainer calls them.
+
+    The trainer adds "ema", the student's moving average with `ema_decay`, to the roles of every method. It is what is scored
+    and exported, and losses may sample from it.
+    """
+
+    @overload
+    def __getitem__(self, role: Literal["teacher", "student", "ema", "target"], /) -> DenoiserLike: ...
+
+    @overload
+    def __getitem__(self, role: str, /) -> Callable[..., Any]: ...
+
+
 Reward = Callable[[Tensor, Sequence[str] | None], Tensor]
 """images [B, 3, H, W] in [0, 1] and their prompts to [B], higher for better, differentiable in the images."""
 Losses = dict[str, Tensor]
 """Log name -> scalar term; their sum is descended."""
+Carry = Mapping[str, Tensor]
+"""What the earlier steps of an iteration have left for the later ones, of one micro-batch."""
+NOTHING: Carry = MappingProxyType({})
+"""The carry of an iteration's first step."""
 
 
 def require_guidable(teacher: Teacher, key: str, off: str) -> None:
@@ -48,19 +67,15 @@ def require_guidance_by_step(teacher: Teacher) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """What a loss is given: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w].
+    """The input of a loss: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w].
 
-    All steps of an iteration are given the same batch.
+    All steps of an iteration get the same batch.
 
     Attributes:
         raw: the prompts, labels or Nones that `cond` encodes, [size].
         generator: on the CPU, in the same state on every process: for draws that all of them must share.
-        carried: what one step leaves for the later steps of its iteration.
-        health: scalars for the log that are not descended.
-        tallies: what was added up at each of n places, and how often, [2, n]: the log has the means, over all processes, of the
-            places that were seen. Every process has to give the same names.
     """
 
     size: int
@@ -70,9 +85,6 @@ class Batch:
     iteration: int = 0
     latents: Tensor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    health: dict[str, Tensor] = field(default_factory=dict)
-    tallies: dict[str, Tensor] = field(default_factory=dict)
     raw: Sequence[Any] = ()
 
     @property
@@ -82,6 +94,24 @@ class Batch:
                 "this method needs images, and the data source gives none: set data.source to one with images"
             )
         return self.latents
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a loss returns for one micro-batch.
+
+    Attributes:
+        losses: scalar terms by their log name; their sum is descended.
+        logs: scalars for the log that are not descended.
+        histograms: sums and counts at each of n places, [2, n]: the log has the means of the places with a count above 0,
+            over all processes. Every process has to return the same names.
+        carry: tensors for the later steps of the same micro-batch, without gradient.
+    """
+
+    losses: Losses
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+    carry: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,11 +132,12 @@ def _unscaled(iteration: int) -> float:
 class Step:
     """One optimizer update: `role` descends `loss` on every `every`-th iteration.
 
+    loss: of the networks, a micro-batch, and what the earlier steps of the iteration have carried over from it.
     `lr_scale` of the iteration multiplies the learning rate, beside warm-up and decay: for methods with stages.
     """
 
     role: str
-    loss: Callable[[Networks, Batch], Losses]
+    loss: Callable[[Networks, Batch, Carry], StepOutput]
     every: int = 1
     lr_scale: Callable[[int], float] = _unscaled
 

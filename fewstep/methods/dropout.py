@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fewstep.teachers.denoiser import DenoiserLike
+
 
 def set_dropout(network: nn.Module, share: float) -> None:
     """Let every dropout layer of the network drop this share in training."""
@@ -32,7 +34,7 @@ def replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def without_dropout(network: nn.Module) -> Iterator[None]:
+def without_dropout(network: DenoiserLike) -> Iterator[None]:
     """Nothing is dropped within the block, as in sampling; all else of the network stays in the mode that it is in."""
     dropping = [module for module in network.modules() if isinstance(module, nn.Dropout) and module.training]
     for module in dropping:

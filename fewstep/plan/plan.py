@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from fewstep import io
 from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data.sources import Raw, Source
-from fewstep.methods.base import Batch, Losses, Method, Networks, Step
+from fewstep.methods.base import Batch, Carry, Method, Networks, Step, StepOutput
 from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.plan.weightless import Within, unweighted_teacher
 from fewstep.teachers.base import Teacher
@@ -226,12 +226,7 @@ class _Rehearsal:
 
     def _iterate(self, steps: Sequence[Step]) -> None:
         self._enter("data")
-        batches = [self.trainer.batches.draw(self.trainer.iteration, i) for i in range(self.config.accumulate)]
-        self.trainer.rest()
-        for step in steps:
-            if self.trainer.iteration % step.every == 0:
-                self.trainer._update(step, batches)
-        self.trainer.rest()
+        self.trainer.iterate(steps)
 
     def _hear(self, net: nn.Module, *given: Any) -> None:
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in tree_iter(given)):
@@ -245,14 +240,14 @@ class _Rehearsal:
     def _enter(self, phase: str) -> None:
         self.meter.phase = phase
 
-    def _marked(self, step: Step) -> Callable[[Networks, Batch], Losses]:
-        def loss(nets: Networks, batch: Batch) -> Losses:
+    def _marked(self, step: Step) -> Callable[[Networks, Batch, Carry], StepOutput]:
+        def loss(nets: Networks, batch: Batch, carry: Carry) -> StepOutput:
             before = self.meter.alive
             self._enter(f"{step.role}: forward")
-            losses = step.loss(nets, batch)
+            output = step.loss(nets, batch, carry)
             self.activations[step.role] = max(self.activations[step.role], self.meter.alive - before)
             self._enter(f"{step.role}: backward")
-            return losses
+            return output
 
         return loss
 

@@ -1,7 +1,7 @@
 """A denoiser: a network, how its family calls it, and how its output is read."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,24 @@ class Posterior(NamedTuple):
 
     def sample(self, noise: Tensor) -> Tensor:
         return self.mean + self.std * noise
+
+
+class DenoiserLike(Protocol):
+    """A denoiser as methods call it: itself, or wrapped for distributed training."""
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        guidance_scale: Tensor | None = None,
+        progress: Tensor | None = None,
+        /,
+    ) -> Prediction: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Denoiser(nn.Module):

@@ -5,8 +5,11 @@ import math
 import os
 import signal
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +24,7 @@ from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import Source
 from fewstep.data.validate import readable
 from fewstep.evaluate.rewards.load import load_training_reward
-from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Reward, Role, Step
+from fewstep.methods.base import Batch, Carry, Losses, Method, Networks, Preparation, Reward, Role, Step, StepOutput
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Denoiser
 from fewstep.training import checkpoint as ckpt
@@ -37,6 +40,14 @@ RANKS = "ranks"
 
 class NonFiniteError(RuntimeError):
     """Too many updates in a row had a loss or gradient that is not a finite number."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """An optimizer update's losses, means over its micro-batches, with the gradient's norm; and what each loss returned."""
+
+    losses: Losses
+    outputs: list[StepOutput]
 
 
 class Trainer:
@@ -168,16 +179,7 @@ class Trainer:
         window = _Window()
         try:
             while self.iteration < c.max_iterations and not self.patience.over:
-                batches = [self.batches.draw(self.iteration, part) for part in range(c.accumulate)]
-                self.rest()
-                for step in steps:
-                    if self.iteration % step.every == 0:
-                        window.add(self._update(step, batches))
-                self.rest()  # after the backward of losses on decoded images
-                for batch in batches:
-                    window.add({key: value.detach() for key, value in batch.health.items()})
-                    window.tally(batch.tallies)
-                window.iterations += 1
+                window.add_iteration(self.iterate(steps))
                 self.iteration += 1
                 bar.update()
                 if self.iteration % c.log_every == 0 or self.iteration == c.max_iterations:
@@ -196,6 +198,15 @@ class Trainer:
         if self.iteration % c.checkpoint_every:
             self.save()
         return True
+
+    def iterate(self, steps: Sequence[Step]) -> list["UpdateResult"]:
+        """Draw the micro-batches of the current iteration, and run its updates."""
+        batches = [self.batches.draw(self.iteration, part) for part in range(self.config.accumulate)]
+        carries: list[dict[str, Tensor]] = [{} for _ in batches]
+        self.rest()
+        results = [self.update(step, batches, carries) for step in steps if self.iteration % step.every == 0]
+        self.rest()  # after the backward of losses on decoded images
+        return results
 
     def _preparation(self) -> Preparation:
         source, a = self.batches.stream.source, self.accelerator
@@ -217,24 +228,26 @@ class Trainer:
         if self.iteration % c.checkpoint_every == 0:
             self.save()
 
-    def _update(self, step: Step, batches: list[Batch]) -> dict[str, Tensor]:
-        """One optimizer update of one role, over the iteration's micro-batches."""
+    def update(self, step: Step, batches: Sequence[Batch], carries: Sequence[dict[str, Tensor]]) -> "UpdateResult":
+        """One optimizer update of one role, over the iteration's micro-batches.
+
+        carries: what earlier steps have carried over, for each micro-batch; this step's is added.
+        """
         n, optim = len(batches), self.roles[step.role].optim
         assert optim is not None  # a step descends a learnt role
         net, optimizer = self.wrapped[step.role], self.optimizers[step.role]
         if len(self.optimizers) > 1:
             for name in self.optimizers:
                 self.own[name].requires_grad_(name == step.role)
-        nets = self.raw | {step.role: net}
+        nets = cast(Networks, self.raw | {step.role: net})
         logs: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            if i < n - 1:
-                with self.accelerator.no_sync(net):
-                    losses = self._backward(step, nets, batch)
-            else:
-                losses = self._backward(step, nets, batch)
-            for key, value in losses.items():
-                logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value.detach() / n
+        outputs = []
+        for i, (batch, carry) in enumerate(zip(batches, carries, strict=True)):
+            with self.accelerator.no_sync(net) if i < n - 1 else nullcontext():
+                outputs.append(self._backward(step, nets, batch, carry))
+            carry |= outputs[-1].carry
+            for key, value in outputs[-1].losses.items():
+                logs[key] = logs.get(key, torch.zeros((), device=self.device)) + value / n
         limit = math.inf if optim.max_grad_norm is None else optim.max_grad_norm  # infinite: the norm is only measured
         norm = self.accelerator.clip_grad_norm_(self.own[step.role].parameters, limit)
         # The scaler of fp16 skips such updates by itself.
@@ -249,13 +262,15 @@ class Trainer:
         optimizer.zero_grad()
         if finite:
             self._follow(step.role)
-        return logs | {f"{step.role}_grad_norm": norm.detach()}
+        return UpdateResult(logs | {f"{step.role}_grad_norm": norm.detach()}, outputs)
 
-    def _backward(self, step: Step, nets: Networks, batch: Batch) -> Losses:
+    def _backward(self, step: Step, nets: Networks, batch: Batch, carry: Carry) -> StepOutput:
+        """The loss of a micro-batch and its gradients; what is returned keeps no graph alive."""
         with self.accelerator.autocast():
-            losses = step.loss(nets, batch)
-        self.accelerator.backward(torch.stack(list(losses.values())).sum() / self.config.accumulate)
-        return losses
+            output = step.loss(nets, batch, carry)
+        self.accelerator.backward(torch.stack(list(output.losses.values())).sum() / self.config.accumulate)
+        losses, logs = ({key: value.detach() for key, value in d.items()} for d in (output.losses, output.logs))
+        return replace(output, losses=losses, logs=logs)
 
     def _guard(self, finite: bool) -> None:
         self.nonfinite = 0 if finite else self.nonfinite + 1
@@ -280,7 +295,7 @@ class Trainer:
     def _log(self, window: "_Window", bar: Any) -> None:
         c = self.config
         with torch.no_grad(), self.accelerator.autocast():
-            window.add(self.method.health(self.raw, self.iteration))
+            window.add(self.method.health(cast(Networks, self.raw), self.iteration))
         values = {k: float(v) for k, v in window.means().items()}
         places = {k: seen_means(self.accelerator.reduce(v, "sum")) for k, v in window.tallies.items()}
         count = window.iterations * c.batch_size * c.accumulate * self.accelerator.num_processes
@@ -418,12 +433,20 @@ class _Window:
         self.tallies: dict[str, Tensor] = {}
         self.iterations, self.start = 0, time.perf_counter()
 
-    def add(self, logs: dict[str, Tensor]) -> None:
+    def add(self, logs: Mapping[str, Tensor]) -> None:
         for key, value in logs.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
 
-    def tally(self, tallies: dict[str, Tensor]) -> None:
+    def add_iteration(self, results: "Sequence[UpdateResult]") -> None:
+        for result in results:
+            self.add(result.losses)
+        for output in (output for result in results for output in result.outputs):
+            self.add(output.logs)
+            self.tally(output.histograms)
+        self.iterations += 1
+
+    def tally(self, tallies: Mapping[str, Tensor]) -> None:
         for key, value in tallies.items():
             self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
 

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from fewstep.diffusion.schedule import add_noise, like
 from fewstep.diffusion.signal_ode import finite_difference
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
+from fewstep.methods.base import (
+    NOTHING,
+    Batch,
+    Carry,
+    Method,
+    Networks,
+    Role,
+    Step,
+    StepOutput,
+    require_guidable,
+    require_live_guidance,
+)
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.grid import sub_times, target_tables
 from fewstep.methods.boot.starts import Pool, Starts, from_student, from_teacher
@@ -81,11 +92,13 @@ class Boot(Method):
         self,
         nets: Networks,
         batch: Batch,
+        carry: Carry = NOTHING,
+        *,
         noise: Tensor | None = None,
         segment: Tensor | None = None,
         index: Tensor | None = None,
         guidance_scale: Tensor | None = None,
-    ) -> Losses:
+    ) -> StepOutput:
         """Distance of the student's jump to the bootstrapped one.
 
         Args:
@@ -107,17 +120,23 @@ class Boot(Method):
         jump = student(z, anchor, cond, embedded, self._progress(m * index + m, batch))
         factor, weight = (table[segment, index].to(z.device) for table in (self.factors, self.weights))
         each = weight * self._distance(like(factor, z) * (jump.x0 - target.x0))
-        self._report(batch, each.detach(), index)
+        logs, histograms = self._report(each.detach(), index)
         if len(first := (index == 0).nonzero().flatten().to(z.device)) > 1:
             missed = (jump.x0.detach() - target.x0)[first].square().mean()
-            batch.health["boundary_error"] = missed / target.x0[first].var()
+            logs["boundary_error"] = missed / target.x0[first].var()
         if self.config.steps > 1:
-            batch.health["start_std"] = z.std()
-        return {"boot": each.mean()}
+            logs["start_std"] = z.std()
+        return StepOutput({"boot": each.mean()}, logs, histograms)
 
     def paper_loss(
-        self, nets: Networks, batch: Batch, noise: Tensor | None = None, index: Tensor | None = None
-    ) -> Losses:
+        self,
+        nets: Networks,
+        batch: Batch,
+        carry: Carry = NOTHING,
+        *,
+        noise: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> StepOutput:
         """The paper's finite difference along x_t = alpha(t) y + sigma(t) noise, and its boundary loss at t_max."""
         schedule, total, student = self.teacher.schedule, self.teacher.num_train_timesteps, nets["student"]
         index = self._draw_index(batch.size) if index is None else index
@@ -138,9 +157,10 @@ class Boot(Method):
         y, first = student(torch.cat([z, z]), torch.cat([anchor, anchor]), twice, scales, progress).x0.chunk(2)
         each = self._distance(y - target) * (total / (t - s)) ** 2
         boundary = self._distance(first - edge).mean()
-        self._report(batch, each.detach(), index)
-        batch.health["boundary_error"] = (first.detach() - edge).square().mean() / edge.var()
-        return {"boot": each.mean(), "boundary": self.config.paper.boundary_weight * boundary}
+        logs, histograms = self._report(each.detach(), index)
+        logs["boundary_error"] = (first.detach() - edge).square().mean() / edge.var()
+        losses = {"boot": each.mean(), "boundary": self.config.paper.boundary_weight * boundary}
+        return StepOutput(losses, logs, histograms)
 
     def _draw_index(self, size: int) -> Tensor:
         """A target for each of `size` samples: the first with probability boundary_frac, else any; stratified."""
@@ -192,16 +212,18 @@ class Boot(Method):
 
     # Health -----------------------------------------------------------------------------------------------------------
 
-    def _report(self, batch: Batch, each: Tensor, index: Tensor) -> None:
+    def _report(self, each: Tensor, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss [B] at every place of the chain, by the sub-step at which its target begins; and in few words: at the start
         of the chain, and in each third of the rest."""
         place = (self.config.m_teacher * index).to(each.device)
         once = torch.stack([each, torch.ones_like(each)])
-        batch.tallies["loss_by_sub_step"] = once.new_zeros(2, self.config.n_sub).index_add_(1, place, once)
+        by_sub_step = once.new_zeros(2, self.config.n_sub).index_add_(1, place, once)
+        logs = {}
         part = torch.where(index == 0, 0, 1 + 3 * index // self.count)
         for i, name in enumerate(("boundary", "front", "middle", "back")):
             if len(rows := (part == i).nonzero().flatten()):
-                batch.health[f"loss_{name}"] = each[rows.to(each.device)].mean()
+                logs[f"loss_{name}"] = each[rows.to(each.device)].mean()
+        return logs, {"loss_by_sub_step": by_sub_step}
 
     def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
         """How far the states that the pool is trained on are from those that the student would meet."""

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.diffusion.schedule import Prediction, Schedule, add_noise, ode_step
-from fewstep.teachers.denoiser import Cond
+from fewstep.diffusion.schedule import Schedule, add_noise, ode_step
+from fewstep.teachers.denoiser import Cond, DenoiserLike
 
 
 @dataclass
@@ -50,7 +50,7 @@ Cross = Callable[[Starts], Tensor]
 
 
 def from_student(
-    net: nn.Module, starts: Starts, schedule: Schedule, timesteps: Tensor, embedded: bool, renoise: bool
+    net: DenoiserLike, starts: Starts, schedule: Schedule, timesteps: Tensor, embedded: bool, renoise: bool
 ) -> None:
     """Take noise `starts.z` to the segments' starts by the student's own jumps, in place.
 
@@ -62,7 +62,7 @@ def from_student(
         part = starts.rows(which)
         t, s = (timesteps[i].expand(len(part)).to(part.z.device) for i in (j - 1, j))
         end = torch.ones(len(part), device=part.z.device)
-        p: Prediction = net(part.z, t, part.cond, part.scale if embedded else None, end)
+        p = net(part.z, t, part.cond, part.scale if embedded else None, end)
         state = add_noise(schedule, p.x0, torch.randn_like(p.x0), s) if renoise else ode_step(schedule, p, s)
         starts.z[which.to(state.device)] = state
 

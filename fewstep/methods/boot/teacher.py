@@ -5,12 +5,12 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.schedule import Prediction, guide, like, ode_step, threshold
 from fewstep.diffusion.signal_ode import bootstrap, heun
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond
+from fewstep.teachers.denoiser import Cond, DenoiserLike
 from fewstep.teachers.guidance import both_sides
 
 
@@ -29,12 +29,9 @@ class GuidedTeacher:
     quantile: float | None = None
     solver: Literal["ddim", "heun"] = "ddim"
 
-    def predict(self, net: nn.Module, x: Tensor, t: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
+    def predict(self, net: DenoiserLike, x: Tensor, t: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
         """The prediction at x [B, C, h, w], t [B], guided by scale [B] (None = not) in one doubled batch."""
-        if scale is None:
-            p: Prediction = net(x, t, cond)
-        else:
-            p = guide(*both_sides(net, x, t, cond, self._uncond(len(x))), scale)
+        p = net(x, t, cond) if scale is None else guide(*both_sides(net, x, t, cond, self._uncond(len(x))), scale)
         return threshold(self.teacher.schedule, p, x, t, self.quantile) if self.bounded else p
 
     def _uncond(self, size: int) -> Cond:
@@ -42,7 +39,7 @@ class GuidedTeacher:
             return self.teacher.condition([self.teacher.negative(self.negative_prompt)] * size)
         return self.teacher.null_condition(size)
 
-    def solve(self, net: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
+    def solve(self, net: DenoiserLike, x: Tensor, t: Tensor, s: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
         """The prediction whose `ode_step` to s is the solver's step from x at t."""
         first = self.predict(net, x, t, cond, scale)
         if self.solver == "ddim":
@@ -55,7 +52,7 @@ class GuidedTeacher:
         return Prediction(*(torch.where(clean, a, b) for a, b in zip(first, mean, strict=True)))
 
     @torch.no_grad()
-    def walk(self, net: nn.Module, x: Tensor, times: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
+    def walk(self, net: DenoiserLike, x: Tensor, times: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
         """The solution at the last of `times` [n, B] from x at the first."""
         for t, s in pairwise(times):
             x = ode_step(self.teacher.schedule, self.solve(net, x, t, s, cond, scale), s)
@@ -63,7 +60,7 @@ class GuidedTeacher:
 
     @torch.no_grad()
     def bootstrap(
-        self, net: nn.Module, own: Prediction, anchor: Tensor, times: Tensor, cond: Cond, scale: Tensor | None
+        self, net: DenoiserLike, own: Prediction, anchor: Tensor, times: Tensor, cond: Cond, scale: Tensor | None
     ) -> Prediction:
         """The anchored pair of the last of `times` [n, B], by a step of the teacher between each, given that of the first."""
         schedule = self.teacher.schedule

@@ -3,7 +3,7 @@
 The discriminator is a head on each of some feature maps of the frozen teacher, which looks at both with more noise on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ class Ends:
         return named | {f"cond.{key}": value for key, value in self.cond.items()}
 
     @staticmethod
-    def from_carried(tensors: dict[str, Tensor]) -> "Ends":
+    def from_carried(tensors: Mapping[str, Tensor]) -> "Ends":
         cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
         return Ends(tensors["fake"], tensors["real"], tensors["end"], cond)
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion.losses import discriminator_loss, generator_loss, sample_distance
 from fewstep.diffusion.schedule import Prediction, add_noise, guide, like, noise_level, ode_step
 from fewstep.methods.base import (
+    NOTHING,
     Batch,
+    Carry,
     Losses,
     Method,
     Networks,
@@ -24,6 +26,7 @@ from fewstep.methods.base import (
     Reward,
     Role,
     Step,
+    StepOutput,
     require_guidable,
     require_guidance_by_step,
     require_live_guidance,
@@ -43,7 +46,7 @@ from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories as Stored
 from fewstep.methods.trajectories import stand_in
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond, Scale
+from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
 from fewstep.teachers.guidance import both_sides, concatenate
 
 __all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
@@ -192,10 +195,12 @@ class Consistency(Method):
         self,
         nets: Networks,
         batch: Batch,
+        carry: Carry = NOTHING,
+        *,
         index: Tensor | None = None,
         noise: Tensor | None = None,
         guidance_scale: Tensor | None = None,
-    ) -> Losses:
+    ) -> StepOutput:
         """Consistency loss (Luo et al. 2023, eq. 16 with skipping): distance of f(x_t, t) to f_target(x_s, s).
 
         Args:
@@ -229,41 +234,44 @@ class Consistency(Method):
             target = x_s
             # The end itself needs no network, and early in tuning most targets are the data.
             if c.target_step != "end" and (c.tuning is None or bool((grid.s > grid.end).any())):
-                target_net = nets["student" if c.target_decay is None else "target"]
+                target_net = nets["student"] if c.target_decay is None else nets["target"]
                 with replayed(masks, batch.device):
                     there = target_net(x_s, grid.s.clamp_min(0), at.cond, told)
                 target = self._endpoint(stage, there, x_s, grid.s, grid.end)
         prediction = self._endpoint(stage, student, at.x, grid.t, grid.end)
+        logs: dict[str, Tensor] = {}
         if len(self.stages) > 1:
-            batch.health["stage"] = torch.tensor(float(self.stages.index(stage)))
+            logs["stage"] = torch.tensor(float(self.stages.index(stage)))
         weight = gap_weights(c.weighting, self.teacher.schedule, grid.t, grid.s).to(prediction.dtype)
-        losses = {"consistency": (weight * self.distance(prediction, target)).mean()}
+        losses: Losses = {"consistency": (weight * self.distance(prediction, target)).mean()}
         if sample is not None:
-            losses["reward"] = stage.plan.reward_weight * self._displeasure(batch, sample.x0)
+            displeasure, logs["reward_value"] = self._displeasure(batch, sample.x0)
+            losses["reward"] = stage.plan.reward_weight * displeasure
+        left: dict[str, Tensor] = {}
         if c.gan_weight:
             ends = Ends(prediction, target, grid.end, at.cond)
-            batch.carried |= ends.carried()
+            left = ends.carried()
             heard = judge(self.teacher, self.layers, ends.fake, ends, self._heard_at(stage, ends))
             logits = nets["discriminator"](heard)
             losses["gan"] = c.gan_weight * generator_loss(c.gan_loss, logits)
-        return losses
+        return StepOutput(losses, logs, carry=left)
 
-    def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
+    def discriminator_loss(self, nets: Networks, batch: Batch, carry: Carry) -> StepOutput:
         """Telling the student's ends of phases from the targets, in one call."""
-        stage, ends = self.stage(batch.iteration), Ends.from_carried(batch.carried)
+        stage, ends = self.stage(batch.iteration), Ends.from_carried(carry)
         t = self._heard_at(stage, ends)
         with torch.no_grad():
             given = [judge(self.teacher, self.layers, x, ends, t) for x in (ends.real, ends.fake)]
         on_real, on_fake = nets["discriminator"]([torch.cat(pair) for pair in zip(*given, strict=True)]).chunk(2)
-        batch.health |= accuracies(on_real, on_fake)
-        return {"discriminator": discriminator_loss(self.config.gan_loss, on_real, on_fake)}
+        loss = discriminator_loss(self.config.gan_loss, on_real, on_fake)
+        return StepOutput({"discriminator": loss}, accuracies(on_real, on_fake))
 
     def _heard_at(self, stage: Stage, ends: Ends) -> Tensor:
         total = self.teacher.num_train_timesteps
         return times_in_phase(ends.t, total // stage.plan.phases, total)
 
     def _student(
-        self, net: nn.Module, at: State, t: Tensor, more: tuple[State, Tensor] | None
+        self, net: DenoiserLike, at: State, t: Tensor, more: tuple[State, Tensor] | None
     ) -> tuple[Prediction, Prediction | None]:
         """The student at states and their timesteps; with `more` of both, as distributed training wants it, in one call."""
         embedded = self.config.embedded
@@ -286,15 +294,16 @@ class Consistency(Method):
         times = self.own_timesteps[: stop + 1].to(batch.device)
         return replace(start, x=self._rollout(nets, start, times)), times[-1].expand(len(rows))
 
-    def _displeasure(self, batch: Batch, x0: Tensor) -> Tensor:
-        """What the reward is short of its ceiling, or less the reward; gradients go through decoder and reward."""
+    def _displeasure(self, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """What the reward is short of its ceiling, or less the reward; and its mean, for the log. Gradients go through decoder
+        and reward."""
         if self.reward is None:
             raise ValueError("the reward is not there yet: call prepare first")
         images = (self.teacher.decode(x0) / 2 + 0.5).clamp(0, 1)
         prompts = list(batch.raw[: len(x0)]) if self.teacher.conditions == "prompt" else None
         reward, ceiling = self.reward(images, prompts), self.config.reward_ceiling
-        batch.health["reward_value"] = reward.detach().mean()
-        return -reward.mean() if ceiling is None else (ceiling - reward).relu().mean()
+        displeasure = -reward.mean() if ceiling is None else (ceiling - reward).relu().mean()
+        return displeasure, reward.detach().mean()
 
     def _rollout(self, nets: Networks, start: State, times: Tensor) -> Tensor:
         told = start.scale if self.config.embedded else None
@@ -370,7 +379,7 @@ class Consistency(Method):
 
     def _teacher(self, nets: Networks, batch: Batch, at: State, t: Tensor) -> Prediction:
         if at.scale is None:
-            return nets["teacher"](at.x, t, at.cond)  # type: ignore[no-any-return]
+            return nets["teacher"](at.x, t, at.cond)
         uncond = {key: value[: len(at.x)] for key, value in batch.uncond.items()}
         return guide(*both_sides(nets["teacher"], at.x, t, at.cond, uncond), at.scale)
 

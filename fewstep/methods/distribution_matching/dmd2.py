@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.diffusion.losses import (
@@ -19,14 +19,26 @@ from fewstep.diffusion.losses import (
     matching_gradient,
 )
 from fewstep.diffusion.schedule import Prediction, add_noise, guide, like, output_of
-from fewstep.methods.base import Batch, Losses, Method, Networks, Preparation, Role, Step, require_guidable
+from fewstep.methods.base import (
+    NOTHING,
+    Batch,
+    Carry,
+    Losses,
+    Method,
+    Networks,
+    Preparation,
+    Role,
+    Step,
+    StepOutput,
+    require_guidable,
+)
 from fewstep.methods.discriminator import Noised, features, named_layers, new_critic, noised, simulated_input
 from fewstep.methods.distribution_matching.config import DMD2Config, Range
 from fewstep.methods.distribution_matching.diagnostics import accuracies, alarms, prompt_distances, sample_figures
 from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, even_timesteps, stand_in
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond
+from fewstep.teachers.denoiser import Cond, DenoiserLike
 from fewstep.teachers.guidance import both_sides, concatenate, guided
 
 
@@ -108,22 +120,25 @@ class DMD2(Method):
 
     # The student's turn -----------------------------------------------------------------------------------------------
 
-    def student_loss(self, nets: Networks, batch: Batch) -> Losses:
+    def student_loss(self, nets: Networks, batch: Batch, carry: Carry = NOTHING) -> StepOutput:
         """Distribution matching, adversarial and regression terms on one sample, which the critic's turn is left."""
         c = self.config
+        found = StepOutput({})
         losses: Losses = {}
         if c.criticised:
             x = self.sample(nets["student"], batch)
-            batch.carried["sample"] = x.detach()
         if c.dm_weight:
-            losses |= self.matching(nets, batch, x)
+            found = self.matching(nets, batch, x)
+            losses |= found.losses
         if c.gan_weight and "gan" not in losses:
             losses["gan"] = c.gan_weight * self.realism(nets, batch, x)
         if c.regression_weight:
             losses["regression"] = c.regression_weight * self.regression(nets, batch)
-        return losses
+        return StepOutput(losses, found.logs, carry={"sample": x.detach()} if c.criticised else {})
 
-    def sample(self, student: nn.Module, batch: Batch, stop: int | None = None, noise: Tensor | None = None) -> Tensor:
+    def sample(
+        self, student: DenoiserLike, batch: Batch, stop: int | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """The student's x0 [B, C, h, w] after `stop` simulated steps and one that gradients see.
 
         Args:
@@ -149,7 +164,7 @@ class DMD2(Method):
 
     def matching(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
-    ) -> Losses:
+    ) -> StepOutput:
         """dm, whose gradient in x moves its distribution to the teacher's; t [B], noise like x: drawn if None.
 
         With `gan_share_noise` also gan, of the same noised x.
@@ -176,8 +191,8 @@ class DMD2(Method):
             if c.divergence != "reverse_kl":
                 seen = nets["critic"](**self._judged(nets, at))[1] if logits is None else logits
                 gradient = gradient * like(divergence_weights(c.divergence, seen), x)
-            batch.health |= sample_figures(x, real, fake) | prompt_distances(x, real, batch.raw)
-        return {"dm": c.dm_weight * descend(x, gradient.to(x.dtype))} | losses
+            logs = sample_figures(x, real, fake) | prompt_distances(x, real, batch.raw)
+        return StepOutput({"dm": c.dm_weight * descend(x, gradient.to(x.dtype))} | losses, logs)
 
     def realism(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
@@ -194,13 +209,21 @@ class DMD2(Method):
 
     # The critic's turn ------------------------------------------------------------------------------------------------
 
-    def critic_loss(self, nets: Networks, batch: Batch, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
+    def critic_loss(
+        self,
+        nets: Networks,
+        batch: Batch,
+        carry: Carry = NOTHING,
+        *,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> StepOutput:
         """Denoising of the student's samples over all noise levels, and telling them from real ones, in one call.
 
         t [B], noise [B, C, h, w]: of the denoising; drawn if None.
         """
         c = self.config
-        x = batch.carried.get("sample")
+        x = carry.get("sample")
         if x is None:
             with torch.no_grad():
                 x = self.sample(nets["student"], batch)
@@ -208,7 +231,7 @@ class DMD2(Method):
         at = noised(self.teacher, x, (0.0, 1.0), batch.cond, t, noise)
         if not c.gan_weight:
             prediction, _ = nets["critic"](self._cast(at))
-            return {"denoising": self._denoising(prediction, x, noise, at.t)}
+            return StepOutput({"denoising": self._denoising(prediction, x, noise, at.t)})
         fake = None if c.gan_share_noise else noised(self.teacher, x, c.gan_range, batch.cond)
         real = noised(self.teacher, *self._real(batch))
         # The penalty differentiates twice, which fused attention cannot.
@@ -224,8 +247,7 @@ class DMD2(Method):
             if c.r1_weight:
                 penalty = gradient_penalty(on_real, real.x_t)
                 losses["r1"] = c.gan_critic_weight * c.r1_weight * penalty
-        batch.health |= accuracies(on_real, on_fake)
-        return losses
+        return StepOutput(losses, accuracies(on_real, on_fake))
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
         return alarms(figures)
@@ -235,8 +257,8 @@ class DMD2(Method):
     def _cast(self, at: Noised) -> Noised:
         return at._replace(x_t=at.x_t.to(getattr(torch, self.config.x0_dtype)))
 
-    def _x0(self, net: nn.Module, at: Noised) -> Tensor:
-        return net(*self._cast(at)).x0.float()  # type: ignore[no-any-return]
+    def _x0(self, net: DenoiserLike, at: Noised) -> Tensor:
+        return net(*self._cast(at)).x0.float()
 
     def _denoising(self, p: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean square error of the network's own output, whatever it predicts (as in its own training)."""

@@ -13,12 +13,23 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import Prediction, add_noise, guide, like
 from fewstep.diffusion.trigflow import Rotation, rotation, tangent, velocity, velocity_rate
-from fewstep.methods.base import Batch, Losses, Method, Networks, Role, Step, require_guidable, require_live_guidance
+from fewstep.methods.base import (
+    NOTHING,
+    Batch,
+    Carry,
+    Method,
+    Networks,
+    Role,
+    Step,
+    StepOutput,
+    require_guidable,
+    require_live_guidance,
+)
 from fewstep.methods.consistency.tuning import log_levels, lognormal_index
 from fewstep.methods.dropout import without_dropout
 from fewstep.methods.scm.config import ScmConfig
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Denoiser
+from fewstep.teachers.denoiser import Denoiser, DenoiserLike
 from fewstep.teachers.guidance import both_sides
 
 WAVES = 8
@@ -40,7 +51,7 @@ class LogVariance(nn.Module):
         return out[:, 0]
 
 
-def beneath(network: nn.Module) -> Callable[..., Prediction]:
+def beneath(network: DenoiserLike) -> Callable[..., Prediction]:
     """The denoiser without what a trainer puts around its calls: accelerate's own autocast, DDP. Others as they are."""
     for part in network.modules():
         if isinstance(part, Denoiser):
@@ -48,7 +59,7 @@ def beneath(network: nn.Module) -> Callable[..., Prediction]:
     return network
 
 
-def in_half(network: nn.Module) -> bool:
+def in_half(network: DenoiserLike) -> bool:
     """Whether some weights are in 16 bits, as an adapter's base may be; only under autocast they go with the others."""
     return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
 
@@ -93,10 +104,12 @@ class Scm(Method):
         self,
         nets: Networks,
         batch: Batch,
+        carry: Carry = NOTHING,
+        *,
         t: Tensor | None = None,
         noise: Tensor | None = None,
         guidance_scale: Tensor | None = None,
-    ) -> Losses:
+    ) -> StepOutput:
         """|F - stop(F + g)|^2 with the tangent g of the student's consistency function (Lu & Song 2024, eq. 8).
 
         Args:
@@ -124,25 +137,31 @@ class Scm(Method):
             own, rate = self._rate(student, batch, told, x, t, at, slope)
             warmth = min(1.0, batch.iteration / c.warmup_iterations) if c.warmup_iterations else 1.0
             g = tangent(own, rate, x, slope, at.tau, warmth)
-            batch.health["tangent"] = g.square().mean().sqrt()
+            logs = {"tangent": g.square().mean().sqrt()}
             g = self._bounded(g)
         found = velocity(student(x_t, t, batch.cond, told), at.tau)
         level = self.levels.to(device)[t]
         each = (-level).exp() * (found - (found + g).detach()).square().flatten(1).mean(1)
         if not c.adaptive_weight:
-            return {"scm": each.mean()}
-        batch.carried |= {"each": each.detach(), "level": level}
+            return StepOutput({"scm": each.mean()}, logs)
         with torch.no_grad():
             weight = (-nets["log_variance"](level)).exp()
-        return {"scm": (weight * each).mean()}
+        return StepOutput({"scm": (weight * each).mean()}, logs, carry={"each": each.detach(), "level": level})
 
-    def variance_loss(self, nets: Networks, batch: Batch) -> Losses:
+    def variance_loss(self, nets: Networks, batch: Batch, carry: Carry) -> StepOutput:
         """e^-u loss + u, whose minimum in u is the log of the loss (Karras et al. 2024, eq. 22)."""
-        u = nets["log_variance"](batch.carried["level"])
-        return {"log_variance": ((-u).exp() * batch.carried["each"] + u).mean()}
+        u = nets["log_variance"](carry["level"])
+        return StepOutput({"log_variance": ((-u).exp() * carry["each"] + u).mean()})
 
     def _rate(
-        self, student: nn.Module, batch: Batch, told: Tensor | None, x: Tensor, t: Tensor, at: Rotation, slope: Tensor
+        self,
+        student: DenoiserLike,
+        batch: Batch,
+        told: Tensor | None,
+        x: Tensor,
+        t: Tensor,
+        at: Rotation,
+        slope: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """F and cos sin dF/dtau of the student as it is sampled: without dropout, whose masks in forward mode would be others
         than those of the pass that learns; and in the precision of its weights, whatever the run's."""
@@ -164,5 +183,5 @@ class Scm(Method):
 
     def _teacher(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, scale: Tensor | None) -> Prediction:
         if scale is None:
-            return nets["teacher"](x_t, t, batch.cond)  # type: ignore[no-any-return]
+            return nets["teacher"](x_t, t, batch.cond)
         return guide(*both_sides(nets["teacher"], x_t, t, batch.cond, batch.uncond), scale)

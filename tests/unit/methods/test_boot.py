@@ -150,7 +150,7 @@ def test_loss_equals_the_formulas(tiny_sd_path, kind, scale):
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
     with torch.no_grad():
-        loss = method.loss(nets, batch, z, segment, index)["boot"]
+        loss = method.loss(nets, batch, noise=z, segment=segment, index=index).losses["boot"]
         expected = written_out(method, teacher, nets, batch, z, segment, index, scale)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3 if kind == "epsilon" else 1e-4)
 
@@ -164,7 +164,7 @@ def test_loss_of_solvers_equals_the_formulas(request, family, solver, m):
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7]) // m
     with torch.no_grad():
-        loss = method.loss(nets, batch, z, segment, index)["boot"]
+        loss = method.loss(nets, batch, noise=z, segment=segment, index=index).losses["boot"]
         expected = written_out(method, teacher, nets, batch, z, segment, index, 1)
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
 
@@ -182,7 +182,11 @@ def test_loss_of_guidance_equals_the_formulas(tiny_sd, changes):
     with torch.no_grad():
         for scale in (1.5, 3.0):
             given = torch.full((4,), scale) if method.embedded else None
-            loss = method.loss(nets, batch, z, segment, index, given)["boot"].item()
+            loss = (
+                method.loss(nets, batch, noise=z, segment=segment, index=index, guidance_scale=given)
+                .losses["boot"]
+                .item()
+            )
             wanted = scale if method.embedded else 3.0
             expected = written_out(method, teacher, nets, batch, z, segment, index, wanted, uncond).item()
             assert loss == pytest.approx(expected, rel=1e-3)
@@ -205,7 +209,7 @@ def test_loss_of_thresholds_equals_the_formulas(tiny_ddpm_grey, kind, bound):
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
     with torch.no_grad():
-        loss = method.loss(nets, batch, z, segment, index)["boot"].item()
+        loss = method.loss(nets, batch, noise=z, segment=segment, index=index).losses["boot"].item()
         expected, free = (
             written_out(method, teacher, nets, batch, z, segment, index, 1, bound=b).item()
             for b in (bound, lambda x0: x0)
@@ -225,7 +229,7 @@ def test_loss_of_segments_equals_the_formulas(tiny_sd):
                 cond = {k: v[i : i + 1] for k, v in batch.cond.items()}
                 p = nets["ema"](z[i : i + 1], method.grid[j, :1], cond, progress=torch.ones(1))
                 z[i : i + 1] = ode_step(teacher.schedule, p, method.grid[j, -1:])
-        loss = method.loss(nets, batch, noise, segment, index)["boot"]
+        loss = method.loss(nets, batch, noise=noise, segment=segment, index=index).losses["boot"]
         expected = written_out(method, teacher, nets, batch, z, segment, index, 2.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
@@ -254,7 +258,7 @@ def test_paper_form_equals_its_formulas(tiny_sd):
     table = 0.5 * ((1 - bar) / bar).log()
     tau, total, edges = torch.full((4,), 999), [], []
     with torch.no_grad():
-        losses = method.paper_loss(nets, batch, z, index)
+        losses = method.paper_loss(nets, batch, noise=z, index=index).losses
         y = [nets["student"](z, tau, batch.cond, progress=(index + i) / 8).x0 for i in (0, 1)]
         for i, k in enumerate(index.tolist()):
             t, s = method.grid[0, k], method.grid[0, k + 1]
@@ -303,12 +307,12 @@ def test_every_option_gives_a_finite_gradient(tiny_sd, changes):
     method, teacher = build(tiny_sd, **changes)
     nets, batch = nets_for(method), batch_for(teacher)
     torch.manual_seed(0)
-    loss = sum(method.steps()[0].loss(nets, batch).values())
-    loss.backward()
+    output = method.steps()[0].loss(nets, batch, {})
+    sum(output.losses.values()).backward()
     gradients = [p.grad for p in nets["student"].parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert all(p.grad is None for p in nets["teacher"].parameters())
-    assert {"loss_front", "loss_middle", "loss_back"} & batch.health.keys()
+    assert {"loss_front", "loss_middle", "loss_back"} & output.logs.keys()
 
 
 def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_grey):
@@ -316,7 +320,11 @@ def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_gre
     for negative in ("", "a shoe"):
         method, teacher = build(tiny_sd, guidance_scale=3.0, negative_prompt=negative)
         nets, index = nets_for(method), torch.tensor([0, 3, 5, 7])
-        losses.append(method.loss(nets, batch_for(teacher), noise_for(teacher), None, index)["boot"].item())
+        losses.append(
+            method.loss(nets, batch_for(teacher), noise=noise_for(teacher), segment=None, index=index)
+            .losses["boot"]
+            .item()
+        )
     assert losses[0] != losses[1]
     bounds = {}
     for kind in ("none", "static", "dynamic"):
@@ -546,8 +554,8 @@ def test_no_image_is_opened(tiny_sd, tmp_path, monkeypatch):
     def opened(*_):
         raise AssertionError("an image was opened")
 
-    for what in ("fashion.load_idx", "fashion.load_embedded", "data.decode", "images.decode", "data.check_whole"):
-        monkeypatch.setattr(f"fewstep.{what}", opened)
+    for what in ("fashion.load_idx", "fashion.load_embedded", "sources.decode", "images.decode", "sources.check_whole"):
+        monkeypatch.setattr(f"fewstep.data.{what}", opened)
     monkeypatch.setattr("PIL.Image.open", opened)
     for source in (Fashion, Folder, Parquet):
         monkeypatch.setattr(source, "get", opened)
@@ -642,23 +650,22 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
 def test_health_is_the_loss_along_the_chain(tiny_sd):
     """The boundary by itself, then thirds of what follows; and the spread of the segments' starts."""
     method, teacher = build(tiny_sd, n_sub=9)
-    batch, index = batch_for(teacher), torch.arange(9)
-    method._report(batch, 10.0 ** torch.arange(9), index)
-    found = {name: batch.health[f"loss_{name}"].item() for name in ("boundary", "front", "middle", "back")}
+    logs, _ = method._report(10.0 ** torch.arange(9), torch.arange(9))
+    found = {name: logs[f"loss_{name}"].item() for name in ("boundary", "front", "middle", "back")}
     expected = {"boundary": 1, "front": 110 / 2, "middle": 111e3 / 3, "back": 111e6 / 3}
     assert found == pytest.approx(expected)
     method, teacher = build(tiny_sd, steps=2)
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     index = torch.tensor([0, 0, 3, 7])
-    method.loss(nets, batch, z, torch.zeros(4, dtype=torch.long), index)
-    assert batch.health["start_std"].item() == pytest.approx(z.std().item())
+    logs = method.loss(nets, batch, noise=z, segment=torch.zeros(4, dtype=torch.long), index=index).logs
+    assert logs["start_std"].item() == pytest.approx(z.std().item())
     with torch.no_grad():
         t = torch.full((2,), int(method.grid[0, 0]))
         cond = {k: v[:2] for k, v in batch.cond.items()}
         edge = nets["teacher"](z[:2], t, cond).x0
         own = nets["student"](z[:2], t, cond, progress=torch.full((2,), 1 / 8)).x0
     error = (own - edge).square().mean() / edge.var()
-    assert batch.health["boundary_error"].item() == pytest.approx(error.item(), rel=1e-3)
+    assert logs["boundary_error"].item() == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def train(iterations: int = 2500, size: int = 512, seed: int = 0, **changes: Any
     optimizer = torch.optim.AdamW(nets["student"].parameters(), config.optim.lr, weight_decay=0)
     course = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     for i in range(iterations):
-        loss = sum(method.steps()[0].loss(nets, Batch(size, {}, {}, torch.device("cpu"), i)).values())
+        loss = sum(method.steps()[0].loss(nets, Batch(size, {}, {}, torch.device("cpu"), i), {}).losses.values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(nets["student"].parameters(), 1.0)
@@ -173,9 +173,10 @@ def test_the_loss_falls_from_front_to_back(monkeypatch: pytest.MonkeyPatch) -> N
     """What the log has of every sub-step: the first targets are learnt while the last ones still wait for those before."""
     seen, report = [], Boot._report
 
-    def kept(self: Boot, batch: Batch, each: Tensor, index: Tensor) -> None:
-        report(self, batch, each, index)
-        seen.append(batch.tallies["loss_by_sub_step"])
+    def kept(self: Boot, each: Tensor, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        logs, histograms = report(self, each, index)
+        seen.append(histograms["loss_by_sub_step"])
+        return logs, histograms
 
     monkeypatch.setattr(Boot, "_report", kept)
     train(240, 256, n_sub=16)

@@ -81,7 +81,7 @@ def test_loss_equals_the_formulas(tiny_sd_path, kind, distance):
     noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(9))
     guidance = torch.tensor([3.0, 8.0, 4.5, 6.0])
     with torch.no_grad():
-        loss = method.loss(nets, batch, index, noise, guidance)["consistency"]
+        loss = method.loss(nets, batch, index=index, noise=noise, guidance_scale=guidance).losses["consistency"]
         expected = reference_loss(teacher, nets, batch, index, noise, guidance, None if distance == "l2" else 1e-3)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -110,10 +110,12 @@ def test_index_zero_target_is_the_solver_state(tiny_sd_path):
     nets, batch = nets_for(method), batch_for(teacher)
     index, noise, g = torch.zeros(4, dtype=torch.long), torch.randn_like(batch.x0), torch.full((4,), 3.0)
     with torch.no_grad():
-        first = method.loss(nets, batch, index, noise, g)["consistency"]
+        first = method.loss(nets, batch, index=index, noise=noise, guidance_scale=g).losses["consistency"]
         for p in nets["target"].parameters():
             p.add_(0.3)
-        assert torch.equal(method.loss(nets, batch, index, noise, g)["consistency"], first)
+        assert torch.equal(
+            method.loss(nets, batch, index=index, noise=noise, guidance_scale=g).losses["consistency"], first
+        )
 
 
 @pytest.mark.parametrize(
@@ -145,5 +147,5 @@ def test_unconditional_teacher_has_no_guidance(tiny_ddpm):
     method = Consistency(config(guidance_range=None), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     x0 = torch.randn(2, *teacher.latent_shape)
-    loss = method.loss(nets, Batch(2, teacher.condition([None] * 2), {}, torch.device("cpu"), latents=x0))
-    assert torch.isfinite(loss["consistency"])
+    output = method.loss(nets, Batch(2, teacher.condition([None] * 2), {}, torch.device("cpu"), latents=x0))
+    assert torch.isfinite(output.losses["consistency"])

@@ -73,14 +73,14 @@ def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     method = Consistency(config(**PHASED), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
-    method.loss(nets, batch)
-    batch.carried["real"] = batch.carried["fake"].clone()  # so that nothing but the noise differs
+    carry = method.loss(nets, batch).carry
+    carry = {**carry, "real": carry["fake"].clone()}  # so that nothing but the noise differs
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     teacher.denoiser.net.register_forward_pre_hook(lambda net, args: seen.append(args[:2]))
-    method.discriminator_loss(nets, batch)
+    method.discriminator_loss(nets, batch, carry)
     (real, t), (fake, u) = seen
     assert torch.equal(t, u) and len(t.unique()) > 1
-    assert not (real == fake).flatten(1).any(1)[t > batch.carried["end"]].any()
+    assert not (real == fake).flatten(1).any(1)[t > carry["end"]].any()
 
 
 def test_a_head_on_every_block_of_the_unet(tiny_sd):
@@ -89,8 +89,8 @@ def test_a_head_on_every_block_of_the_unet(tiny_sd):
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
     method = Consistency(config(**PHASED, gan_layers=blocks), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
-    loss = method.loss(nets, batch)["gan"]
-    ends = Ends.from_carried(batch.carried)
+    output = method.loss(nets, batch)
+    loss, ends = output.losses["gan"], Ends.from_carried(output.carry)
     heard = judge(teacher, method.layers, ends.fake, ends, ends.t)
     assert [f.shape[1] for f in heard] == [32, 64, 64, 64, 32]
     assert nets["discriminator"](heard).shape == (4, 5) and loss.isfinite()
@@ -102,12 +102,12 @@ def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):
     nets, batch = nets_for(method), batch_for(teacher)
     assert list(nets) == ["teacher", "student", "target", "discriminator"]
     nets["discriminator"].requires_grad_(False)
-    losses = method.loss(nets, batch)
-    losses["gan"].backward()
+    output = method.loss(nets, batch)
+    output.losses["gan"].backward()
     assert any(p.grad is not None and p.grad.any() for p in nets["student"].parameters())
     assert all(p.grad is None for p in teacher.denoiser.parameters())
     nets["discriminator"].requires_grad_(True)
-    method.discriminator_loss(nets, batch)["discriminator"].backward()
+    method.discriminator_loss(nets, batch, output.carry).losses["discriminator"].backward()
     assert all(p.grad is not None for p in nets["discriminator"].parameters())
     assert all(p.grad is None for p in teacher.denoiser.parameters())
 

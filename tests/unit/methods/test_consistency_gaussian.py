@@ -74,7 +74,7 @@ def test_the_student_becomes_the_teachers_solution(tiny_ddpm, states, phases):
         latents = MEAN + STD * torch.randn(10, *teacher.latent_shape) if states == "noised_data" else None
         batch = Batch(10, {}, {}, torch.device("cpu"), iteration, latents)
         optimizer.zero_grad()
-        method.loss(nets, batch)["consistency"].backward()
+        method.loss(nets, batch).losses["consistency"].backward()
         optimizer.step()
     grid = method.stages[-1].grid
     for i, wanted in enumerate(solution(grid, teacher.schedule, nets["teacher"])):
@@ -137,6 +137,6 @@ def test_the_student_becomes_the_consistency_function_in_closed_form(tiny_ddpm):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - iteration / 300)
         latents = MEAN + STD * torch.randn(40, *teacher.latent_shape)
         optimizer.zero_grad()
-        method.loss(nets, Batch(40, {}, {}, torch.device("cpu"), iteration, latents))["consistency"].backward()
+        method.loss(nets, Batch(40, {}, {}, torch.device("cpu"), iteration, latents)).losses["consistency"].backward()
         optimizer.step()
     assert off() == pytest.approx(solved, abs=0.002)

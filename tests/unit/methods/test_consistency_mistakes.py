@@ -74,7 +74,9 @@ class Turn:
         self.loss = self.again()
 
     def again(self) -> Tensor:
-        return self.method.loss(self.nets, self.batch, INDEX, self.noise, SCALE)["consistency"]
+        return self.method.loss(self.nets, self.batch, index=INDEX, noise=self.noise, guidance_scale=SCALE).losses[
+            "consistency"
+        ]
 
     def _watch(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -220,8 +222,8 @@ def test_unconditional_embeddings_of_another_batch_size(tiny_sd: Any) -> None:
         cond = {key: value[rows] for key, value in turn.batch.cond.items()}
         size = len(SCALE[rows])
         batch = Batch(size, cond, turn.teacher.null_condition(size), turn.batch.device, latents=turn.x0[rows])
-        given = (INDEX[rows], turn.noise[rows], SCALE[rows])
-        losses.append(turn.method.loss(turn.nets, batch, *given)["consistency"].item())
+        given = {"index": INDEX[rows], "noise": turn.noise[rows], "guidance_scale": SCALE[rows]}
+        losses.append(turn.method.loss(turn.nets, batch, **given).losses["consistency"].item())
         assert len(turn.seen["teacher"][-1].x) == 2 * size
     assert (3 * losses[0] + losses[1]) / 4 == pytest.approx(turn.loss.item(), rel=1e-9)
     config = RunConfig[ConsistencyConfig].model_validate(
@@ -381,7 +383,7 @@ def test_online_target_with_other_dropout_masks(whose: str, tiny_sd: Any) -> Non
     layer.register_forward_hook(lambda _m, given, output: dropped.append((output == 0) & (given[0] != 0)))
     x0 = torch.randn(4, *teacher.latent_shape)
     batch = Batch(4, teacher.condition(["a"] * 4), teacher.null_condition(4), torch.device("cpu"), latents=x0)
-    method.loss(nets, batch, INDEX)
+    method.loss(nets, batch, index=INDEX)
     assert len(dropped) == 2 and dropped[0].any() and torch.equal(*dropped)
 
 
@@ -418,7 +420,7 @@ def test_a_perfect_student_has_no_loss(tiny_sd: Any) -> None:
     batch = Batch(50, {}, {}, torch.device("cpu"), latents=mean.expand(50, -1, -1, -1))
     nets = {"teacher": PointMass(schedule, mean, False), "student": PointMass(schedule, mean, True)}
     noise = torch.randn(batch.x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert turn.method.loss(nets, batch, torch.arange(50), noise)["consistency"].item() < 1e-20
+    assert turn.method.loss(nets, batch, index=torch.arange(50), noise=noise).losses["consistency"].item() < 1e-20
 
 
 def test_an_iteration_costs_six_forwards(tiny_sd: Any) -> None:

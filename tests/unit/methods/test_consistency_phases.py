@@ -240,10 +240,15 @@ def test_edges_are_the_identity(teacher):
     noise, g = torch.randn_like(batch.x0), torch.full((4,), 3.0)
     for index, same in ((torch.tensor([0, 10, 20, 30]), True), (torch.tensor([1, 11, 21, 31]), False)):
         with torch.no_grad():
-            first = method.loss(nets, batch, index, noise, g)["consistency"]
+            first = method.loss(nets, batch, index=index, noise=noise, guidance_scale=g).losses["consistency"]
             for p in nets["target"].parameters():
                 p.add_(0.3)
-            assert torch.equal(method.loss(nets, batch, index, noise, g)["consistency"], first) == same
+            assert (
+                torch.equal(
+                    method.loss(nets, batch, index=index, noise=noise, guidance_scale=g).losses["consistency"], first
+                )
+                == same
+            )
             for p in nets["target"].parameters():
                 p.sub_(0.3)
 
@@ -278,7 +283,7 @@ def test_phase_loss_equals_the_formulas(teacher):
             own = jump(*nets["student"](x, at([t]), cond, g), end)
             target = x_s if s == end else jump(*nets["target"](x_s, at([s]), cond, g), end)
             total.append((own - target).square().mean())
-        loss = method.loss(nets, batch, index, noise, scale)["consistency"]
+        loss = method.loss(nets, batch, index=index, noise=noise, guidance_scale=scale).losses["consistency"]
     assert loss.item() == pytest.approx(torch.stack(total).mean().item(), rel=1e-4)
 
 

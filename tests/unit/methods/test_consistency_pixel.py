@@ -160,7 +160,7 @@ def test_loss_on_the_karras_grid_is_the_papers(tiny_ddpm):
     total = []
     with torch.no_grad():
         batch = Batch(3, {}, {}, torch.device("cpu"), latents=x0)
-        found = method.loss(nets, batch, index, noise)["consistency"]
+        found = method.loss(nets, batch, index=index, noise=noise).losses["consistency"]
         for i in range(3):
             t, s = int(grid.t[index[i]]), int(grid.s[index[i]])
             at, st, a_s, ss = (float(v) ** 0.5 for v in (a[t], 1 - a[t], a[s], 1 - a[s]))
@@ -183,7 +183,7 @@ def test_cost_is_six_forwards(tiny_ddpm):
     with FlopCounterMode(display=False) as one, torch.no_grad():
         teacher.denoiser(x0, torch.tensor([5, 9]), {})
     with FlopCounterMode(display=False) as all_:
-        method.loss(nets, Batch(2, {}, {}, torch.device("cpu"), latents=x0))["consistency"].backward()
+        method.loss(nets, Batch(2, {}, {}, torch.device("cpu"), latents=x0)).losses["consistency"].backward()
     assert all_.get_total_flops() / one.get_total_flops() == pytest.approx(6, abs=0.1)
 
 

@@ -120,9 +120,9 @@ def test_a_loss_resumes(tiny_sd):
         state = one.state()
         other.load_state({key: v.clone() for key, v in state.items()})
         random = torch.get_rng_state()
-        losses = [one.loss(nets, batch)["consistency"] for _ in range(3)]
+        losses = [one.loss(nets, batch).losses["consistency"] for _ in range(3)]
         torch.set_rng_state(random)
-        assert [other.loss(nets, batch)["consistency"] for _ in range(3)] == losses
+        assert [other.loss(nets, batch).losses["consistency"] for _ in range(3)] == losses
     assert {len(v) for key, v in state.items() if key != "times"} == {10}
 
 

@@ -44,12 +44,12 @@ def test_reward_is_that_of_the_last_step_of_a_rollout(tiny_sd, tmp_path, stop, m
     nets["ema"].net.register_forward_hook(lambda net, args, out: seen.append(args[1]))
     monkeypatch.setattr(method, "own_timesteps", method.own_timesteps[: stop + 1])
     wanted = torch.randint(stop + 1, (), generator=batch.generator.clone_state()).item()
-    losses = method.loss(nets, batch)
+    output = method.loss(nets, batch)
     times = [999, 749, 499, 249]
     own, student = seen[:wanted], seen[wanted]
     assert [t.tolist() for t in own] == [[t] * 3 for t in times[:wanted]]
     assert student.tolist()[4:] == [times[wanted]] * 3  # one call for both halves, the target's comes after it
-    assert losses["reward"].item() == pytest.approx(-0.5 * batch.health["reward_value"].item(), rel=1e-5)
+    assert output.losses["reward"].item() == pytest.approx(-0.5 * output.logs["reward_value"].item(), rel=1e-5)
 
 
 def test_a_step_down_the_loss_raises_the_reward(tiny_sd, tmp_path):
@@ -60,8 +60,8 @@ def test_a_step_down_the_loss_raises_the_reward(tiny_sd, tmp_path):
     def value():
         torch.manual_seed(3)
         batch.generator.manual_seed(3)
-        loss = method.loss(nets, batch)["reward"]
-        return loss, batch.health["reward_value"].item()
+        output = method.loss(nets, batch)
+        return output.losses["reward"], output.logs["reward_value"].item()
 
     loss, before = value()
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -77,7 +77,7 @@ def test_a_step_down_the_loss_raises_the_reward(tiny_sd, tmp_path):
 def test_the_ceiling_ends_it(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
     method, nets, batch = rewarding(teacher, tmp_path, reward_ceiling=-1000.0)
-    loss = method.loss(nets, batch)["reward"]
+    loss = method.loss(nets, batch).losses["reward"]
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in nets["student"].parameters())
@@ -87,8 +87,8 @@ def test_only_its_stage_rewards(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
     stages = (StageConfig(iterations=2), StageConfig(reward_weight=0.1, lr=1e-5))
     method, nets, batch = rewarding(teacher, tmp_path, reward_weight=0.0, stages=stages)
-    assert set(method.loss(nets, batch)) == {"consistency"}
-    assert set(method.loss(nets, replace(batch, iteration=2))) == {"consistency", "reward"}
+    assert set(method.loss(nets, batch).losses) == {"consistency"}
+    assert set(method.loss(nets, replace(batch, iteration=2)).losses) == {"consistency", "reward"}
 
 
 def test_a_reward_of_ones_own_teaches_and_is_told_before_training_where_it_cannot(tiny_sd, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def test_the_prediction_that_moves_a_trajectory_is_that_of_the_loss(tiny_sd, tea
         target = ode_step(teacher.schedule, nets["student"](x_s, at.s, held.cond, held.scale), at.end)
         target = torch.where((at.s == at.end).view(-1, 1, 1, 1), x_s, target)
         own = ode_step(teacher.schedule, nets["student"](held.x, at.t, held.cond, held.scale), at.end)
-        loss = method.loss(nets, batch, noise=noise, guidance_scale=g)["consistency"]
+        loss = method.loss(nets, batch, noise=noise, guidance_scale=g).losses["consistency"]
         assert loss.item() == pytest.approx((own - target).square().mean().item(), rel=1e-4)
         moved = method.trajectories.held
         assert moved is not None
@@ -205,7 +205,7 @@ def test_forwards_per_sample(tiny_sd, changes, forwards):
         teacher.denoiser(x, t, batch.cond)
     method.loss(nets, batch)  # trajectories are spread over their segments once
     with FlopCounterMode(display=False) as counted:
-        method.loss(nets, batch)["consistency"].backward()
+        method.loss(nets, batch).losses["consistency"].backward()
     assert counted.get_total_flops() / one.get_total_flops() == pytest.approx(forwards, abs=0.15)
 
 

@@ -63,7 +63,7 @@ def test_loss_by_hand(tiny_sd, tmp_path, target, endpoint):
     index = torch.tensor([0, 3, 6, 7])
     stored = method.stored
     torch.manual_seed(11)
-    loss = method.loss(
+    output = method.loss(
         nets, batch, index=index, noise=torch.zeros(4, *teacher.latent_shape), guidance_scale=torch.ones(4)
     )
     torch.manual_seed(11)
@@ -82,7 +82,7 @@ def test_loss_by_hand(tiny_sd, tmp_path, target, endpoint):
         s = (t - 125).clamp_min(0)
         x_s = stored.x[rows, 8 - index]
         theirs = torch.where((s == 0).view(-1, 1, 1, 1), x_s, f(nets["target"], x_s, s, scale))
-    assert loss["consistency"].item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-4)
+    assert output.losses["consistency"].item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("target", "forwards"), [("end", 3), ("solver", 4)])
@@ -96,7 +96,7 @@ def test_an_iteration_asks_no_teacher(tiny_sd, tmp_path, target, forwards):
         teacher.denoiser(torch.randn(4, *teacher.latent_shape), torch.full((4,), 999), batch.cond)
     teacher.denoiser.net.register_forward_hook(lambda *_: pytest.fail("the teacher was asked"))
     with FlopCounterMode(display=False) as counted:
-        method.loss(nets, batch)["consistency"].backward()
+        method.loss(nets, batch).losses["consistency"].backward()
     assert counted.get_total_flops() / one.get_total_flops() == pytest.approx(forwards, abs=0.15)
 
 
@@ -176,10 +176,10 @@ def test_a_plan_needs_no_trajectories(tiny_sd):
     with pytest.raises(ValueError, match="call prepare first"):
         method.loss(nets_for(method), batch_for(method.teacher))
     method.rehearse()
-    assert method.loss(nets_for(method), batch_for(method.teacher))["consistency"].isfinite()
+    assert method.loss(nets_for(method), batch_for(method.teacher)).losses["consistency"].isfinite()
 
 
 def test_without_guidance(tiny_sd, tmp_path):
     method, teacher = prepared(tiny_sd, tmp_path, guidance_range=None, export_guidance_scale=None)
     assert method.stored_settings.guidance_range == (1, 1)
-    assert method.loss(nets_for(method), replace(batch_for(teacher)))["consistency"].isfinite()
+    assert method.loss(nets_for(method), replace(batch_for(teacher))).losses["consistency"].isfinite()

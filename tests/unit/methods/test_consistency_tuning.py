@@ -92,7 +92,7 @@ def test_loss_equals_the_formulas_and_calls_no_teacher(tiny_ddpm):
         batch = Batch(3, {}, {}, CPU, iteration, latents=x0)
         total = []
         with torch.no_grad():
-            found = method.loss(nets, batch, index, noise)["consistency"]
+            found = method.loss(nets, batch, index=index, noise=noise).losses["consistency"]
             s = tuned_timestep(log_levels(teacher.schedule, 1000), index, iteration, method.config.tuning)
             for i, (u, v) in enumerate(zip(index.tolist(), s.tolist(), strict=True)):
                 ends, sigmas = [], []
@@ -117,7 +117,7 @@ def test_three_forwards_while_targets_are_the_data_then_four(tiny_ddpm):
     for index, expected in ((300, 1), (999, 2)):  # sigma 0.8 and 157
         calls.clear()
         batch = Batch(2, {}, {}, CPU, latents=x0)
-        method.loss(nets, batch, torch.full((2,), index))["consistency"].backward()
+        method.loss(nets, batch, index=torch.full((2,), index)).losses["consistency"].backward()
         assert len(calls) == expected
 
 
@@ -142,7 +142,7 @@ def test_dropout_is_the_students_and_shared_with_its_target(tiny_ddpm):
     dropout = next(m for m in nets["student"].modules() if isinstance(m, nn.Dropout))
     dropout.register_forward_hook(lambda _m, given, out: kept.append((out == 0) & (given[0] != 0)))
     batch = Batch(2, {}, {}, CPU, latents=torch.randn(2, *teacher.latent_shape))
-    method.loss(nets, batch, torch.full((2,), 999))
+    method.loss(nets, batch, index=torch.full((2,), 999))
     assert len(kept) == 2 and kept[0].any() and torch.equal(*kept)
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_gaussian_student_is_driven_to_mean_and_deviation(tiny_ddpm_grey, steps_
             "teacher": gaussian(teacher.schedule, "epsilon", mean, std),
             "critic": ExactCritic(gaussian(teacher.schedule, "epsilon", b.item(), a.abs().item())),
         }
-        loss = method.matching(nets, Batch(64, {}, {}, torch.device("cpu")), x)["dm"]
+        loss = method.matching(nets, Batch(64, {}, {}, torch.device("cpu")), x).losses["dm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -210,7 +211,7 @@ def test_every_parametrisation_gives_the_same_gradient(tiny_ddpm_grey):
                 "teacher": gaussian(schedule, kind, 0.7, 0.4),
                 "critic": ExactCritic(gaussian(schedule, kind, 0.1, 0.9)),
             }
-            method.matching(nets, batch, x.requires_grad_(), t, noise)["dm"].backward()
+            method.matching(nets, batch, x.requires_grad_(), t, noise).losses["dm"].backward()
             found.append(x.grad)
         assert found[0].abs().max() > 1e-4
         for other in found[1:]:
@@ -226,7 +227,7 @@ def test_decoupled_matching_with_the_same_noise_is_the_coupled_one_up_to_normali
     method = DMD2(config(guidance_scale=3.0, guidance_noise_range=(0.3, 0.9)), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     x = batch.x0.clone().requires_grad_()
-    method.matching(nets, batch, x)["dm"].backward()
+    method.matching(nets, batch, x).losses["dm"].backward()
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
@@ -239,7 +240,7 @@ def test_divergences_weigh_the_same_gradient(teacher):
         torch.manual_seed(0)  # of the head
         nets, batch = nets_for(method), batch_for(teacher)
         x = batch.x0.clone().requires_grad_()
-        method.matching(nets, batch, x, t, noise)["dm"].backward()
+        method.matching(nets, batch, x, t, noise).losses["dm"].backward()
         found[kind] = x.grad
     with torch.no_grad():
         _, logits = nets["critic"](judge=noised(teacher, batch.x0, (0.0, 1.0), batch.cond, t, noise))
@@ -254,11 +255,13 @@ def test_terms_that_are_off_cost_nothing(teacher):
     method = DMD2(config(dm_weight=0.0, **GAN), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     del nets["teacher"]
-    assert set(method.student_loss(nets, batch)) == {"gan"}
+    assert set(method.student_loss(nets, batch).losses) == {"gan"}
     method = DMD2(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
-    batch.latents = None
-    assert set(method.student_loss(nets, batch)) == {"dm"} and set(method.critic_loss(nets, batch)) == {"denoising"}
+    batch = replace(batch, latents=None)
+    assert set(method.student_loss(nets, batch).losses) == {"dm"} and set(method.critic_loss(nets, batch).losses) == {
+        "denoising"
+    }
     assert not list(nets["critic"].heads) and not method.needs_images
 
 
@@ -399,7 +402,7 @@ def test_several_layers_and_either_source(teacher, source):
     )
     nets, batch = nets_for(method), batch_for(teacher)
     nets["student"].requires_grad_(False)
-    losses = method.critic_loss(nets, batch)
+    losses = method.critic_loss(nets, batch).losses
     assert set(losses) == {"denoising", "discriminator", "r1"} and losses["r1"] > 0
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None for p in nets["critic"].heads.parameters())
@@ -416,9 +419,8 @@ def test_critic_descends_the_networks_own_error(tiny_sd_path, kind):
     teacher = load_teacher(str(tiny_sd_path(kind)))
     method = DMD2(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
-    batch.carried["sample"] = batch.x0
     t, noise = torch.tensor([0, 400, 999]), torch.randn_like(batch.x0)
-    found = method.critic_loss(nets, batch, t, noise)["denoising"]
+    found = method.critic_loss(nets, batch, {"sample": batch.x0}, t=t, noise=noise).losses["denoising"]
     stock = teacher.pipeline.scheduler
     x_t = stock.add_noise(batch.x0, noise, t)
     wanted = noise if kind == "epsilon" else stock.get_velocity(batch.x0, noise, t)
@@ -433,9 +435,8 @@ def test_critic_of_edm_descends_its_networks_own_error(tmp_path):
     nets = nets_for(method)
     x0 = torch.randn(3, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
     batch = Batch(3, teacher.condition([0, 4, 9]), teacher.null_condition(3), torch.device("cpu"), latents=x0)
-    batch.carried["sample"] = x0
     t, noise = torch.tensor([20, 500, 999]), torch.randn_like(x0)
-    found = method.critic_loss(nets, batch, t, noise)["denoising"]
+    found = method.critic_loss(nets, batch, {"sample": x0}, t=t, noise=noise).losses["denoising"]
     k = teacher.schedule.level(t).float().view(-1, 1, 1, 1)
     x, c_skip, c_out = x0 + k * noise, 0.25 / (k**2 + 0.25), 0.5 * k / (k**2 + 0.25).sqrt()
     output = nets["critic"].denoiser.net(x / (k**2 + 0.25).sqrt(), 250 * k.flatten().log(), **batch.cond).sample
@@ -446,8 +447,8 @@ def test_matching_is_zero_while_the_critic_is_the_teacher(teacher):
     method = DMD2(config(guidance_scale=1.0), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     batch = batch_for(teacher)
-    assert method.matching(nets, batch, batch.x0)["dm"].item() == 0
-    assert batch.health["dm_norm"] == 0
+    output = method.matching(nets, batch, batch.x0)
+    assert output.losses["dm"].item() == 0 and output.logs["dm_norm"] == 0
 
 
 # Turns ------------------------------------------------------------------------------------------------------------------
@@ -465,14 +466,14 @@ def test_a_turn_touches_its_own_network_only(tiny_sd, tmp_path):
     trainer = make(tiny_sd, tmp_path, {"guidance_scale": 2.0, **GAN})
     student, critic = trainer.method.steps()
     assert (student.role, student.every, critic.role, critic.every) == ("student", 5, "critic", 1)
-    batches = [trainer.batches.draw(trainer.iteration, 0)]
+    turn = [trainer.batches.draw(trainer.iteration, 0)], [{}]
     before = {name: snapshot(net) for name, net in trainer.raw.items()}
-    trainer._update(student, batches)
+    trainer.update(student, *turn)
     assert same(trainer.raw["teacher"], before["teacher"]) and same(trainer.raw["critic"], before["critic"])
     assert not same(trainer.raw["student"], before["student"])
     assert all(p.grad is None for p in trainer.raw["critic"].parameters())
     before = {name: snapshot(net) for name, net in trainer.raw.items()}
-    trainer._update(critic, batches)
+    trainer.update(critic, *turn)
     assert same(trainer.raw["teacher"], before["teacher"]) and same(trainer.raw["student"], before["student"])
     after = trainer.raw["critic"].state_dict()
     assert all(not torch.equal(after[k], v) for k, v in before["critic"].items())
@@ -483,10 +484,10 @@ def test_the_critic_learns_on_the_students_sample(teacher):
     method = DMD2(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     student = Recorder(nets["student"])
-    method.student_loss(nets | {"student": student}, batch)
+    carry = method.student_loss(nets | {"student": student}, batch).carry
     drawn = len(student.seen)
-    assert drawn >= 1 and not batch.carried["sample"].requires_grad
-    method.critic_loss(nets | {"student": student}, batch)
+    assert drawn >= 1 and not carry["sample"].requires_grad
+    method.critic_loss(nets | {"student": student}, batch, carry)
     assert len(student.seen) == drawn
 
 
@@ -510,14 +511,13 @@ def test_forwards_are_the_floor(teacher, shared):
     batch = batch_for(teacher)
     k = int(torch.randint(4, (), generator=torch.Generator().manual_seed(7)))
     batch.generator.manual_seed(7)
-    method.student_loss(nets, batch)
+    carry = method.student_loss(nets, batch).carry
     assert ended == {"teacher": 6, "student": 3 * (k + 1), "critic": 3}
     assert begun == ended | {"critic": 3 if shared else 6}
-    method.critic_loss(nets, batch)
+    method.critic_loss(nets, batch, carry)
     assert ended == {"teacher": 6, "student": 3 * (k + 1), "critic": 6}
     assert begun == ended | {"critic": 9 if shared else 15}
     before = begun.copy()
-    batch.carried.clear()
     batch.generator.manual_seed(7)
     method.critic_loss(nets, batch)
     assert begun["critic"] - before["critic"] == (6 if shared else 9) and begun["teacher"] == before["teacher"]
@@ -532,18 +532,17 @@ def test_shared_noise_gives_the_same_terms(teacher):
     nets, batch = nets_for(method), batch_for(teacher)
     found, wanted = (x.clone().requires_grad_() for _ in range(2))
     nets["critic"].requires_grad_(False)
-    terms = method.matching(nets, batch, found, t, noise)
+    terms = method.matching(nets, batch, found, t, noise).losses
     (terms["dm"] + terms["gan"]).backward()
-    expected = apart.matching(nets, batch, wanted, t, noise) | {
+    expected = apart.matching(nets, batch, wanted, t, noise).losses | {
         "gan": 0.1 * apart.realism(nets, batch, wanted, t, noise)
     }
     (expected["dm"] + expected["gan"]).backward()
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-8)
     nets["critic"].requires_grad_(True)
-    batch.carried["sample"] = x
     torch.manual_seed(0)
-    losses = method.critic_loss(nets, batch, t, noise)
+    losses = method.critic_loss(nets, batch, {"sample": x}, t=t, noise=noise).losses
     torch.manual_seed(0)
     real = noised(teacher, batch.x0, (0.0, 1.0), batch.cond)
     on_real, on_fake = (
@@ -562,7 +561,7 @@ def test_regression_alone_has_no_critic(teacher):
     nets, batch = {name: role.net for name, role in method.roles().items()}, batch_for(teacher)
     assert set(nets) == {"teacher", "student"} and [step.role for step in method.steps()] == ["student"]
     student = Recorder(nets["student"])
-    assert set(method.student_loss({"student": student}, batch)) == {"regression"} and len(student.seen) == 1
+    assert set(method.student_loss({"student": student}, batch).losses) == {"regression"} and len(student.seen) == 1
 
 
 def test_updates_cadence_and_resume_in_the_middle_of_it(tiny_sd, tmp_path):
@@ -720,9 +719,8 @@ def test_distance_between_samples_of_one_prompt(teacher):
     assert {k: v.item() for k, v in found.items()} == {"student_prompt_distance": 1.5, "teacher_prompt_distance": 3.0}
     assert prompt_distances(x, x, ["a", "b", "c", "d"]) == {} == prompt_distances(x, x, [])
     method, batch = DMD2(config(), teacher), batch_for(teacher)
-    batch.raw = ["a coat"] * 3
-    method.student_loss(nets_for(method), batch)
-    assert batch.health["student_prompt_distance"] > 0
+    output = method.student_loss(nets_for(method), replace(batch, raw=["a coat"] * 3))
+    assert output.logs["student_prompt_distance"] > 0
 
 
 def test_alarms_name_keys():

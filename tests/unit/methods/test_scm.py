@@ -247,7 +247,8 @@ def test_loss_and_its_gradient(tiny_ddpm_grey, kind):
             outputs.append(output.eps)
 
     nets["student"].register_forward_hook(keep)
-    loss = method.loss(nets, batch, t, noise)["scm"]
+    output = method.loss(nets, batch, t=t, noise=noise)
+    loss = output.losses["scm"]
     loss.backward()
     at = rotation(teacher.schedule, t)
     x = add_noise(teacher.schedule, x0, noise, t)
@@ -256,7 +257,7 @@ def test_loss_and_its_gradient(tiny_ddpm_grey, kind):
         slope = velocity(guess, at.tau)
         own, rate = velocity_rate(lambda x, u: nets["student"](x, u, {}), teacher.schedule, "epsilon", x, t, at, slope)
         g = tangent(own, rate, x, slope, at.tau, 0.5)  # half of the warm-up
-        assert batch.health["tangent"].item() == pytest.approx(g.square().mean().sqrt().item(), rel=1e-4)
+        assert output.logs["tangent"].item() == pytest.approx(g.square().mean().sqrt().item(), rel=1e-4)
         g = g / (g.flatten(1).norm(dim=1) + 0.1).view(-1, 1, 1, 1)
         weight = 1 / at.tau.tan()
         expected = (weight * g.square().flatten(1).mean(1)).mean()
@@ -273,10 +274,10 @@ def test_weight_of_noise_levels_learns_the_log_of_the_loss(tiny_ddpm_grey):
     net, level = LogVariance(), torch.linspace(-4, 4, 64)
     assert not net(level).any()
     optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    carry = {"level": level, "each": (1 + level.sin()).exp()}
     for _ in range(400):
-        batch = Batch(64, {}, {}, CPU, carried={"level": level, "each": (1 + level.sin()).exp()})
         optimizer.zero_grad()
-        method.variance_loss({"log_variance": net}, batch)["log_variance"].backward()
+        method.variance_loss({"log_variance": net}, Batch(64, {}, {}, CPU), carry).losses["log_variance"].backward()
         optimizer.step()
     assert (net(level) - 1 - level.sin()).abs().max() < 0.2
 
@@ -297,8 +298,10 @@ def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
         lambda _m, _a, given: embedded.append(given["timestep_cond"]), with_kwargs=True
     )
     batch = Batch(2, teacher.condition(["a", "b"]), teacher.null_condition(2), CPU, latents=torch.randn(2, 4, 8, 8))
-    losses = method.loss(nets, batch)
-    assert torch.isfinite(losses["scm"]) and batch.carried["level"].tolist() == pytest.approx([0.2, 0.2], abs=0.05)
+    output = method.loss(nets, batch)
+    assert torch.isfinite(output.losses["scm"]) and output.carry["level"].tolist() == pytest.approx(
+        [0.2, 0.2], abs=0.05
+    )
     (scale,), (derived, found) = seen, embedded
     assert ((scale >= 1) & (scale <= 4)).all() and torch.equal(derived, found)
 
@@ -326,7 +329,7 @@ def test_forwards_per_sample(request, name, changes, forwards):
     with FlopCounterMode(display=False) as one, torch.no_grad():
         teacher.denoiser(latents, t, cond)
     with FlopCounterMode(display=False) as counted:
-        method.loss(nets, batch, t)["scm"].backward()
+        method.loss(nets, batch, t=t).losses["scm"].backward()
     assert counted.get_total_flops() / one.get_total_flops() == pytest.approx(forwards, abs=0.06)
 
 
@@ -341,8 +344,8 @@ def test_derivative_is_that_of_the_network_without_dropout(tiny_ddpm_grey):
     layer.register_forward_hook(lambda module, _given, _output: dropped.append(module.training))
     batch = Batch(2, {}, {}, CPU, latents=torch.randn(2, 1, 16, 16))
     for _ in range(2):
-        method.loss({"student": student}, batch, torch.tensor([300, 700]), torch.ones(2, 1, 16, 16))
-        tangents.append(batch.health["tangent"].item())
+        output = method.loss({"student": student}, batch, t=torch.tensor([300, 700]), noise=torch.ones(2, 1, 16, 16))
+        tangents.append(output.logs["tangent"].item())
     assert dropped == [False, True] * 2 and tangents[0] == tangents[1]
 
 
@@ -434,7 +437,7 @@ def test_student_becomes_the_consistency_function(tiny_sd, kind):
     for i in range(300):
         optimizer.param_groups[0]["lr"] = 0.02 * (1 - i / 300)
         x0 = STD * torch.randn(8, *teacher.latent_shape, generator=g)
-        loss = method.loss(nets, Batch(8, {}, {}, CPU, i, latents=x0))["scm"]
+        loss = method.loss(nets, Batch(8, {}, {}, CPU, i, latents=x0)).losses["scm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
