@@ -21,17 +21,18 @@ from collections.abc import Callable
 
 import torch
 
-from fewstep.config import RunConfig, load_config
 from fewstep.data.sources import load_source
-from fewstep.methods.boot.method import Boot, BootConfig
-from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.boot.method import Boot
+from fewstep.methods.consistency.method import Consistency
 from fewstep.methods.discriminator import Noised
-from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
+from fewstep.methods.distribution_matching.dmd2 import DMD2
+from fewstep.methods.registry import load_run
 from fewstep.teachers import load_teacher
 from fewstep.teachers.guidance import concatenate
 from fewstep.training.trainer import Trainer
 
-METHODS = {"boot": (Boot, BootConfig), "consistency": (Consistency, ConsistencyConfig), "dmd2": (DMD2, DMD2Config)}
+METHODS = {"boot": Boot, "consistency": Consistency, "dmd2": DMD2}
+RECIPES = {"boot": "fashion/boot", "consistency": "fashion/trajectory", "dmd2": "fashion/dmd2"}
 
 
 def main() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
     parser.add_argument("--config")
     parser.add_argument("--rounds", type=int, default=30)
     args, overrides = parser.parse_known_args()
-    method_class, config_class = METHODS[args.method]
+    method_class = METHODS[args.method]
     with tempfile.TemporaryDirectory() as folder:
-        file = args.config or f"configs/{args.method}_fashion.yaml"
+        file = args.config or RECIPES[args.method]
         given = [f"output_dir={folder}", "data.limit=512", "max_iterations=100000", *overrides]
-        config = load_config(RunConfig[config_class], ["--config", file, *given])
+        config = load_run(file, given)
         teacher = load_teacher(config.teacher)
         method = method_class(config.method, teacher)
         trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))

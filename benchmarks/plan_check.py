@@ -15,42 +15,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fewstep.config import merged
+
 ROOT = Path(__file__).parents[1]
 OPTIM = {"lr": 1e-6}
-CONSISTENCY = {"optim": OPTIM, "solver_steps": 40, "steps": 8, "export_guidance_scale": 8.0}
-DMD2 = {"optim": OPTIM, "student_update_every": 1, "guidance_scale": 8.0, "gan_weight": 5e-3}
-LORA = {"student": "lora"}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "consistency_lora_1": ("consistency", {"method": CONSISTENCY, "batch_size": 1, **LORA}),
-    "consistency_lora_4_checkpointed": (
-        "consistency",
-        {"method": CONSISTENCY, "batch_size": 4, "gradient_checkpointing": True, **LORA},
-    ),
-    "dmd2_lora_1_checkpointed": ("dmd2", {"method": DMD2, "batch_size": 1, "gradient_checkpointing": True, **LORA}),
-    "consistency_full_1": (  # for more than 80 GB
-        "consistency",
-        {"method": CONSISTENCY | {"target_decay": None}, "batch_size": 1, "gradient_checkpointing": True},
-    ),
+CONSISTENCY = {"name": "lcm", "optim": OPTIM, "solver_steps": 40, "steps": 8, "export_guidance_scale": 8.0}
+DMD2 = {"name": "dmd2", "optim": OPTIM, "student_update_every": 1, "guidance_scale": 8.0, "gan_weight": 5e-3}
+LORA = {"train": {"student": {"kind": "lora"}}}
+CASES: dict[str, dict[str, Any]] = {
+    "consistency_lora_1": {"method": CONSISTENCY, "batch_size": 1, **LORA},
+    "consistency_lora_4_checkpointed": {
+        "method": CONSISTENCY,
+        "batch_size": 4,
+        "memory": {"gradient_checkpointing": True},
+        **LORA,
+    },
+    "dmd2_lora_1_checkpointed": {"method": DMD2, "batch_size": 1, "memory": {"gradient_checkpointing": True}, **LORA},
+    "consistency_full_1": {
+        "method": CONSISTENCY | {"target_decay": None},
+        "batch_size": 1,
+        "memory": {"gradient_checkpointing": True},
+    },  # for more than 80 GB
 }
 DEFAULT_CASES = [name for name in CASES if name != "consistency_full_1"]
-TINY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "consistency": ("consistency", {"method": CONSISTENCY, "batch_size": 8}),
-    "dmd2": ("dmd2", {"method": DMD2, "batch_size": 8}),
-    "boot": ("boot", {"method": {"optim": OPTIM, "steps": 2}, "batch_size": 8}),
+TINY_CASES: dict[str, dict[str, Any]] = {
+    "consistency": {"method": CONSISTENCY, "batch_size": 8},
+    "dmd2": {"method": DMD2, "batch_size": 8},
+    "boot": {"method": {"name": "boot", "optim": OPTIM, "steps": 2}, "batch_size": 8},
 }
 
 
 _TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
 TINY: dict[str, dict[str, Any]] = {
     "unet": {
-        "sample_size": 16, "block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4], "cross_attention_dim": 64,
-        "transformer_layers_per_block": 1, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "sample_size": 16, "block_out_channels": [32, 64, 64], "attention_head_dim": [2, 4, 4],
+        "cross_attention_dim": 64,
+        "transformer_layers_per_block": 1, "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
     },
     "vae": {"block_out_channels": [32, 32, 32, 32], "sample_size": 128},
     "text_encoder": _TEXT,
@@ -71,11 +77,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         teacher = build(Path(folder) / "teacher", args.size)
         files = {name: _config(Path(folder), name, teacher, known[name], device) for name in names}
-        plans = {name: _start("-m", "fewstep", "plan", str(file), "--json", "--device", device, "--method", known[name][0])
+        plans = {name: _start("-m", "fewstep", "plan", str(file), "--json", "--device", device)
                  for name, file in files.items()}  # fmt: skip
         wrong = False
         for name, file in files.items():
-            measured, seconds = _result(_start(str(Path(__file__)), "measure", known[name][0], str(file), device))
+            measured, seconds = _result(_start(str(Path(__file__)), "measure", str(file), device))
             planned, _ = _result(plans[name])
             if measured is None or planned is None:
                 wrong = True
@@ -91,13 +97,13 @@ def main() -> None:
     sys.exit(wrong)
 
 
-def _config(folder: Path, name: str, teacher: Path, case: tuple[str, dict[str, Any]], device: str) -> Path:
+def _config(folder: Path, name: str, teacher: Path, case: dict[str, Any], device: str) -> Path:
     values = {
         "teacher": str(teacher), "output_dir": str(folder / "run"), "data": {"source": "folder", "path": str(folder)},
-        "max_iterations": 10, "mixed_precision": "bf16" if device == "cuda" else "no", "cpu_threads": 1,
+        "max_iterations": 10, "train": {"mixed_precision": "bf16" if device == "cuda" else "no", "cpu_threads": 1},
     }  # fmt: skip
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(values | case[1]))
+    file.write_text(yaml.safe_dump(merged(values, case)))
     return file
 
 
@@ -119,13 +125,13 @@ def _result(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, floa
 # A run --------------------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, file: str, device: str) -> dict[str, int]:
+def measure(file: str, device: str) -> dict[str, int]:
     """Peak of a real training's first iterations."""
     import torch
 
     if device == "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            iterations = _train(name, file, device)
+            iterations = _train(file, device)
         assert profiler.profiler is not None
         held = peak = 0
         events = profiler.profiler.kineto_results.events()
@@ -133,7 +139,7 @@ def measure(name: str, file: str, device: str) -> dict[str, int]:
             held += event.nbytes()
             peak = max(peak, held)
         return {"peak": peak, "reserved": peak, "iterations": iterations}
-    iterations = _train(name, file, device)
+    iterations = _train(file, device)
     return {
         "peak": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
@@ -141,23 +147,19 @@ def measure(name: str, file: str, device: str) -> dict[str, int]:
     }
 
 
-def _train(name: str, file: str, device: str) -> int:
+def _train(file: str, device: str) -> int:
     from contextlib import nullcontext
 
     import torch
 
-    from fewstep.cli.plan import METHODS
-    from fewstep.config import RunConfig, load_config
+    from fewstep.methods.registry import load_run, method_class
     from fewstep.plan.plan import Anything
     from fewstep.plan.weightless import unweighted_teacher
     from fewstep.training.trainer import Trainer
 
-    module, method_class, settings = METHODS[name]
-    config = load_config(
-        RunConfig[getattr(import_module(f"fewstep.methods.{module}_config"), settings)], ["--config", file]
-    )
+    config = load_run(file)
     teacher = unweighted_teacher(config.teacher, lambda: torch.device(device))
-    method = getattr(import_module(f"fewstep.methods.{module}"), method_class)(config.method, teacher)
+    method = method_class(config.method.name)(config.method, teacher)
     trainer = Trainer(config, method, teacher, Anything(teacher, config.data, nullcontext))
     iterations = 2
     for trainer.iteration in range(iterations):

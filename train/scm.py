@@ -1,12 +1,6 @@
-"""Continuous-time consistency models: accelerate launch train/scm.py --config configs/scm_fashion.yaml"""
+"""Continuous-time consistency models: accelerate launch train/scm.py --config configs/fashion/scm.yaml"""
 
-from fewstep.config import RunConfig, load_config
-from fewstep.methods.scm.config import ScmConfig
+from fewstep.cli.scripts import train
 
 if __name__ == "__main__":
-    config = load_config(RunConfig[ScmConfig])
-    # Only now, for it loads torch: a mistake in the config is told at once.
-    from fewstep.methods.scm.method import Scm
-    from fewstep.training.run import run
-
-    run(Scm, config)
+    train("scm")

@@ -1,21 +1,16 @@
 """`fewstep cache`: prompts and images of a config, encoded ahead of training."""
 
 import argparse
-from typing import Any
 
-from fewstep.config import RunConfig, Strict, load_config
-
-
-class AnyMethod(Strict, extra="allow"):
-    """The one key of the methods' that prompts stand in; the others are the training's to check."""
-
-    negative_prompt: str = ""
+from fewstep.cli.options import CONFIG_HELP, Commands
+from fewstep.errors import FewstepError
+from fewstep.methods.registry import load_run
 
 
 def cache(args: argparse.Namespace) -> None:
-    config = load_config(RunConfig[AnyMethod], ["--config", args.config, *args.overrides])
+    config = load_run(args.config, args.overrides)
     if config.data.cache is None:
-        raise ValueError("data.cache is null; set it in the config, or as data.cache=FOLDER behind it")
+        raise FewstepError("data.cache", "null", "a folder", "Set it in the config, or as data.cache=FOLDER after it")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
@@ -40,8 +35,9 @@ def cache(args: argparse.Namespace) -> None:
     found = Cache(config.data.cache, teacher)
     teacher.placement.release(() if images else teacher.placement.image_parts)
     teacher.placement.to(accelerator.device, torch.float32)
+    negative = [teacher.negative(prompt) for prompt in config.method.negative_prompts]
     found.fill(
-        source, teacher, [teacher.negative(config.method.negative_prompt)], images, config.batch_size, accelerator.process_index,
+        source, teacher, negative, images, config.batch_size, accelerator.process_index,
         accelerator.num_processes, accelerator.wait_for_everyone,
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -49,11 +45,11 @@ def cache(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def add_cache(commands: Any) -> None:
+def add_cache(commands: Commands) -> None:
     c = commands.add_parser(
-        "cache", help="encode prompts and images of a config ahead of training; goes on where it was stopped"
+        "cache", help="encode prompts and images of a config ahead of training; resumes where it stopped"
     )
-    c.add_argument("config", metavar="CONFIG", help="config of the training, with data.cache")
+    c.add_argument("config", metavar="RECIPE|FILE", help=CONFIG_HELP)
     c.add_argument("overrides", nargs="*", metavar="key.path=value", help="keys that differ from the file")
     c.add_argument("--only", choices=("prompts",), help="for methods that see no images (default: images, too)")
     c.set_defaults(run=cache)

@@ -1,9 +1,10 @@
-"""The command `fewstep`: draw samples; the other commands are in `fewstep.commands`."""
+"""The command `fewstep`: the parser of all commands, and drawing samples."""
 
 import argparse
 import os
 from pathlib import Path
 
+from fewstep._version import __version__
 from fewstep.cli.commands import add_commands
 from fewstep.cli.options import (
     PIPELINE_HELP,
@@ -52,6 +53,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fewstep", description="Few-step generators from diffusers pipelines.")
+    parser.add_argument("--version", action="version", version=f"fewstep {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     add_commands(commands)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fewstep.assets import ASSETS, asset_path
 from fewstep.io import torch_dtype
@@ -11,6 +11,10 @@ from fewstep.io import torch_dtype
 if TYPE_CHECKING:
     import torch
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The group of commands to which each adds its parser."""
+
+CONFIG_HELP = "a recipe, see `fewstep recipes`, or a YAML file"
 PIPELINE_HELP = f"folder or hub id of a diffusers pipeline, or an embedded one: {', '.join(ASSETS)}"
 
 

@@ -1,72 +1,41 @@
-"""`fewstep plan`: what a run will hold in memory and compute, from configs alone."""
+"""`fewstep plan`: memory and operations of a run, from configs alone."""
 
 import argparse
 import json
 import os
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fewstep.cli.options import at_least
-from fewstep.config import RunConfig, load_config
+from fewstep.cli.options import CONFIG_HELP, Commands, at_least
+from fewstep.methods.registry import load_run, method_class
 
 if TYPE_CHECKING:
     from fewstep.plan.plan import Plan
 
-METHODS = {
-    "boot": ("boot", "Boot", "BootConfig"),
-    "consistency": ("consistency", "Consistency", "ConsistencyConfig"),
-    "dmd2": ("dmd2", "DMD2", "DMD2Config"),
-    "scm": ("scm", "Scm", "ScmConfig"),
-}
-"""train/<name>.py -> module of the method, its class, the class of its settings in <module>_config."""
-RECIPES = {name: "consistency" for name in ("cd", "ect", "lcm", "mlcm", "pcm")}
-"""What the published recipes of a method are called -> the method."""
-
 
 def plan(args: argparse.Namespace) -> None:
-    name = args.method or _named_by(args.config)
-    module, method, settings = METHODS[name]
-    settings_class: Any = getattr(import_module(f"fewstep.methods.{module}_config"), settings)
-    run_config: Any = RunConfig[settings_class]
-    config = load_config(run_config, ["--config", str(args.config), *args.overrides])
-    # The rehearsal takes place on the CPU, whatever the machine has; accelerate is asked before it is loaded.
+    config = load_run(args.config, args.overrides)
+    # The plan is made on the CPU, whatever the machine has; accelerate reads this when it is loaded.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     from fewstep.plan.plan import plan as planned
 
-    method_class = getattr(import_module(f"fewstep.methods.{module}"), method)
-    whole = planned(method_class, config, args.device, args.processes)
-    other = config.model_copy(update={"gradient_checkpointing": not config.gradient_checkpointing})
-    found = {
-        config.gradient_checkpointing: whole,
-        other.gradient_checkpointing: planned(method_class, other, args.device, args.processes, whole_round=False),
-    }
+    method = method_class(config.method.name)
+    on = config.memory.gradient_checkpointing
+    whole = planned(method, config, args.device, args.processes)
+    memory = config.memory.model_copy(update={"gradient_checkpointing": not on})
+    other = config.model_copy(update={"memory": memory})
+    found = {on: whole, not on: planned(method, other, args.device, args.processes, whole_round=False)}
     if args.json:
         peaks = {str(on).lower(): p.peak for on, p in found.items()}
-        print(
-            json.dumps(
-                whole.as_dict()
-                | {"gradient_checkpointing": config.gradient_checkpointing, "peaks_by_checkpointing": peaks}
-            )
-        )
+        print(json.dumps(whole.as_dict() | {"gradient_checkpointing": on, "peaks_by_checkpointing": peaks}))
     else:
         print(text(whole), checkpointing(found), sep="\n\n")
-
-
-def _named_by(file: Path) -> str:
-    """Configs are called <method>_<family>.yaml."""
-    name = file.stem.split("_")[0]
-    name = RECIPES.get(name, name)
-    if name in METHODS:
-        return name
-    raise ValueError(f"{file} does not say by its name which method it is for: pass --method {'|'.join(METHODS)}")
 
 
 def checkpointing(found: "dict[bool, Plan]") -> str:
     lines = []
     for on, p in sorted(found.items()):
         fits = ", ".join(f"{card} GB" for card, good in p.fits.items() if good) or "none of these cards"
-        lines.append(f"gradient_checkpointing={str(on).lower()}: peak {p.peak / 2**30:.2f} GiB, fits on {fits}")
+        lines.append(f"memory.gradient_checkpointing={str(on).lower()}: peak {p.peak / 2**30:.2f} GiB, fits on {fits}")
     return "\n".join(lines)
 
 
@@ -117,12 +86,11 @@ def text(p: "Plan") -> str:
     return "\n".join(lines)
 
 
-def add_plan(commands: Any) -> None:
-    c = commands.add_parser("plan", help="what a run will hold in memory and compute, from configs, without weights")
-    c.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of a run")
+def add_plan(commands: Commands) -> None:
+    c = commands.add_parser("plan", help="memory and operations of a run, from configs, without weights")
+    c.add_argument("config", metavar="RECIPE|FILE", help=CONFIG_HELP)
     c.add_argument("overrides", nargs="*", metavar="key.path=value", help="as for the training itself")
-    c.add_argument("--method", choices=METHODS, help="default: the beginning of the file's name")
-    c.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="that the run will have (default: cuda)")
+    c.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the run (default: cuda)")
     c.add_argument(
         "--processes", type=at_least(1), default=1, help="of the run; a plan is for one of them (default: 1)"
     )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--protocol", metavar="NAME|FILE", help="a named protocol (see configs/protocols) or a YAML file of one"
+        "--protocol", metavar="NAME|FILE", help="a named protocol (fewstep/evaluate/protocols) or a YAML file of one"
     )
     parser.add_argument(
         "--reference",

@@ -1,4 +1,4 @@
-"""YAML as run configs want it: the scalars of YAML 1.2, and no key that stands twice."""
+"""YAML for run configs: the scalars of YAML 1.2, and no duplicate keys."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 1e-4 is a number, `no`, 2026-01-01 and 1:30 are text. A key that stands twice is an error."""
+    """YAML 1.2's scalars: 1e-4 is a number, `no`, 2026-01-01 and 1:30 are text. A duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -15,7 +15,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -24,7 +24,7 @@ _Loader.yaml_implicit_resolvers = {}  # YAML 1.1's are dropped; 1.2's are added 
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML version would take for something else than text."""
+    """Quotes text that either YAML version would read as something other than text."""
 
 
 _FLOAT = (

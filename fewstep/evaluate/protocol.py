@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from annotated_types import Ge
@@ -13,11 +13,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from fewstep import io
 from fewstep.config import Strict, yaml12
-from fewstep.config.help import explain
+from fewstep.config.problems import explain
 from fewstep.data.hub import DATA
 
 FOLDER = Path(__file__).parent / "protocols"
-"""The named protocols; configs/protocols of the repository leads here, so that an installed package has them too."""
+"""The named protocols."""
 
 Metric = Literal[
     "fid", "fid_infinity", "kid", "cmmd", "precision_recall", "density_coverage", "inception_score", "diversity"
@@ -65,7 +65,7 @@ class Conditions(Strict):
     """Labels: 0, 1, 2, ... in turn, or independent and uniform, fixed by (seed, index)."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "Conditions":
         if self.source != "labels" and (self.num_labels is not None or self.draw != "cycle"):
             raise ValueError(f"source {self.source!r} has no labels: leave out num_labels and draw")
         if self.source != "prompts" and (self.file is not None or self.count is not None):
@@ -95,7 +95,7 @@ class Comparison(Strict):
     """Parts, in the order of the images, over which the Inception Score is averaged."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "Comparison":
         if not self.metrics:
             raise ValueError("metrics is empty; name at least one")
         if self.reference is None and (wanting := NEED_REFERENCE & set(self.metrics)):
@@ -144,7 +144,7 @@ class Protocol(Strict):
     own reward, as package.module:callable."""
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _distinct(self) -> "Protocol":
         names = [f"{metric}_{c.name}".rstrip("_") for c in self.comparisons for metric in c.metrics]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"comparisons: {', '.join(twice)} would stand twice; give one of them another name")
@@ -185,7 +185,7 @@ def load_protocol(name: str) -> tuple[str, Protocol]:
     try:
         return file.stem, Protocol.model_validate(raw)
     except ValidationError as e:
-        lines = dict.fromkeys(explain(Protocol, raw, x) for x in e.errors())
+        lines = dict.fromkeys(f"  {explain(Protocol, raw, x).text}" for x in e.errors())
         raise ValueError("\n".join([f"{file}:", *lines])) from None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from fewstep import io
-from fewstep.config import DataConfig, OptimConfig, RunConfig
+from fewstep.config import DataConfig, OptimConfig, RunConfig, Strict
 from fewstep.data.sources import Raw, Source
 from fewstep.methods.base import Batch, Carry, Method, Networks, Step, StepOutput
 from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
@@ -120,12 +120,18 @@ def plan(
 
     Has to be called where accelerate takes the CPU (ACCELERATE_USE_CPU), with one mixed_precision per program.
     """
-    precision = config.mixed_precision
+    precision = config.train.mixed_precision
     precision = ("bf16" if device == "cuda" else "no") if precision == "auto" else precision
-    changes = {
+    changes: dict[str, Strict] = {
         # Autocast of fp16 keeps as much as that of bf16, which needs no GPU.
-        "mixed_precision": "no" if precision == "no" else "bf16",
-        "init_from": None, "resume": None, "tracker": None, "compile": False, "cpu_threads": torch.get_num_threads(),
+        "train": config.train.model_copy(
+            update={
+                "mixed_precision": "no" if precision == "no" else "bf16",
+                "init_from": None, "compile": False, "cpu_threads": torch.get_num_threads(),
+            }
+        ),
+        "log": config.log.model_copy(update={"tracker": None}),
+        "checkpoint": config.checkpoint.model_copy(update={"resume": None}),
     }  # fmt: skip
     meter = Meter()
     # How tensors without values are copied makes torch warn, though it is its own way.
@@ -156,20 +162,20 @@ class _Rehearsal:
         self.method = method_class(config.method, self.teacher)
         if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
             self._enter("loading")
-            self.teacher.placement.to(torch.device("cpu"), io.torch_dtype(config.adapters.base_dtype))
+            self.teacher.placement.to(torch.device("cpu"), io.torch_dtype(config.train.base_dtype))
             self._enter("start")
         source = Anything(self.teacher, config.data, without_values)
         cached = config.data.cache is not None
         if cached:
             self._cache()
             config = config.model_copy(update={"data": config.data.model_copy(update={"cache": None})})
-        offloads = self.config.offload and device == "cuda"
+        offloads = self.config.memory.offload and device == "cuda"
         if offloads:
             self.teacher.placement.release(self.teacher.placement.parts)
         with without_values():
             self.trainer = _Rehearsed(config, self.method, self.teacher, source)
         self.trainer.offloads = offloads
-        self.lends = self.config.offload_teacher and device == "cuda"
+        self.lends = self.config.memory.offload_teacher and device == "cuda"
         # Roles whose backward passes lead through the teacher's network, and so keep its weights on the GPU.
         self.through: set[str] = set()
         self.teacher.denoiser.net.register_forward_pre_hook(self._hear, with_kwargs=True)
@@ -287,7 +293,7 @@ class _Rehearsal:
             device=self.device,
             mixed_precision=precision,
             batch_size=self.config.batch_size,
-            accumulate=self.config.accumulate,
+            accumulate=self.config.train.accumulate,
             processes=processes,
             roles=roles,
             parts={name: size for name, size in parts.items() if size},

@@ -1,13 +1,12 @@
 """The config of a teacher training: one section per stage."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from fewstep.config import Strict
+from fewstep.config import RecipeConfig, Strict, check, read
 
 
 class StageConfig(Strict):
@@ -56,10 +55,15 @@ class MeasureConfig(Strict):
     """Lowest class accuracy of the samples at which a guidance scale can be recommended."""
 
 
-class TeacherTraining(Strict):
+class _Training(Strict):
+    recipe: RecipeConfig | None = None
+    """What is known of these settings; null = nothing."""
+
+
+class TeacherTraining(_Training):
     dataset: Literal["fashion"] = "fashion"
     """Images to train on."""
-    output_dir: Path = Path("runs/teacher_fashion")
+    output_dir: Path = Path("runs/teachers/fashion")
     """Folder of the stages' outputs and checkpoints; the same command goes on from what lies there."""
     seed: int = 0
     """Seed of every stage."""
@@ -79,10 +83,10 @@ class TeacherTraining(Strict):
     """Figures of the data card."""
 
 
-class DigitsTraining(Strict):
+class DigitsTraining(_Training):
     dataset: Literal["digits"] = "digits"
     """Images to train on: scikit-learn's digits."""
-    output_dir: Path = Path("runs/teacher_digits")
+    output_dir: Path = Path("runs/teachers/digits")
     """Folder of the pipeline and of the images; the same command goes on from what lies there."""
     seed: int = 0
     """Seed of weights and noise."""
@@ -100,7 +104,7 @@ class DigitsTraining(Strict):
     """Training of the UNet."""
 
 
-class TransformerTraining(Strict):
+class TransformerTraining(_Training):
     """A transformer on the latents of the embedded teacher `fashion`, whose VAE, text encoder and scorers are taken over."""
 
     output_dir: Path
@@ -134,7 +138,7 @@ class TransformerTraining(Strict):
 class DiTTraining(TransformerTraining):
     network: Literal["dit"]
     """A DiTPipeline on class labels."""
-    output_dir: Path = Path("runs/teacher_fashion_dit")
+    output_dir: Path = Path("runs/teachers/fashion_dit")
     """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """What the transformer predicts."""
@@ -143,7 +147,7 @@ class DiTTraining(TransformerTraining):
 class SD3Training(TransformerTraining):
     network: Literal["sd3"]
     """A StableDiffusion3Pipeline, a rectified flow, on captions."""
-    output_dir: Path = Path("runs/teacher_fashion_flow")
+    output_dir: Path = Path("runs/teachers/fashion_flow")
     """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
     shift: PositiveFloat = 1.0
     """Shift of the timesteps at which the pipeline samples; 1 = none."""
@@ -151,23 +155,25 @@ class SD3Training(TransformerTraining):
 
 Training = TeacherTraining | DigitsTraining | DiTTraining | SD3Training
 
-CHOICES: dict[str, type[Training]] = {
-    "dataset: digits": DigitsTraining,
-    "network: dit": DiTTraining,
-    "network: sd3": SD3Training,
+_BY_KEY: Mapping[tuple[str, str], type[Training]] = {
+    ("dataset", "digits"): DigitsTraining,
+    ("network", "dit"): DiTTraining,
+    ("network", "sd3"): SD3Training,
 }
-"""The line of a file that tells its kind from the embedded teacher's."""
+"""A key of a config and its value -> the settings that it means; without any of them, the embedded teacher's."""
 
 
-def training_class(argv: Sequence[str]) -> type[Training]:
-    """The settings that the file of a command line (`--config FILE`) is to be read as, by its `dataset` or `network`.
+def is_training(raw: Mapping[str, object]) -> bool:
+    """Whether a config trains a teacher, not a student."""
+    return "method" not in raw and ("dataset" in raw or "network" in raw)
 
-    Those of the embedded teacher where it names another or cannot be read: their check then says what is wrong.
-    """
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    for option, value in pairwise(words):
-        if option == "--config" and Path(value).is_file():
-            for line in Path(value).read_text(encoding="utf-8", errors="replace").splitlines():
-                if kind := CHOICES.get(line.split("#")[0].strip()):
-                    return kind
-    return TeacherTraining
+
+def training_class(raw: Mapping[str, object]) -> type[Training]:
+    """The settings of a teacher's config, by its `dataset` or `network`."""
+    return next((cls for (key, value), cls in _BY_KEY.items() if raw.get(key) == value), TeacherTraining)
+
+
+def load_training(file: str | Path, overrides: Sequence[str] = ()) -> Training:
+    """The settings of a teacher's training from a file under overrides. Raises FewstepError."""
+    raw = read(file, overrides)
+    return check(training_class(raw), raw, str(file))

@@ -25,11 +25,11 @@ Trained on the 60,000 training images of [Fashion-MNIST](https://github.com/zala
 ## How it was made
 
     apt-get install dataset-fashion-mnist
-    python train/teacher.py --config configs/teacher_fashion.yaml
-    python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
+    python train/teacher.py --config configs/teachers/fashion.yaml
+    python -m fewstep.pretrain.publish runs/teachers/fashion fewstep/assets/fashion
     fewstep evaluate fashion --steps 1 2 3 4 6 8 50 --name teacher \\
         --output fewstep/assets/fashion/evaluation.json
-    python -m fewstep.pretrain.publish runs/teacher_fashion fewstep/assets/fashion
+    python -m fewstep.pretrain.publish runs/teachers/fashion fewstep/assets/fashion
 
 The last line once more, for this card.
 

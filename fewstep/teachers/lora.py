@@ -85,5 +85,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ValueError("student: lora needs peft, which is not installed: pip install peft") from None
+        raise ValueError("train.student.kind: lora needs peft, which is not installed: pip install peft") from None
     return peft

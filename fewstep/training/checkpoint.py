@@ -82,11 +82,13 @@ def find(folder: Path, name: str) -> Path:
     if name == "latest":
         found = checkpoints(folder)
         if not found:
-            raise FileNotFoundError(f"resume: latest: no checkpoint in {folder}; leave resume out to start anew")
+            raise FileNotFoundError(
+                f"checkpoint.resume: latest: no checkpoint in {folder}; leave it out to start from the beginning"
+            )
         return found[-1]
     path = Path(name)
     if not (path / "state.json").exists():
-        raise FileNotFoundError(f"resume: {path} is not a checkpoint (it has no state.json)")
+        raise FileNotFoundError(f"checkpoint.resume: {path} is not a checkpoint (it has no state.json)")
     return path
 
 

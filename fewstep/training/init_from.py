@@ -29,7 +29,9 @@ def _of_checkpoint(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path
     files = {name: folder / f"{name}.safetensors" for name, role in roles.items() if role.optim}
     found = {name: (file, load_file(file)) for name, file in files.items() if file.exists()}
     if not found:
-        raise FileNotFoundError(f"init_from: {folder} holds none of {', '.join(file.name for file in files.values())}")
+        raise FileNotFoundError(
+            f"train.init_from: {folder} holds none of {', '.join(file.name for file in files.values())}"
+        )
     return found
 
 
@@ -38,20 +40,20 @@ def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, 
     assert isinstance(student, Denoiser)
     if student.shared:
         raise ValueError(
-            f"init_from: {folder} is a pipeline, whose whole weights are no start for adapters: give a checkpoint of a run "
-            "with student: lora, or make that pipeline the teacher"
+            f"train.init_from: {folder} is a pipeline, whose whole weights are no start for adapters: give a checkpoint of a run "
+            "with train.student.kind: lora, or make that pipeline the teacher"
         )
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
     if kind is not None and kind != student.prediction_type:
-        raise ValueError(f"init_from: {folder} predicts {kind}, the teacher {student.prediction_type}")
+        raise ValueError(f"train.init_from: {folder} predicts {kind}, the teacher {student.prediction_type}")
     files = sorted(file for part in NETWORKS for file in (folder / part).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"init_from: {folder} has no safetensors in {' or '.join(NETWORKS)}")
+        raise FileNotFoundError(f"train.init_from: {folder} has no safetensors in {' or '.join(NETWORKS)}")
     weights = {f"net.{key}": value for file in files for key, value in load_file(file).items()}
     lacking = [key for key in roles["teacher"].net.state_dict() if key not in weights]
     if lacking:
         raise ValueError(
-            f"init_from: {folder} lacks {lacking[0]}, which the teacher has: export made it part of other weights, and it "
+            f"train.init_from: {folder} lacks {lacking[0]}, which the teacher has: export made it part of other weights, and it "
             "would count twice"
         )
     return {"student": (files[0].parent, weights)}
@@ -63,5 +65,7 @@ def _fill(name: str, net: nn.Module, file: Path, weights: dict[str, Tensor]) -> 
     weights = {key: value for key, value in weights.items() if key in own or value.any()}
     wrong = [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]
     if wrong:
-        raise ValueError(f"init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}")
+        raise ValueError(
+            f"train.init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}"
+        )
     net.load_state_dict(weights, strict=False)

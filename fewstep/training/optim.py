@@ -42,7 +42,7 @@ def set_up(net: nn.Module, config: RunConfig[Any], compiled: bool) -> None:
     for part in net.modules():
         if isinstance(part, Denoiser):
             own: Any = part.net
-            if config.gradient_checkpointing:
+            if config.memory.gradient_checkpointing:
                 own.enable_gradient_checkpointing()
             if compiled:
                 part.compile_net()

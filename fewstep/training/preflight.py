@@ -18,21 +18,21 @@ def check_surroundings(config: RunConfig[Any]) -> None:
     """Raises ValueError or FileNotFoundError, naming the key, before any weight is loaded."""
     _check_folder(config.output_dir)
     checkpoints = config.output_dir / "checkpoints"
-    if config.resume:
-        checkpoint.find(checkpoints, config.resume)
+    if config.checkpoint.resume:
+        checkpoint.find(checkpoints, config.checkpoint.resume)
     elif earlier := checkpoint.checkpoints(checkpoints):
         # Mixed with these, the new run's checkpoints would count as the oldest and be the first to be deleted.
         raise ValueError(
             f"output_dir: {config.output_dir} holds a run that reached iteration {earlier[-1].name}: go on with "
-            "resume=latest, or take another folder"
+            "checkpoint.resume=latest, or take another folder"
         )
-    if config.init_from is not None and not config.init_from.is_dir():
+    if config.train.init_from is not None and not config.train.init_from.is_dir():
         raise FileNotFoundError(
-            f"init_from: {config.init_from} is not a folder: run first what writes it, or start from the teacher with "
-            "init_from=null"
+            f"train.init_from: {config.train.init_from} is not a folder: run first what writes it, or start from the teacher "
+            "with train.init_from=null"
         )
-    if config.tracker:
-        _check_tracker(config.tracker)
+    if config.log.tracker:
+        _check_tracker(config.log.tracker)
     if config.score.every:
         _check_reference("score", config.score)
     if config.evaluate:
@@ -72,12 +72,12 @@ def check_guidance(config: RunConfig[Any], method: "Method") -> None:
     from fewstep.evaluate.generate import check_guidance_scale
     from fewstep.training.validation import teacher_guidance_scale
 
-    if config.evaluate or config.validate_every:
+    if config.evaluate or config.log.samples_every:
         try:
             check_guidance_scale(method.teacher.pipeline, teacher_guidance_scale(config))
         except ValueError as e:
             raise ValueError(f"evaluate.teacher_{e}; set evaluate.teacher_guidance_scale to 1") from None
-    if isinstance(method.export_guidance_scale, Mapping) and config.student == "lora":
+    if isinstance(method.export_guidance_scale, Mapping) and config.train.lora is not None:
         raise ValueError(
             "method.export_guidance_scale: a file of adapters has no place for scales that differ between steps; give one number"
         )
@@ -98,10 +98,10 @@ def _check_tracker(name: str) -> None:
     if name not in LOGGER_TYPE_TO_CLASS:
         close = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
-        raise ValueError(f"tracker: accelerate knows no {name!r}; {hint}")
+        raise ValueError(f"log.tracker: accelerate knows no {name!r}; {hint}")
     # accelerate itself goes on without a word.
     if name not in [str(tracker) for tracker in get_available_trackers()]:
-        raise ValueError(f"tracker: {name} is not installed: pip install {name.replace('_', '-')}")
+        raise ValueError(f"log.tracker: {name} is not installed: pip install {name.replace('_', '-')}")
 
 
 def _check_reference(key: str, asked: ReferenceConfig) -> None:

@@ -50,8 +50,8 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
     trainer = Trainer(config, method, teacher, source)
     folder = Path(config.output_dir)
     main = trainer.accelerator.is_main_process
-    if config.resume:
-        trainer.resume(config.resume)
+    if config.checkpoint.resume:
+        trainer.resume(config.checkpoint.resume)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config, versions()))
@@ -59,7 +59,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
             print(f"teacher's scores: {scoring.earlier.words}; others are measured after the training")
     if not trainer.fit():
         if main:
-            print(f"stopped at iteration {trainer.iteration}; go on with resume=latest")
+            print(f"stopped at iteration {trainer.iteration}; go on with checkpoint.resume=latest")
         return
     teacher.placement.onload()
     teacher.placement.recall(teacher.placement.parts)  # the loop is over, and the pipeline itself will be called
@@ -72,14 +72,14 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
         export(
             teacher, student, method.scheduler(), folder / "pipeline",
             allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
-            keeps_guidance=method.keeps_guidance, dtype=config.export_dtype, card=card,
+            keeps_guidance=method.keeps_guidance, dtype=config.export.dtype, card=card,
         )  # fmt: skip
         print(f"exported {folder / 'pipeline'}: opens in plain diffusers, checked against the trained student")
-        if config.student == "lora":
+        if config.train.lora is not None:
             export_lora(
                 teacher, student, method.scheduler(), folder / "lora", base=locate(config.teacher),
                 allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
-                dtype=config.export_dtype, card=card, keeps_guidance=method.keeps_guidance,
+                dtype=config.export.dtype, card=card, keeps_guidance=method.keeps_guidance,
             )  # fmt: skip
             print(
                 f"exported {folder / 'lora'}: adapters for {config.teacher} in diffusers and in ComfyUI, checked likewise"

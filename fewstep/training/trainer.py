@@ -68,16 +68,18 @@ class Trainer:
             )
         self.config, self.method, self.teacher = config, method, teacher
         self.accelerator = Accelerator(
-            mixed_precision=_precision(config.mixed_precision), log_with=config.tracker, project_dir=config.output_dir
+            mixed_precision=_precision(config.train.mixed_precision),
+            log_with=config.log.tracker,
+            project_dir=config.output_dir,
         )
         self.device = self.accelerator.device
         if self.device.type == "cpu":
             # `accelerate launch` gives every process one thread, which leaves the other cores idle.
             share = max(1, (os.cpu_count() or 1) // self.accelerator.num_processes)
-            torch.set_num_threads(config.cpu_threads or share)
+            torch.set_num_threads(config.train.cpu_threads or share)
         self.folder = Path(config.output_dir)
-        self.offloads = config.offload and self.device.type != "cpu"
-        self.lends = config.offload_teacher and self.device.type != "cpu"
+        self.offloads = config.memory.offload and self.device.type != "cpu"
+        self.lends = config.memory.offload_teacher and self.device.type != "cpu"
         if self.offloads:
             teacher.placement.reload = None  # to wait in main memory, not to be read anew for each visit
         set_seed(config.seed)  # the same on every process, for weights that are drawn
@@ -86,12 +88,12 @@ class Trainer:
         teacher.placement.release(teacher.placement.text_parts if cache else ())
         teacher.placement.release(teacher.placement.image_parts if cache or not method.needs_images else ())
         self.rest()
-        teacher.placement.to(self.device, io.torch_dtype(config.adapters.base_dtype))
-        if config.student == "lora":
-            teacher.students.adapt(config.adapters)
+        teacher.placement.to(self.device, io.torch_dtype(config.train.base_dtype))
+        if (lora := config.train.lora) is not None:
+            teacher.students.adapt(lora)
         roles = method.roles()
-        if config.init_from is not None:
-            start_from(roles, config.init_from)
+        if config.train.init_from is not None:
+            start_from(roles, config.train.init_from)
         self._prepare_roles(roles)
         if self.lends:
             teacher.placement.offload()
@@ -134,7 +136,7 @@ class Trainer:
     def _prepare_roles(self, roles: dict[str, Role]) -> None:
         student = roles["student"].net
         assert isinstance(student, Denoiser)
-        self.roles = roles | {"ema": Role(student.clone(), follows="student", decay=self.config.ema_decay)}
+        self.roles = roles | {"ema": Role(student.clone(), follows="student", decay=self.config.train.ema_decay)}
         self.raw: dict[str, nn.Module] = {}
         self.own: dict[str, Own] = {}
         self.wrapped: dict[str, nn.Module] = {}
@@ -144,7 +146,9 @@ class Trainer:
             own = self.own[name] = Own.of(role.net.to(self.device))
             # Layers that come and go are not compiled.
             set_up(
-                role.net, self.config, self.config.compile and not (self.lends and role.net is self.teacher.denoiser)
+                role.net,
+                self.config,
+                self.config.train.compile and not (self.lends and role.net is self.teacher.denoiser),
             )
             if role.optim is None:
                 role.net.requires_grad_(False).eval()
@@ -168,7 +172,7 @@ class Trainer:
         c, main = self.config, self.accelerator.is_main_process
         if main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if c.tracker:
+        if c.log.tracker:
             self.accelerator.init_trackers("fewstep", config={"method": self.method.name})
         self.method.prepare(self._preparation())
         steps = self.method.steps()
@@ -182,26 +186,26 @@ class Trainer:
                 window.add_iteration(self.iterate(steps))
                 self.iteration += 1
                 bar.update()
-                if self.iteration % c.log_every == 0 or self.iteration == c.max_iterations:
+                if self.iteration % c.log.every == 0 or self.iteration == c.max_iterations:
                     self._log(window, bar)
                     window = _Window()
                 self._events(bar)
                 if self._should_stop():
-                    if self.iteration % c.checkpoint_every:
+                    if self.iteration % c.checkpoint.every:
                         self.save()
                     return False
         finally:
             bar.close()
             signal.signal(signal.SIGTERM, previous)
-            if c.tracker:
+            if c.log.tracker:
                 self.accelerator.end_training()
-        if self.iteration % c.checkpoint_every:
+        if self.iteration % c.checkpoint.every:
             self.save()
         return True
 
     def iterate(self, steps: Sequence[Step]) -> list["UpdateResult"]:
         """Draw the micro-batches of the current iteration, and run its updates."""
-        batches = [self.batches.draw(self.iteration, part) for part in range(self.config.accumulate)]
+        batches = [self.batches.draw(self.iteration, part) for part in range(self.config.train.accumulate)]
         carries: list[dict[str, Tensor]] = [{} for _ in batches]
         self.rest()
         results = [self.update(step, batches, carries) for step in steps if self.iteration % step.every == 0]
@@ -223,9 +227,9 @@ class Trainer:
         c = self.config
         if c.score.every and self.iteration % c.score.every == 0:
             self._score()
-        if c.validate_every and self.iteration % c.validate_every == 0:
+        if c.log.samples_every and self.iteration % c.log.samples_every == 0:
             self._picture()
-        if self.iteration % c.checkpoint_every == 0:
+        if self.iteration % c.checkpoint.every == 0:
             self.save()
 
     def update(self, step: Step, batches: Sequence[Batch], carries: Sequence[dict[str, Tensor]]) -> "UpdateResult":
@@ -268,16 +272,16 @@ class Trainer:
         """The loss of a micro-batch and its gradients; what is returned keeps no graph alive."""
         with self.accelerator.autocast():
             output = step.loss(nets, batch, carry)
-        self.accelerator.backward(torch.stack(list(output.losses.values())).sum() / self.config.accumulate)
+        self.accelerator.backward(torch.stack(list(output.losses.values())).sum() / self.config.train.accumulate)
         losses, logs = ({key: value.detach() for key, value in d.items()} for d in (output.losses, output.logs))
         return replace(output, losses=losses, logs=logs)
 
     def _guard(self, finite: bool) -> None:
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        if self.nonfinite > self.config.max_nonfinite:
+        if self.nonfinite > self.config.train.max_nonfinite:
             last = ckpt.checkpoints(self.folder / "checkpoints")
             raise NonFiniteError(
-                f"{self.nonfinite} updates in a row were not finite (max_nonfinite: {self.config.max_nonfinite}); "
+                f"{self.nonfinite} updates in a row were not finite (train.max_nonfinite: {self.config.train.max_nonfinite}); "
                 f"lower method.optim.lr. Last good checkpoint: {last[-1] if last else 'none'}"
             )
 
@@ -298,7 +302,7 @@ class Trainer:
             window.add(self.method.health(cast(Networks, self.raw), self.iteration))
         values = {k: float(v) for k, v in window.means().items()}
         places = {k: seen_means(self.accelerator.reduce(v, "sum")) for k, v in window.tallies.items()}
-        count = window.iterations * c.batch_size * c.accumulate * self.accelerator.num_processes
+        count = window.iterations * c.batch_size * c.train.accumulate * self.accelerator.num_processes
         record: dict[str, Any] = {"iteration": self.iteration, **values, **places}
         record["images_per_second"] = round(count / window.seconds(), 2)
         if self.device.type == "cuda":
@@ -318,7 +322,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             with (self.folder / "log.jsonl").open("a") as f:
                 f.write(json.dumps(record) + "\n")
-        if self.config.tracker:
+        if self.config.log.tracker:
             self.accelerator.log({k: v for k, v in record.items() if k != "iteration"}, step=self.iteration)
 
     def _shown_best(self) -> dict[str, str]:
@@ -387,7 +391,7 @@ class Trainer:
                     "num_processes": self.accelerator.num_processes,
                 }  # fmt: skip
                 io.write_json(state, aside / "state.json")
-            ckpt.prune(self.folder / "checkpoints", self.config.keep_checkpoints)
+            ckpt.prune(self.folder / "checkpoints", self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
         return path
 
@@ -397,7 +401,7 @@ class Trainer:
         state = io.read_json(path / "state.json")
         if state["num_processes"] != self.accelerator.num_processes:
             raise ValueError(
-                f"resume: {path} was written by {state['num_processes']} processes, this run has "
+                f"checkpoint.resume: {path} was written by {state['num_processes']} processes, this run has "
                 f"{self.accelerator.num_processes}; exact resume needs the same number"
             )
         for name_, role in self.roles.items():

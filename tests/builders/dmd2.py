@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from builders import changed
 from fewstep.config import RunConfig
 from fewstep.data.sources import load_source
 from fewstep.methods.distribution_matching.config import DMD2Config
@@ -20,10 +21,10 @@ def config(**changes):
 def make(teacher_path, folder, method, **changes):
     values = {
         "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 32},
-        "max_iterations": 6, "cpu_threads": 1, "batch_size": 2, "checkpoint_every": 3, "log_every": 2, "mixed_precision": "no",
-        "method": {"optim": {"lr": 1e-3}} | method,
-    } | changes  # fmt: skip
-    config = RunConfig[DMD2Config].model_validate(values)
+        "max_iterations": 6, "train": {"cpu_threads": 1, "mixed_precision": "no"}, "batch_size": 2,
+        "checkpoint": {"every": 3}, "log": {"every": 2}, "method": {"optim": {"lr": 1e-3}} | method,
+    }  # fmt: skip
+    config = RunConfig[DMD2Config].model_validate(changed(values, changes))
     teacher = load_teacher(config.teacher)
     return Trainer(config, DMD2(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
 

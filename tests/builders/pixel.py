@@ -23,9 +23,9 @@ def trained(
         {
             "teacher": str(pipeline), "output_dir": str(output), "data": {"source": "folder", "path": str(images)},
             "method": {"optim": {"lr": 2e-3, "decay": "cosine"}, "guidance_range": None} | method,
-            "max_iterations": iterations, "batch_size": 16, "ema_decay": 0.9, "log_every": iterations, "evaluate": None,
-            "cpu_threads": 1,
-        }
+            "max_iterations": iterations, "batch_size": 16, "train": {"ema_decay": 0.9, "cpu_threads": 1},
+            "log": {"every": iterations}, "evaluate": None,
+            }
     )  # fmt: skip
     teacher = load_teacher(str(pipeline))
     trainer = Trainer(run, kind(run.method, teacher), teacher, load_source(run.data, 8))

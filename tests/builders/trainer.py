@@ -5,6 +5,7 @@ import os
 import torch
 from safetensors.torch import load_file
 
+from builders import changed
 from fewstep.config import RunConfig
 from fewstep.data.sources import load_source
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
@@ -18,9 +19,10 @@ def make(teacher_path, folder, **changes):
     )
     values = {
         "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 64},
-        "max_iterations": 6, "cpu_threads": 1, "batch_size": 4, "checkpoint_every": 3, "log_every": 2, "mixed_precision": "no",
-    } | changes  # fmt: skip
-    config = RunConfig[ConsistencyConfig].model_validate(values | {"method": method})
+        "max_iterations": 6, "train": {"cpu_threads": 1, "mixed_precision": "no"}, "batch_size": 4,
+        "checkpoint": {"every": 3}, "log": {"every": 2},
+    }  # fmt: skip
+    config = RunConfig[ConsistencyConfig].model_validate(changed(values, changes) | {"method": method})
     teacher = load_teacher(config.teacher)
     return Trainer(config, Consistency(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
 

@@ -24,7 +24,7 @@ from builders.families import build_dit, build_flux, build_pixart, build_sd3, bu
 from builders.pipelines import build_ddpm, build_sd
 from builders.trainer import assert_equal, make, weights
 from fewstep.cli.main import main
-from fewstep.config import DataConfig, RunConfig, Strict
+from fewstep.config import DataConfig, MethodConfig, RunConfig
 from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import Source, load_source
 from fewstep.data.tensor_store import Shards
@@ -81,7 +81,7 @@ def classes(folder: Path) -> list[Path]:
 
 def run_config(folder: Path, **data: Any) -> RunConfig[Any]:
     values = {"data": data, "output_dir": folder, "teacher": "", "max_iterations": 1, "batch_size": 4, "method": {}}
-    return RunConfig[Strict].model_validate(values)
+    return RunConfig[MethodConfig].model_validate(values)
 
 
 def drawn(config: RunConfig[Any], teacher: Teacher, source: Source, cache: Cache | None) -> list[Batch]:
@@ -144,7 +144,7 @@ def test_training_is_the_same_to_the_bit(built: Callable[[str], str], tmp_path: 
     data = {"source": "fashion", "limit": 24}
     assert make(built("sd"), tmp_path / "plain", data=data, **shown).fit()
     arguments = [f"teacher={built('sd')}", f"data.cache={tmp_path / 'cache'}", "data.limit=24", "batch_size=4"]
-    main(["cache", str(ROOT / "configs" / "lcm_fashion.yaml"), *arguments])
+    main(["cache", str(ROOT / "configs" / "fashion/lcm.yaml"), *arguments])
     trainer = make(built("sd"), tmp_path / "cached", data=data | {"cache": str(tmp_path / "cache")}, **shown)
     assert set(trainer.teacher.placement.away) == {"text_encoder", "vae"}
     assert trainer.fit()
@@ -168,7 +168,7 @@ def test_broken_images_are_left_out_of_both(built: Callable[[str], str], tmp_pat
     plain = make(built("sd"), tmp_path / "run", data=skip).batches
     cache = tmp_path / "cache"
     arguments = [f"data={json.dumps(data)}", f"data.cache={cache}", f"teacher={built('sd')}", "batch_size=4"]
-    config = str(ROOT / "configs" / "lcm_fashion.yaml")
+    config = str(ROOT / "configs" / "fashion/lcm.yaml")
     with pytest.raises(SystemExit, match="1 of 10 images cannot be read"):
         main(["cache", config, *arguments])
     main(["cache", config, *arguments, "data.on_error=skip"])
@@ -299,7 +299,7 @@ def command(teacher: str, cache: Path, processes: int = 1) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
     return [
-        *launch, "-m", "fewstep", "cache", "configs/lcm_fashion.yaml", f"teacher={teacher}",
+        *launch, "-m", "fewstep", "cache", "configs/fashion/lcm.yaml", f"teacher={teacher}",
         f"data.cache={cache}", "data.limit=2000", "batch_size=50",
     ]  # fmt: skip
 
@@ -332,8 +332,10 @@ def test_the_command_on_two_processes_after_a_kill(built: Callable[[str], str], 
 
 
 def test_the_command_says_what_it_wants(tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "lcm_fashion.yaml")
-    with pytest.raises(SystemExit, match=r"data\.cache is null; set it in the config, or as data\.cache=FOLDER"):
+    config = str(ROOT / "configs" / "fashion/lcm.yaml")
+    with pytest.raises(
+        SystemExit, match=r"data\.cache: found null; expected a folder\. Set it in the config, or as data\.cache=FOLDER"
+    ):
         main(["cache", config])
     with pytest.raises(SystemExit, match=r"data\.sauce: unknown key"):
         main(["cache", config, "data.sauce=x"])
@@ -341,7 +343,7 @@ def test_the_command_says_what_it_wants(tmp_path: Path) -> None:
 
 def test_prompts_alone(built: Callable[[str], str], tmp_path: Path) -> None:
     """As for BOOT, whose negative prompt is kept too."""
-    config = str(ROOT / "configs" / "boot_fashion.yaml")
+    config = str(ROOT / "configs" / "fashion/boot.yaml")
     main(
         [
             "cache",
@@ -474,7 +476,7 @@ def test_training_holds_the_networks_alone(
     images, cache = filled
     start = parameter_bytes()
     data = {"source": "folder", "path": str(images), "cache": str(cache)}
-    trainer = make(built("sd"), tmp_path, data=data, max_iterations=2, checkpoint_every=2)
+    trainer = make(built("sd"), tmp_path, data=data, max_iterations=2, checkpoint={"every": 2})
     nets = sum(size(net) for net in trainer.raw.values())
     assert len(trainer.raw) == 4 and parameter_bytes() - start == nets
     assert trainer.fit()

@@ -241,8 +241,9 @@ def trainer_for(
     config = RunConfig[config_kind].model_validate(
         {
             "teacher": str(folder), "output_dir": str(output), "data": {"source": "fashion", "limit": 8} | labels,
-            "max_iterations": iterations, "cpu_threads": 1, "batch_size": size, "checkpoint_every": every, "log_every": 1,
-            "mixed_precision": "no", "method": {"optim": {"lr": 1e-3}} | settings,
+            "max_iterations": iterations, "train": {"cpu_threads": 1, "mixed_precision": "no"}, "batch_size": size,
+            "checkpoint": {"every": every}, "log": {"every": 1},
+            "method": {"optim": {"lr": 1e-3}} | settings,
         }
     )  # fmt: skip
     return Trainer(config, kind(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
@@ -560,7 +561,7 @@ def test_a_student_with_folded_guidance_is_no_start_for_one_that_embeds_it(
     teacher = load_teacher(str(folders("flux")))
     teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4)).save_pretrained(tmp_path)
     roles = DMD2(DMD2Config.model_validate({"optim": {"lr": 1e-3}, "steps": 4}), teacher).roles()
-    with pytest.raises(ValueError, match=r"init_from: .* lacks .*guidance_embedder"):
+    with pytest.raises(ValueError, match=r"train.init_from: .* lacks .*guidance_embedder"):
         start_from(roles, tmp_path)
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from builders import ROOT
+from builders import ROOT, changed
 from builders.contract import CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from builders.trainer import environment
 from fewstep import io
@@ -62,11 +62,11 @@ def make(
     settings = settings_of(method, teacher) | (more or {})
     data = {"source": "fashion", "limit": 8} | ({"num_labels": 10} if teacher.conditions == "label" else {})
     values = {
-        "teacher": str(folder), "output_dir": str(output), "data": data, "max_iterations": iterations, "cpu_threads": 1,
-        "batch_size": 1, "checkpoint_every": 1, "log_every": 1, "mixed_precision": "no", "student": "lora",
-        "lora": {"rank": 4, "alpha": 8.0}, "method": {"optim": {"lr": 1e-3}} | settings,
-    } | changes  # fmt: skip
-    config = RunConfig[config_kind].model_validate(values)
+        "teacher": str(folder), "output_dir": str(output), "data": data, "max_iterations": iterations,
+        "train": {"cpu_threads": 1, "mixed_precision": "no", "student": {"kind": "lora", "rank": 4, "alpha": 8.0}},
+        "batch_size": 1, "checkpoint": {"every": 1}, "log": {"every": 1}, "method": {"optim": {"lr": 1e-3}} | settings,
+    }  # fmt: skip
+    config = RunConfig[config_kind].model_validate(changed(values, changes))
     return Trainer(config, kind(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
 
 
@@ -156,26 +156,26 @@ def test_methods_train_and_resume(family: str, method: str, folders: Callable[[s
 
 
 def test_whole_weights_are_no_adapters(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    assert make(folders("sd"), tmp_path / "full", "dmd2", iterations=1, student="full", lora=None).fit()
+    assert make(folders("sd"), tmp_path / "full", "dmd2", iterations=1, train={"student": {"kind": "full"}}).fit()
     checkpoint = tmp_path / "full" / "checkpoints" / "1"
     trainer = make(folders("sd"), tmp_path / "lora", "dmd2")
     before = tensors(trainer.teacher.denoiser)
     with pytest.raises(ValueError, match="belongs to another kind of network"):
         trainer.resume(str(checkpoint))
     with pytest.raises(ValueError, match="does not fit the student"):
-        make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(checkpoint))
-    with pytest.raises(ValueError, match=r"init_from: .* no start for adapters"):
+        make(folders("sd"), tmp_path / "lora", "dmd2", train={"init_from": str(checkpoint)})
+    with pytest.raises(ValueError, match=r"train.init_from: .* no start for adapters"):
         trainer.teacher.students.pipeline(
             trainer.teacher.students.new(), trainer.method.scheduler()
         ).save_pretrained(tmp_path / "pipeline")  # fmt: skip
-        make(folders("sd"), tmp_path / "lora", "dmd2", init_from=str(tmp_path / "pipeline"))
+        make(folders("sd"), tmp_path / "lora", "dmd2", train={"init_from": str(tmp_path / "pipeline")})
     assert all(torch.equal(before[key], v) for key, v in trainer.teacher.denoiser.state_dict().items())
 
 
 def test_adapters_start_from_those_of_an_earlier_run(folders: Callable[[str], Path], tmp_path: Path) -> None:
     assert make(folders("sd"), tmp_path / "first", "dmd2", iterations=1).fit()
     checkpoint = tmp_path / "first" / "checkpoints" / "1"
-    second = make(folders("sd"), tmp_path / "second", "dmd2", init_from=str(checkpoint))
+    second = make(folders("sd"), tmp_path / "second", "dmd2", train={"init_from": str(checkpoint)})
     for name, role in (("student", "student"), ("critic", "critic")):
         saved = load_file(checkpoint / f"{name}.safetensors")
         assert all(torch.equal(saved[key], v) for key, v in own_tensors(second.raw[role]).items())
@@ -186,14 +186,17 @@ def test_two_processes_agree_and_resume_exactly(folders: Callable[[str], Path], 
     def command(output: Path, *overrides: str) -> list[str]:
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "--main_process_port",
-            "0", "train/dmd2.py", "--config", "configs/dmd2_fashion.yaml", f"teacher={folders('sd')}", f"output_dir={output}",
-            "init_from=null",
-            "data.limit=16", "batch_size=2", "max_iterations=4", "checkpoint_every=2", "validate_every=0", "evaluate=null",
-            "log_every=1", "cpu_threads=1", "student=lora", "lora.rank=4", "gradient_checkpointing=true",
+            "0", "train/dmd2.py", "--config", "configs/fashion/dmd2.yaml", f"teacher={folders('sd')}",
+            f"output_dir={output}",
+            "train.init_from=null",
+            "data.limit=16", "batch_size=2", "max_iterations=4", "checkpoint.every=2", "log.samples_every=0",
+            "evaluate=null",
+            "log.every=1", "train.cpu_threads=1", "train.student.kind=lora", "train.student.rank=4",
+            "memory.gradient_checkpointing=true",
             "score.every=0", *overrides,
         ]  # fmt: skip
 
-    for name, overrides in (("whole", ()), ("parts", ("max_iterations=2",)), ("parts", ("resume=latest",))):
+    for name, overrides in (("whole", ()), ("parts", ("max_iterations=2",)), ("parts", ("checkpoint.resume=latest",))):
         done = subprocess.run(
             command(tmp_path / name, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True
         )
@@ -435,8 +438,8 @@ def test_checkpointed_gradients_are_the_same(
     """
     runs = {}
     for on in (False, True):
-        changes: dict[str, Any] = {} if kind == "lora" else {"student": "full", "lora": None}
-        trainer = make(folders(family), tmp_path / str(on), "dmd2", 1, gradient_checkpointing=on, **changes)
+        changes: dict[str, Any] = {} if kind == "lora" else {"train": {"student": {"kind": "full"}}}
+        trainer = make(folders(family), tmp_path / str(on), "dmd2", 1, memory={"gradient_checkpointing": on}, **changes)
         assert trainer.fit()
         files = {name: f"{name}_optimizer.safetensors" for name in ("student", "critic")}
         runs[on] = {n: load_file(tmp_path / str(on) / "checkpoints" / "1" / file) for n, file in files.items()}
@@ -471,7 +474,10 @@ def test_checkpointing_saves_activations(folders: Callable[[str], Path]) -> None
 def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[str], Path], tmp_path: Path) -> None:
     AcceleratorState._reset_state()  # of another precision, in tests before
     trainer = make(
-        folders("sd"), tmp_path, "consistency", mixed_precision="bf16", lora={"rank": 4, "base_dtype": "bf16"}
+        folders("sd"),
+        tmp_path,
+        "consistency",
+        train={"mixed_precision": "bf16", "student": {"kind": "lora", "rank": 4, "base_dtype": "bf16"}},
     )
     assert trainer.teacher.denoiser.net.dtype == torch.bfloat16
     assert {v.dtype for v in own_tensors(trainer.raw["student"]).values()} == {torch.float32}
@@ -485,7 +491,7 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
     """Without a GPU the option does nothing; as with one, parts leave after each call, and the run is the same to the bit."""
     found = {}
     for name, offload, leave in (("off", False, False), ("on", True, False), ("left", True, True)):
-        trainer = make(folders("sd"), tmp_path / name, "dmd2", offload=offload)
+        trainer = make(folders("sd"), tmp_path / name, "dmd2", memory={"offload": offload})
         assert not trainer.offloads
         if leave:
             trainer.offloads, trainer.teacher.placement.reload = True, None
@@ -504,7 +510,12 @@ def test_a_teacher_in_main_memory_changes_nothing(
     found = {}
     for name, leave in (("stays", False), ("leaves", True)):
         trainer = make(
-            folders("sd"), tmp_path / name, "dmd2", more=changes, student="full", lora=None, offload_teacher=leave
+            folders("sd"),
+            tmp_path / name,
+            "dmd2",
+            more=changes,
+            train={"student": {"kind": "full"}},
+            memory={"offload_teacher": leave},
         )
         assert not trainer.lends and not trainer.teacher.placement.offloaded
         if leave:
@@ -531,7 +542,7 @@ def test_eight_bit_optimizer_trains_and_resumes_exactly(folders: Callable[[str],
     method = settings | {"optim": {"lr": 1e-3, "optimizer": "adamw8bit"}}
 
     def run(name: str, iterations: int) -> Trainer:
-        made = make(folders("sd"), tmp_path / name, "boot", iterations, student="full", lora=None)
+        made = make(folders("sd"), tmp_path / name, "boot", iterations, train={"student": {"kind": "full"}})
         config = made.config.model_copy(update={"method": config_kind.model_validate(method)})
         return Trainer(config, kind(config.method, made.teacher), made.teacher, made.batches.stream.source)
 
@@ -557,18 +568,23 @@ def test_eight_bit_optimizer_trains_and_resumes_exactly(folders: Callable[[str],
 
 def test_settings_of_adapters_belong_to_adapters() -> None:
     values = {
-        "teacher": "fashion", "output_dir": "runs/x", "data": {"source": "fashion"}, "max_iterations": 1, "batch_size": 1,
+        "teacher": "fashion", "output_dir": "runs/x", "data": {"source": "fashion"}, "max_iterations": 1,
+        "batch_size": 1,
         "method": {"optim": {"lr": 1e-3}},
     }  # fmt: skip
     for wrong, message in (
-        ({"lora": {"rank": 4}}, "student is 'full'"),
-        ({"student": "lora", "lora": {"base_dtype": "bf16"}}, "set mixed_precision=bf16"),
-        ({"student": "lora", "lora": {"rank": 0}}, "greater than 0"),
-        ({"student": "lora", "offload_teacher": True}, "offload_teacher: .* set offload_teacher=false or student=full"),
+        ({"train": {"student": {"kind": "full", "rank": 4}}}, "Extra inputs are not permitted"),
+        ({"train": {"student": {"kind": "lora", "base_dtype": "bf16"}}}, "Set train.mixed_precision=bf16"),
+        ({"train": {"student": {"kind": "lora", "rank": 0}}}, "greater than 0"),
+        (
+            {"train": {"student": {"kind": "lora"}}, "memory": {"offload_teacher": True}},
+            "memory.offload_teacher: .* Set memory.offload_teacher=false or train.student.kind=full",
+        ),
     ):
         with pytest.raises(ValidationError, match=message):
             RunConfig[DMD2Config].model_validate(values | wrong)
-    assert RunConfig[DMD2Config].model_validate(values | {"student": "lora"}).adapters.rank == 64
+    lora = RunConfig[DMD2Config].model_validate(values | {"train": {"student": {"kind": "lora"}}}).train.lora
+    assert lora is not None and lora.rank == 64
 
 
 @pytest.mark.slow
@@ -577,8 +593,10 @@ def test_compiled_runs_train_resume_and_export(
     family: str, kind: str, again: bool, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """`again`: with activations that are computed again. The files are those of plain networks."""
-    changes: dict[str, Any] = {"compile": True, "gradient_checkpointing": again, "student": kind}
-    changes |= {} if kind == "lora" else {"lora": None}
+    changes: dict[str, Any] = {
+        "train": {"compile": True, "student": {"kind": kind}},
+        "memory": {"gradient_checkpointing": again},
+    }
     whole = make(folders(family), tmp_path / "whole", "boot", **changes)
     before = tensors(whole.raw["student"])
     assert whole.fit()
@@ -586,7 +604,7 @@ def test_compiled_runs_train_resume_and_export(
     second = make(folders(family), tmp_path / "parts", "boot", **changes)
     second.resume(str(tmp_path / "whole" / "checkpoints" / "1"))
     assert second.fit()
-    plain = make(folders(family), tmp_path / "plain", "boot", **changes | {"compile": False})
+    plain = make(folders(family), tmp_path / "plain", "boot", **changed(changes, {"train": {"compile": False}}))
     plain.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
     for name in ("student", "ema"):
         one, two = (

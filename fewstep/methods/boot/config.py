@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fewstep.config import OptimConfig, Strict
+from fewstep.config import MethodConfig, OptimConfig, Strict
 
 Share = Annotated[float, Ge(0), Lt(1)]
 
@@ -25,7 +25,9 @@ class PaperConfig(Strict):
         return self
 
 
-class BootConfig(Strict):
+class BootConfig(MethodConfig):
+    name: Literal["boot"] = "boot"
+    """The method."""
     optim: OptimConfig
     """Optimizer of the student."""
     steps: Annotated[int, Ge(1), Le(8)] = 1
@@ -66,6 +68,10 @@ class BootConfig(Strict):
     """Target: the exact one of a DDIM step, or the paper's finite difference with its boundary loss (one step only)."""
     paper: PaperConfig = PaperConfig()
     """Settings of the paper's form."""
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        return (self.negative_prompt,)
 
     @property
     def guidance_range(self) -> tuple[float, float] | None:

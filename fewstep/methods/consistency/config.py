@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Lt, MinLen
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from fewstep.config import OptimConfig, Strict
+from fewstep.config import MethodConfig, OptimConfig, Strict
 
 Endpoint = Literal["x0", "x0_plain", "phase"]
 Solver = Literal["ddim", "heun"]
@@ -74,7 +74,9 @@ class StoredConfig(Strict):
     """Steps of the solver from one point of the grid to the next; more below the last one, as details are made there."""
 
 
-class ConsistencyConfig(Strict):
+class ConsistencyConfig(MethodConfig):
+    name: Literal["cd", "ect", "lcm", "mlcm", "pcm", "trajectory"] = "lcm"
+    """The method."""
     optim: OptimConfig
     """Optimizer of the student."""
     solver_steps: GridSize = 50

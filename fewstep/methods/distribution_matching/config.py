@@ -1,11 +1,11 @@
 """Settings of distribution matching; free of torch, so that a mistake in them is told at once."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le, MinLen
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from fewstep.config import OptimConfig, Strict
+from fewstep.config import MethodConfig, OptimConfig, Strict
 
 Fraction = Annotated[float, Ge(0), Le(1)]
 Range = tuple[Fraction, Fraction]
@@ -23,7 +23,9 @@ class PairsConfig(Strict):
     """Samples drawn at a time; also the size of a file."""
 
 
-class DMD2Config(Strict):
+class DMD2Config(MethodConfig):
+    name: Literal["dmd2"] = "dmd2"
+    """The method."""
     optim: OptimConfig
     """Optimizer of the student."""
     critic_optim: OptimConfig | None = None
@@ -72,7 +74,7 @@ class DMD2Config(Strict):
     """Type in which network outputs are turned into x0; the official code takes float64."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _possible(self) -> "DMD2Config":
         for key in ("dm_range", "guidance_noise_range", "gan_range"):
             span = getattr(self, key)
             if span is not None and not span[0] <= span[1]:

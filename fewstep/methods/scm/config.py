@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt
 from pydantic import NonNegativeInt, PositiveFloat, model_validator
 
-from fewstep.config import OptimConfig, Strict
+from fewstep.config import MethodConfig, OptimConfig
 
 
-class ScmConfig(Strict):
+class ScmConfig(MethodConfig):
+    name: Literal["scm"] = "scm"
+    """The method."""
     optim: OptimConfig
     """Optimizer of the student, and of the weight of noise levels."""
     steps: Annotated[int, Ge(1)] = 2

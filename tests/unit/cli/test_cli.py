@@ -98,7 +98,7 @@ except SystemExit:
 
 def test_keys_stand_before_or_after_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong key is answered as a key, which shows that it was read as one."""
-    recipe = "configs/consistency_fashion.yaml"
+    recipe = "configs/fashion/trajectory.yaml"
     for words in (["batch_sise=2", "--json"], ["--json", "batch_sise=2"]):
         with pytest.raises(SystemExit, match="batch_sise: unknown key"):
             main(["plan", recipe, *words])

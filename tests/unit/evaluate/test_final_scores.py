@@ -25,7 +25,7 @@ def test_a_run_is_scored_by_a_reference_features_and_prompts_of_its_own(tiny_sd:
     values: dict[str, Any] = {
         "teacher": str(tiny_sd), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4},
         "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
-        "cpu_threads": 1, "score": {"every": 1, "num_images": 3, "steps": 1, **reference},
+        "train": {"cpu_threads": 1}, "score": {"every": 1, "num_images": 3, "steps": 1, **reference},
         "evaluate": {"steps": [1], "teacher_steps": [2], "num_images": 3, "batch_size": 2, **reference},
     }  # fmt: skip
     run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from builders import changed
 from fewstep.assets import asset_path
 from fewstep.cli.main import main
 from fewstep.config import RunConfig
@@ -38,19 +39,19 @@ def _config(teacher: Path, folder: Path, earlier: Path, **changes: Any) -> RunCo
         "teacher": str(teacher), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4},
         "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 1, "guidance_range": [1, 2],
                    "export_guidance_scale": 1.5},
-        "max_iterations": 1, "batch_size": 2, "cpu_threads": 1, **changes,
+        "max_iterations": 1, "batch_size": 2, "train": {"cpu_threads": 1},
         "evaluate": {
             "steps": [1], "teacher_steps": [3, 2, 1], "num_images": IMAGES, "batch_size": 2,
             "teacher_guidance_scale": 1.5, "teacher_from": str(earlier),
         },
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig].model_validate(values)
+    return RunConfig[ConsistencyConfig].model_validate(changed(values, changes))
 
 
 def test_a_run_takes_the_teachers_scores_and_measures_the_others_and_the_time(
     tiny_sd: Path, tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(Consistency, _config(tiny_sd, tmp_path / "run", report, student="lora"))
+    run(Consistency, _config(tiny_sd, tmp_path / "run", report, train={"student": {"kind": "lora"}}))
     shown = capsys.readouterr().out
     assert (
         shown.count(f"teacher's scores: {report} has them at 2, 1 steps") == 2

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from builders import ROOT
+from builders import ROOT, changed
 from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data.sources import Fashion, Folder, Parquet, load_source
@@ -523,10 +523,11 @@ def test_a_range_of_guidance_stays_with_the_caller_or_is_folded(tiny_sd):
 def make(teacher_path, folder, method=None, **changes):
     values = {
         "teacher": str(teacher_path), "output_dir": str(folder), "data": {"source": "fashion", "limit": 64},
-        "max_iterations": 4, "cpu_threads": 1, "batch_size": 4, "checkpoint_every": 2, "log_every": 2,
-        "mixed_precision": "no", "method": {"optim": {"lr": 1e-3}, "n_sub": 4} | (method or {}),
-    } | changes  # fmt: skip
-    config = RunConfig[BootConfig].model_validate(values)
+        "max_iterations": 4, "train": {"cpu_threads": 1, "mixed_precision": "no"}, "batch_size": 4,
+        "checkpoint": {"every": 2}, "log": {"every": 2},
+        "method": {"optim": {"lr": 1e-3}, "n_sub": 4} | (method or {}),
+    }  # fmt: skip
+    config = RunConfig[BootConfig].model_validate(changed(values, changes))
     teacher = load_teacher(config.teacher)
     return Trainer(config, Boot(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
 
@@ -543,7 +544,7 @@ def log_of(folder):
 @pytest.mark.parametrize("method", [{"guidance_scale": 2.0}, {"steps": 2, "start": "pool", "pool_size": 6}], ids=str)
 def test_resume_is_exact(tiny_sd, tmp_path, method):
     assert make(tiny_sd, tmp_path / "whole", method).fit()
-    trainer = make(tiny_sd, tmp_path / "again", method, log_every=1)  # nor does it matter how often a run logs
+    trainer = make(tiny_sd, tmp_path / "again", method, log={"every": 1})  # nor does it matter how often a run logs
     trainer.resume(str(tmp_path / "whole" / "checkpoints" / "2"))
     trainer.fit()
     whole, again = (weights(tmp_path / name, 4) for name in ("whole", "again"))
@@ -559,7 +560,7 @@ def test_no_image_is_opened(tiny_sd, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.Image.open", opened)
     for source in (Fashion, Folder, Parquet):
         monkeypatch.setattr(source, "get", opened)
-    assert make(tiny_sd, tmp_path / "a", max_iterations=1, validate_every=1).fit()
+    assert make(tiny_sd, tmp_path / "a", max_iterations=1, log={"samples_every": 1}).fit()
     # Images that are none: only their captions count.
     (tmp_path / "images" / "a coat").mkdir(parents=True)
     (tmp_path / "images" / "a coat" / "1.png").write_text("no image")
@@ -600,9 +601,10 @@ def test_a_run_without_any_image_source(tiny_sd, tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-c", WITHOUT_IMAGES, str(tmp_path), str(ROOT / "train" / "boot.py"),
-            "--config", str(ROOT / "configs" / "boot_fashion.yaml"), f"teacher={tiny_sd}", f"output_dir={run}",
-            "data.source=prompts", f"data.path={tmp_path / 'prompts.txt'}", "max_iterations=2", "batch_size=2", "log_every=1",
-            "validate_every=1", "checkpoint_every=2", "evaluate=null", "cpu_threads=1", "method.n_sub=4",
+            "--config", str(ROOT / "configs" / "fashion/boot.yaml"), f"teacher={tiny_sd}", f"output_dir={run}",
+            "data.source=prompts", f"data.path={tmp_path / 'prompts.txt'}", "max_iterations=2", "batch_size=2",
+            "log.every=1",
+            "log.samples_every=1", "checkpoint.every=2", "evaluate=null", "train.cpu_threads=1", "method.n_sub=4",
         ],
         cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -624,12 +626,12 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
         "0",
     ]
     runs = {}
-    for name, overrides in (("whole", ()), ("part", ("max_iterations=2",)), ("part", ("resume=latest",))):
+    for name, overrides in (("whole", ()), ("part", ("max_iterations=2",)), ("part", ("checkpoint.resume=latest",))):
         done = subprocess.run(
             [
-                *launch, "train/boot.py", "--config", "configs/boot_fashion_4step.yaml", f"teacher={tiny_sd}",
-                f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint_every=2", "log_every=1",
-                "validate_every=0", "evaluate=null", "cpu_threads=1", "method.steps=2", "method.n_sub=8",
+                *launch, "train/boot.py", "--config", "configs/fashion/boot_4step.yaml", f"teacher={tiny_sd}",
+                f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint.every=2", "log.every=1",
+                "log.samples_every=0", "evaluate=null", "train.cpu_threads=1", "method.steps=2", "method.n_sub=8",
                 "method.warm_start=3", "method.pool_size=8", "method.optim.decay=constant", *overrides,
             ],
             cwd=ROOT, capture_output=True, text=True,
@@ -678,7 +680,7 @@ def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, mon
 
     monkeypatch.setattr(Boot, "_report", kept)
     changes = {"n_sub": 16, "m_teacher": 2, "boundary_frac": 0.5}
-    assert make(tiny_sd, tmp_path, changes, accumulate=2, batch_size=2, checkpoint_every=4).fit()
+    assert make(tiny_sd, tmp_path, changes, train={"accumulate": 2}, batch_size=2, checkpoint={"every": 4}).fit()
     log = log_of(tmp_path)
     assert len(seen) == 8 and len(log) == 2
     for line, calls in zip(log, (seen[:4], seen[4:]), strict=True):
@@ -728,7 +730,7 @@ def test_drift_is_logged_while_starts_come_from_a_pool(tiny_sd, tmp_path):
         ("warm", {"steps": 4, "warm_start": 3, "pool_size": 4}, [True, False]),
         ("own", {"steps": 2}, [False, False]),
     ):
-        assert make(tiny_sd, tmp_path / name, method, checkpoint_every=4).fit()
+        assert make(tiny_sd, tmp_path / name, method, checkpoint={"every": 4}).fit()
         log = log_of(tmp_path / name)
         assert ["pool_drift" in line for line in log] == expected
         assert all(line["start_std"] > 0 for line in log)

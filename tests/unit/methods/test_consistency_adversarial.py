@@ -84,7 +84,7 @@ def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
 
 
 def test_a_head_on_every_block_of_the_unet(tiny_sd):
-    """As PCM has them, and configs/pcm_sd15_adv.yaml: down, in the middle, up."""
+    """As PCM has them, and configs/sd15/pcm_adv.yaml: down, in the middle, up."""
     teacher = load_teacher(str(tiny_sd))
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
     method = Consistency(config(**PHASED, gan_layers=blocks), teacher)
@@ -125,7 +125,7 @@ def test_trains_and_resumes(tiny_sd, tmp_path):
         run = RunConfig[ConsistencyConfig](
             teacher=str(tiny_sd), method=config(**PHASED, states="trajectory"), output_dir=tmp_path / folder,
             data=DataConfig(source="prompts", path=prompts), max_iterations=4, batch_size=4,
-            checkpoint_every=2, log_every=1, mixed_precision="no", cpu_threads=1,
+            checkpoint={"every": 2}, log={"every": 1}, train={"mixed_precision": "no", "cpu_threads": 1},
         )  # fmt: skip
         teacher = load_teacher(run.teacher)
         trainer = Trainer(run, Consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import changed
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
 from fewstep.diffusion.schedule import Prediction, VariancePreserving, add_noise
@@ -108,10 +109,11 @@ class Turn:
 
 def run_values(teacher: Any, folder: Any, **changes: Any) -> dict[str, Any]:
     """Of a run of one iteration of two images."""
-    return {
+    values = {
         "teacher": str(teacher), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4}, "batch_size": 2,
-        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "cpu_threads": 1, "mixed_precision": "no",
-    } | changes  # fmt: skip
+        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "train": {"cpu_threads": 1, "mixed_precision": "no"},
+    }  # fmt: skip
+    return changed(values, changes)
 
 
 def trainer_for(values: dict[str, Any]) -> Trainer:
@@ -354,7 +356,7 @@ def test_teacher_under_an_autocast_that_nobody_asked_for(tiny_sd: Any, tmp_path:
 def test_adapters_without_an_average_for_targets(tiny_sd: Any, tmp_path: Path) -> None:
     """The target's adapters are the average of the student's; the weights under both are the teacher's, once in memory."""
     method = {"optim": {"lr": 1e-3}, "target_decay": 0.75}
-    trainer = trainer_for(run_values(tiny_sd, tmp_path, student="lora", lora={"rank": 2}, method=method))
+    trainer = trainer_for(run_values(tiny_sd, tmp_path, train={"student": {"kind": "lora", "rank": 2}}, method=method))
     student, target = trainer.own["student"].parameters, trainer.own["target"].parameters
     before = [p.detach().clone() for p in target]
     trainer.fit()

@@ -129,7 +129,7 @@ PROMPT, SCALES = "a coat", (3.0, 1.0, 2.0, 1.0, 2.5, 1.5, 1.0, 4.0)
 
 @pytest.fixture(scope="module")
 def milestones(tiny_sd, tmp_path_factory):
-    """The method of mlcm_fashion.yaml's eight milestones, a student of it, and its export with a scale for each of them."""
+    """The method of fashion/trajectory_long.yaml, its student, and the export with a scale for each of eight milestones."""
     teacher = load_teacher(str(tiny_sd))
     method = Consistency(
         config(solver_steps=8, steps=8, guidance_range=(1.0, 4.0), export_guidance_scale=SCALES), teacher

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import changed
 from builders.consistency import OPTIM, batch_for, config, nets_for
 from builders.states import FREE, MEAN, SCHEDULE, STD, TIMES, exact, fresh, imageless, step
 from fewstep.config import DataConfig, OptimConfig, RunConfig
@@ -235,10 +236,12 @@ def run_config(path, folder, prompts, **changes):
     )
     method = ConsistencyConfig(optim=OptimConfig(**OPTIM), **FREE | {"stages": stages, "guidance_range": (1.0, 3.0)})
     values = {
-        "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts), "output_dir": folder,
-        "max_iterations": 8, "batch_size": 5, "checkpoint_every": 4, "log_every": 1, "mixed_precision": "no",
+        "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts),
+        "output_dir": folder,
+        "max_iterations": 8, "batch_size": 5, "checkpoint": {"every": 4}, "log": {"every": 1},
+        "train": {"mixed_precision": "no"},
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig](**values | changes)
+    return RunConfig[ConsistencyConfig](**changed(values, changes))
 
 
 def trainer_for(config):
@@ -273,7 +276,7 @@ def test_runs_without_images_and_resumes_within_a_stage(tiny_sd, tmp_path):
 def test_stages_of_adapters(tiny_sd, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a coat\na bag\n")
-    trainer = trainer_for(run_config(tiny_sd, tmp_path / "run", prompts, student="lora"))
+    trainer = trainer_for(run_config(tiny_sd, tmp_path / "run", prompts, train={"student": {"kind": "lora"}}))
     before = {key: value.clone() for key, value in trainer.teacher.denoiser.state_dict().items()}
     assert trainer.fit()
     after = trainer.teacher.denoiser.state_dict()

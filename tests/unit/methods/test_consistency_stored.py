@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from builders import changed
 from builders.consistency import OPTIM, batch_for, config, nets_for
 from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
@@ -22,7 +23,8 @@ from fewstep.training.trainer import Trainer
 
 PROMPTS = ["a coat", "a bag", "a shirt"]
 STORED = {
-    "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored", "stored": StoredConfig(count=5, batch_size=3),
+    "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored",
+    "stored": StoredConfig(count=5, batch_size=3),
     "target_step": "end", "target_decay": None, "guidance_range": (1.0, 3.0),
 }  # fmt: skip
 
@@ -113,10 +115,12 @@ def test_states_of_all_points_and_scales_are_drawn(tiny_sd, tmp_path):
 def run_config(path, folder, prompts, **changes):
     method = ConsistencyConfig(optim=OptimConfig(**OPTIM), **STORED)
     values = {
-        "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts), "output_dir": folder,
-        "max_iterations": 6, "batch_size": 4, "checkpoint_every": 3, "log_every": 1, "mixed_precision": "no",
+        "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts),
+        "output_dir": folder,
+        "max_iterations": 6, "batch_size": 4, "checkpoint": {"every": 3}, "log": {"every": 1},
+        "train": {"mixed_precision": "no"},
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig](**values | changes)
+    return RunConfig[ConsistencyConfig](**changed(values, changes))
 
 
 def trainer_for(config):

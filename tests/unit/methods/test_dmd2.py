@@ -725,7 +725,8 @@ def test_distance_between_samples_of_one_prompt(teacher):
 
 def test_alarms_name_keys():
     healthy = {
-        "student_std": 1.0, "teacher_std": 0.9, "student_diversity": 0.8, "teacher_diversity": 0.7, "student_to_critic": 0.3,
+        "student_std": 1.0, "teacher_std": 0.9, "student_diversity": 0.8, "teacher_diversity": 0.7,
+        "student_to_critic": 0.3,
         "student_to_teacher": 0.3, "real_accuracy": 0.7, "fake_accuracy": 0.8,
     }  # fmt: skip
     assert alarms(healthy) == [] and alarms({}) == []
@@ -758,13 +759,15 @@ def test_an_exported_consistency_student_is_a_start(tiny_sd, tmp_path):
         expected = earlier(x, t, cond, torch.full((2,), 2.0)).x0
         torch.testing.assert_close(roles["student"].net(x, t, cond).x0, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(expected, roles["critic"].net.denoiser(x, t, cond).x0, atol=1e-2)
-    with pytest.raises(ValueError, match=r"init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"):
+    with pytest.raises(
+        ValueError, match=r"train.init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"
+    ):
         start_from(roles, tmp_path / "live")
 
 
 def test_a_second_stage_starts_from_the_first_with_a_fresh_head(tiny_sd, tmp_path):
     make(tiny_sd, tmp_path / "first", {}, max_iterations=1).fit()
-    second = make(tiny_sd, tmp_path / "second", GAN, init_from=str(tmp_path / "first" / "checkpoints" / "1"))
+    second = make(tiny_sd, tmp_path / "second", GAN, train={"init_from": str(tmp_path / "first" / "checkpoints" / "1")})
     for role in ("student", "critic"):
         earlier = load_file(tmp_path / "first" / "checkpoints" / "1" / f"{role}.safetensors")
         own = second.raw[role].state_dict()

@@ -353,8 +353,9 @@ def test_derivative_is_in_float32_whatever_the_precision_of_the_run(tiny_sd, tmp
     """Also beneath the autocast that accelerate puts around the student's own call."""
     AcceleratorState._reset_state()  # of another precision, in tests before
     values = {
-        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 2}, "batch_size": 2,
-        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "cpu_threads": 1, "mixed_precision": "bf16",
+        "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 2},
+        "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4}}, "max_iterations": 1, "train": {"cpu_threads": 1, "mixed_precision": "bf16"},
     }  # fmt: skip
     config = RunConfig[ScmConfig].model_validate(values)
     teacher = load_teacher(str(tiny_sd))

@@ -146,11 +146,12 @@ def test_regression_and_teacher_samples_as_real_without_images(tiny_sd, tmp_path
     text = tmp_path / "prompts.txt"
     text.write_text("\n".join(PROMPTS))
     method = {
-        "steps": 1, "student_update_every": 1, "guidance_scale": 2.0, "regression_weight": 0.25, "regression_distance": "huber",
+        "steps": 1, "student_update_every": 1, "guidance_scale": 2.0, "regression_weight": 0.25,
+        "regression_distance": "huber",
         "gan_weight": 0.1, "gan_real": "teacher", "pairs": {"count": 4, "solver_steps": 2, "batch_size": 2},
     }  # fmt: skip
     data = {"source": "prompts", "path": str(text)}
-    trainer = make(tiny_sd, tmp_path / "run", method, data=data, max_iterations=2, log_every=1)
+    trainer = make(tiny_sd, tmp_path / "run", method, data=data, max_iterations=2, log={"every": 1})
     assert not trainer.method.needs_images and trainer.fit()
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
     assert {"regression", "dm", "gan", "discriminator"} <= line.keys()

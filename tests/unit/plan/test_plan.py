@@ -25,7 +25,8 @@ def run(*words):
 def planned(folder, method, teacher, settings, *words):
     values = {
         "teacher": str(teacher), "output_dir": str(folder / "run"), "data": {"source": "fashion"}, "max_iterations": 10,
-        "batch_size": 4, "method": {"optim": {"lr": 1e-4}} | settings,
+        "batch_size": 4,
+        "method": {"name": "lcm" if method == "consistency" else method, "optim": {"lr": 1e-4}} | settings,
     }  # fmt: skip
     file = folder / f"{method}_tiny.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -119,7 +120,7 @@ def test_a_teacher_out_of_reach_is_told_in_a_sentence(tmp_path):
     file = tmp_path / "boot_far.yaml"
     values = {
         "teacher": "nobody/nothing", "output_dir": str(tmp_path), "data": {"source": "none"}, "max_iterations": 1,
-        "batch_size": 1, "method": {"optim": {"lr": 1e-4}},
+        "batch_size": 1, "method": {"name": "boot", "optim": {"lr": 1e-4}},
     }  # fmt: skip
     file.write_text(yaml.safe_dump(values))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -150,9 +151,9 @@ def test_consistency_costs_six_forwards(tmp_path, tiny_sd):
     assert p["fits"] == {"16": True, "24": True, "40": True, "80": True}
     assert p["buckets"] == student["gradients"]  # those of several processes
     # The same plan as text.
-    done = run("-m", "fewstep", "plan", tmp_path / "consistency_tiny.yaml", "gradient_checkpointing=true")
+    done = run("-m", "fewstep", "plan", tmp_path / "consistency_tiny.yaml", "memory.gradient_checkpointing=true")
     assert done.returncode == 0, done.stderr
-    assert "gradient_checkpointing=false: peak" in done.stdout and "student's steps and timesteps" in done.stdout
+    assert "memory.gradient_checkpointing=false: peak" in done.stdout and "student's steps and timesteps" in done.stdout
 
 
 @pytest.mark.slow
@@ -167,7 +168,7 @@ def test_eight_bit_moments_are_a_quarter(tmp_path, tiny_sd):
 def test_lora_roles_share_one_base(tmp_path, tiny_sd):
     settings = {"student_update_every": 1, "gan_weight": 0.1}
     full = planned(tmp_path, "dmd2", tiny_sd, settings)
-    lora = planned(tmp_path, "dmd2", tiny_sd, settings, "student=lora", "lora.rank=4")
+    lora = planned(tmp_path, "dmd2", tiny_sd, settings, "train.student.kind=lora", "train.student.rank=4")
     base = full["roles"]["teacher"]["weights"]
     assert lora["roles"]["teacher"]["weights"] == base
     for role in ("student", "critic", "ema"):
@@ -182,19 +183,23 @@ def test_a_teacher_in_main_memory_is_counted_there(tmp_path, tiny_sd):
     settings = {"student_update_every": 1, "gan_weight": 0.1}
     here = planned(tmp_path, "dmd2", tiny_sd, settings)
     weights = here["roles"]["teacher"]["weights"]
-    away = planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true")
+    away = planned(tmp_path, "dmd2", tiny_sd, settings, "memory.offload_teacher=true")
     assert away["waiting"] == 4 * away["roles"]["teacher"]["parameters"]
     assert away["roles"]["teacher"]["weights"] == weights - away["waiting"] < weights / 50  # buffers stay
     assert here["resident"] - away["resident"] == away["waiting"]
     saved = {phase: size - away["peaks"][phase] for phase, size in here["peaks"].items()}
     assert saved.pop("start") == 0
     assert len(set(saved.values())) == 1 and 0.9 * away["waiting"] < saved["student: forward"] < away["waiting"]
-    through = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"}, "offload_teacher=true")
+    through = planned(
+        tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"}, "memory.offload_teacher=true"
+    )
     assert through["waiting"] == away["waiting"]
     beside = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"})
     assert through["peaks"]["student: backward"] == beside["peaks"]["student: backward"]
     assert through["peaks"]["critic: backward"] < beside["peaks"]["critic: backward"]
-    assert planned(tmp_path, "dmd2", tiny_sd, settings, "offload_teacher=true", "--device", "cpu")["waiting"] == 0
+    assert (
+        planned(tmp_path, "dmd2", tiny_sd, settings, "memory.offload_teacher=true", "--device", "cpu")["waiting"] == 0
+    )
 
 
 @pytest.mark.slow
@@ -219,7 +224,9 @@ def test_adapters_cost_a_forward_and_its_backward_to_the_input(tmp_path, tiny_sd
     In a network this narrow the adapters themselves are 0.1 F a forward; in a wide one the sum is 5.1 F.
     """
     lora = {"solver_steps": 40, "steps": 8, "embed_guidance": False, "target_decay": None}
-    roles = planned(tmp_path, "consistency", tiny_sd, lora | settings, "student=lora", "lora.rank=4")["roles"]
+    roles = planned(
+        tmp_path, "consistency", tiny_sd, lora | settings, "train.student.kind=lora", "train.student.rank=4"
+    )["roles"]
     assert roles["teacher"]["forward"] == pytest.approx(2, abs=0.01)  # with and without the condition
     assert roles["student"]["forward"] == pytest.approx(2.19, abs=0.02)  # and its target
     assert roles["student"]["backward"] < 1.2

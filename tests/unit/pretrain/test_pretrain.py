@@ -107,24 +107,16 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_digits_teacher(tmp_path: Path) -> None:
     """A few iterations from the command line's config to a pipeline that the teachers' loader takes."""
-    from fewstep.config import load_config
+    from fewstep.config import read
     from fewstep.pretrain import digits
-    from fewstep.pretrain.config import DigitsTraining, training_class
+    from fewstep.pretrain.config import DigitsTraining, load_training, training_class
     from fewstep.teachers import load_teacher
 
-    path = str(ROOT / "configs" / "teacher_digits.yaml")
-    assert training_class(["--config", path]) is DigitsTraining is training_class([f"--config={path}"])
-    assert training_class(["--config", path.replace("digits", "fashion")]) is TeacherTraining is training_class([])
-    config = load_config(
-        training_class(["--config", path]),
-        [
-            "--config",
-            path,
-            f"output_dir={tmp_path}",
-            "denoiser.iterations=2",
-            "denoiser.batch_size=4",
-            "channels=[16,16]",
-        ],
+    path = ROOT / "configs" / "teachers" / "digits.yaml"
+    assert training_class(read(path)) is DigitsTraining
+    assert training_class(read(path.with_stem("fashion"))) is TeacherTraining is training_class({})
+    config = load_training(
+        path, [f"output_dir={tmp_path}", "denoiser.iterations=2", "denoiser.batch_size=4", "channels=[16,16]"]
     )
     assert isinstance(config, DigitsTraining)
     digits.run(config)

@@ -15,7 +15,7 @@ from fewstep.methods.boot.method import Boot, BootConfig
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.pretrain import dit, sd3
-from fewstep.pretrain.config import DiTTraining, SD3Training, training_class
+from fewstep.pretrain.config import DiTTraining, SD3Training, load_training
 from fewstep.pretrain.loop import stratified
 from fewstep.pretrain.transformer import Latents, load_vae
 from fewstep.teachers import load_teacher
@@ -30,8 +30,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 
 
 def settings(name: str, *changes: str) -> Any:
-    argv = ["--config", str(CONFIGS / f"teacher_fashion_{name}.yaml"), "layers=2", "head_width=8", *changes]
-    return load_config(training_class(argv), argv)
+    return load_training(CONFIGS / "teachers" / f"fashion_{name}.yaml", ["layers=2", "head_width=8", *changes])
 
 
 @pytest.fixture(scope="module", params=["dit", "flow"])
@@ -79,13 +78,15 @@ def test_every_recipe_trains_exports_and_evaluates(method: str, trained: tuple[s
     name, folder = trained
     kind, config_kind = METHODS[method]
     argv = [
-        "--config", str(CONFIGS / f"{method}_fashion_{name}.yaml"), f"teacher={folder / 'pipeline'}",
-        f"output_dir={tmp_path / 'run'}", "max_iterations=3", "batch_size=4", "checkpoint_every=3", "validate_every=0",
-        "cpu_threads=1", "mixed_precision=no", "score.every=0", "evaluate.num_images=10", "evaluate.teacher_steps=[1]",
+        f"teacher={folder / 'pipeline'}",
+        f"output_dir={tmp_path / 'run'}", "max_iterations=3", "batch_size=4", "checkpoint.every=3", "log.samples_every=0",
+        "train.cpu_threads=1", "train.mixed_precision=no", "score.every=0", "evaluate.num_images=10",
+        "evaluate.teacher_steps=[1]",
     ]  # fmt: skip
     # Sixty thousand images to encode would be the better part of the test.
     argv += ["data.limit=8", *([] if method == "boot" else ["data.cache_latents=false"])]
-    job.run(kind, load_config(RunConfig[config_kind], argv))
+    recipe = CONFIGS / f"fashion_{name}" / f"{'lcm' if method == 'consistency' else method}.yaml"
+    job.run(kind, load_config(RunConfig[config_kind], recipe, argv))
     results = json.loads((tmp_path / "run" / "evaluation.json").read_text())["results"]
     assert {row["model"] for row in results} == {"student", "teacher"}
     assert all(row["network_evaluations"] == row["steps"] for row in results if row["model"] == "student")

@@ -75,8 +75,9 @@ def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, t
     """Stages of 2 and 4 iterations, of which the second costs FID: its own best is exported, also by a resumed run."""
     fids = {1: 3.0, 2: 2.0, 3: 9.0, 4: 7.0, 5: 8.0, 6: 8.0}
     changes = {
-        "method": {"stages": [{"iterations": 2}, {"lr": 1e-4}]}, "ema_decay": 0.5, "keep_checkpoints": 9,
-        "checkpoint_every": 1, "score": {"every": 1, "steps": 1, "num_images": 8},
+        "method": {"stages": [{"iterations": 2}, {"lr": 1e-4}]}, "train": {"ema_decay": 0.5},
+        "checkpoint": {"keep": 9, "every": 1},
+        "score": {"every": 1, "steps": 1, "num_images": 8},
     }  # fmt: skip
     running = []
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from builders import changed
 from builders.families import build_dit
 from fewstep.config import RunConfig
 from fewstep.methods.consistency.config import ConsistencyConfig
@@ -16,10 +17,10 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
     values = {
         "teacher": str(pipeline), "output_dir": str(folder / "run"), "data": {"source": "fashion", "limit": 4},
         "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
-        "cpu_threads": 1,
-    } | changes  # fmt: skip
+        "train": {"cpu_threads": 1},
+    }  # fmt: skip
     with pytest.raises(SystemExit) as e:
-        run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))
+        run(Consistency, RunConfig[ConsistencyConfig].model_validate(changed(values, changes)))
     assert not (folder / "run" / "config.yaml").exists(), "the run has begun"
     return str(e.value)
 
@@ -28,11 +29,14 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
     ("changes", "expected"),
     [
         ({"teacher": "./nowhere"}, "no teacher './nowhere'"),
-        ({"resume": "latest"}, "resume: latest: no checkpoint in "),
-        ({"resume": "x"}, "resume: x is not a checkpoint"),
-        ({"init_from": "x"}, "init_from: x is not a folder: run first what writes it, or start from the teacher"),
-        ({"tracker": "wandbb"}, "tracker: accelerate knows no 'wandbb'; did you mean 'wandb'?"),
-        ({"tracker": "xyz"}, "tracker: accelerate knows no 'xyz'; allowed: aim, "),
+        ({"checkpoint": {"resume": "latest"}}, "checkpoint.resume: latest: no checkpoint in "),
+        ({"checkpoint": {"resume": "x"}}, "checkpoint.resume: x is not a checkpoint"),
+        (
+            {"train": {"init_from": "x"}},
+            "train.init_from: x is not a folder: run first what writes it, or start from the teacher",
+        ),
+        ({"log": {"tracker": "wandbb"}}, "log.tracker: accelerate knows no 'wandbb'; did you mean 'wandb'?"),
+        ({"log": {"tracker": "xyz"}}, "log.tracker: accelerate knows no 'xyz'; allowed: aim, "),
         ({"evaluate": {"reference": "coco"}}, "evaluate.reference: reference 'coco' is neither bundled"),
         ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; this student is trained for 1, 2, 3, "),
         ({"score": {"every": 1, "reference": "coco"}}, "score.reference: reference 'coco' is neither bundled"),
@@ -59,7 +63,7 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
     folder = build_dit(tmp_path / "dit", num_labels=10)
     method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8, "export_guidance_scale": 4.0}
     data = {"source": "fashion", "num_labels": 10}
-    for more in ({"evaluate": {"prompts": None}}, {"validate_every": 1}):
+    for more in ({"evaluate": {"prompts": None}}, {"log": {"samples_every": 1}}):
         text = message(folder, tmp_path, data=data, method=method, **more)
         assert text.startswith(
             "evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000"
@@ -69,7 +73,7 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
 
 def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
     method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 2, "export_guidance_scale": [4.0, 5.0]}
-    text = message(tiny_sd, tmp_path, method=method, student="lora")
+    text = message(tiny_sd, tmp_path, method=method, train={"student": {"kind": "lora"}})
     assert text.startswith("method.export_guidance_scale: a file of adapters has no place for scales that differ")
 
 
@@ -85,19 +89,25 @@ def test_the_folder_of_an_earlier_run(tiny_sd: Path, tmp_path: Path) -> None:
     earlier.mkdir(parents=True)
     (earlier / "state.json").write_text("{}")
     text = message(tiny_sd, tmp_path)
-    assert text.startswith(f"output_dir: {tmp_path / 'run'} holds a run that reached iteration 500: go on with resume=")
+    assert text.startswith(
+        f"output_dir: {tmp_path / 'run'} holds a run that reached iteration 500: go on with checkpoint.resume="
+    )
 
 
 def test_tracker_that_is_not_installed(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
-    assert message(tiny_sd, tmp_path, tracker="comet_ml") == "tracker: comet_ml is not installed: pip install comet-ml"
+    assert (
+        message(tiny_sd, tmp_path, log={"tracker": "comet_ml"})
+        == "log.tracker: comet_ml is not installed: pip install comet-ml"
+    )
 
 
 def test_numbers_that_run_away_are_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
     optim = {"lr": 1e30, "max_grad_norm": None}
     values = {
         "teacher": str(tiny_sd), "output_dir": str(tmp_path), "data": {"source": "fashion", "limit": 4},
-        "method": {"optim": optim}, "max_iterations": 50, "batch_size": 2, "cpu_threads": 1, "max_nonfinite": 2,
+        "method": {"optim": optim}, "max_iterations": 50, "batch_size": 2,
+        "train": {"cpu_threads": 1, "max_nonfinite": 2},
     }  # fmt: skip
     with pytest.raises(SystemExit, match=r"^3 updates in a row were not finite .* lower method\.optim\.lr"):
         run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))

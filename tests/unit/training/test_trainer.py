@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from builders import ROOT
 from builders.trainer import assert_equal, environment, make, weights
 from fewstep import io
-from fewstep.config import OptimConfig
+from fewstep.config import CheckpointConfig, OptimConfig
 from fewstep.methods.consistency.method import Consistency
 from fewstep.training import checkpoint as ckpt
 from fewstep.training.trainer import NonFiniteError, lr_factor
@@ -109,7 +109,12 @@ def test_one_batch_of_eight_equals_eight_of_one(teacher_path, tmp_path):
     results = []
     for name, size, accumulate in (("a", 8, 1), ("b", 1, 8)):
         trainer = make(
-            teacher_path, tmp_path / name, batch_size=size, accumulate=accumulate, max_iterations=2, checkpoint_every=2
+            teacher_path,
+            tmp_path / name,
+            batch_size=size,
+            train={"accumulate": accumulate},
+            max_iterations=2,
+            checkpoint={"every": 2},
         )
         encode = trainer.teacher.encode
         trainer.teacher.encode = lambda images, encode=encode: (p := encode(images))._replace(
@@ -124,11 +129,13 @@ def test_one_batch_of_eight_equals_eight_of_one(teacher_path, tmp_path):
 
 
 def test_non_finite_updates_are_skipped_then_end_the_run(teacher_path, tmp_path):
-    trainer = make(teacher_path, tmp_path, max_nonfinite=2, max_iterations=20, checkpoint_every=1)
+    trainer = make(teacher_path, tmp_path, train={"max_nonfinite": 2}, max_iterations=20, checkpoint={"every": 1})
     trainer.config = trainer.config.model_copy(update={"max_iterations": 1})
     trainer.fit()
     before = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
-    trainer.config = trainer.config.model_copy(update={"max_iterations": 20, "checkpoint_every": 1000})
+    trainer.config = trainer.config.model_copy(
+        update={"max_iterations": 20, "checkpoint": CheckpointConfig(every=1000)}
+    )
     loss = trainer.method.loss
     trainer.method.steps = lambda: (type(Consistency.steps(trainer.method)[0])("student", broken),)
 
@@ -165,16 +172,18 @@ def test_full_disk_keeps_the_last_checkpoint(teacher_path, tmp_path, monkeypatch
 
 def test_start_from_an_earlier_run(whole_run, teacher_path, tmp_path):
     folder, *_ = whole_run
-    trainer = make(teacher_path, tmp_path, init_from=str(folder / "checkpoints" / "6"))
+    trainer = make(teacher_path, tmp_path, train={"init_from": str(folder / "checkpoints" / "6")})
     earlier = load_file(folder / "checkpoints" / "6" / "student.safetensors")
     for role in ("student", "target", "ema"):
         assert_equal(trainer.raw[role].state_dict(), earlier)
     assert trainer.iteration == 0
-    with pytest.raises(FileNotFoundError, match=r"init_from: .*nowhere holds none of student\.safetensors"):
-        make(teacher_path, tmp_path, init_from=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"train.init_from: .*nowhere holds none of student\.safetensors"):
+        make(teacher_path, tmp_path, train={"init_from": str(tmp_path / "nowhere")})
     unguided = {"guidance_range": None}
-    with pytest.raises(ValueError, match=r"init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"):
-        make(teacher_path, tmp_path, init_from=str(folder / "checkpoints" / "6"), method=unguided)
+    with pytest.raises(
+        ValueError, match=r"train.init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"
+    ):
+        make(teacher_path, tmp_path, train={"init_from": str(folder / "checkpoints" / "6")}, method=unguided)
 
 
 def test_resume_without_a_checkpoint_says_so(teacher_path, tmp_path):
@@ -202,7 +211,7 @@ def test_interrupted_write_is_not_a_checkpoint(tmp_path):
 def test_scores_and_pictures_do_not_move_the_training(whole_run, teacher_path, tmp_path):
     folder, *_ = whole_run
     score = {"every": 3, "steps": 1, "num_images": 8}
-    trainer = make(teacher_path, tmp_path, score=score, validate_every=3)
+    trainer = make(teacher_path, tmp_path, score=score, log={"samples_every": 3})
     trainer.fit()
     assert_equal(weights(tmp_path, 6), weights(folder, 6))
     scored = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "fid" in line]
@@ -217,8 +226,8 @@ def test_scores_and_pictures_do_not_move_the_training(whole_run, teacher_path, t
 def test_training_ends_when_the_score_gets_no_better(teacher_path, tmp_path):
     """Weights that no longer change draw the same samples: two scores are not better than the first, and that is enough."""
     changes = {
-        "score": {"every": 1, "steps": 1, "num_images": 8, "patience": 2, "clip": "none"}, "ema_decay": 0.0,
-        "method": {"optim": {"lr": 1e-30}}, "checkpoint_every": 2,
+        "score": {"every": 1, "steps": 1, "num_images": 8, "patience": 2, "clip": "none"}, "train": {"ema_decay": 0.0},
+        "method": {"optim": {"lr": 1e-30}}, "checkpoint": {"every": 2},
     }  # fmt: skip
     trainer = make(teacher_path, tmp_path, **changes)
     assert trainer.fit()
@@ -240,15 +249,18 @@ def command(teacher_path, folder, processes=1, *overrides):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launch += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--num_machines", "1"]
     return [
-        *launch, "train/consistency.py", "--config", "configs/lcm_fashion.yaml", f"teacher={teacher_path}",
-        f"output_dir={folder}", "data.limit=32", "batch_size=4", "max_iterations=6", "checkpoint_every=3",
-        "validate_every=0", "evaluate=null", "log_every=1", "cpu_threads=1", "method.steps=1", *overrides,
+        *launch, "train/consistency.py", "--config", "configs/fashion/lcm.yaml", f"teacher={teacher_path}",
+        f"output_dir={folder}", "data.limit=32", "batch_size=4", "max_iterations=6", "checkpoint.every=3",
+        "log.samples_every=0", "evaluate=null", "log.every=1", "train.cpu_threads=1", "method.steps=1", *overrides,
     ]  # fmt: skip
 
 
 def test_two_processes_agree_and_resume_exactly(teacher_path, tmp_path):
     runs = {}
-    for name, overrides in (("whole", ()), ("rest", (f"resume={tmp_path / 'whole' / 'checkpoints' / '3'}",))):
+    for name, overrides in (
+        ("whole", ()),
+        ("rest", (f"checkpoint.resume={tmp_path / 'whole' / 'checkpoints' / '3'}",)),
+    ):
         done = subprocess.run(
             command(teacher_path, tmp_path / name, 2, *overrides),
             cwd=ROOT, env=environment(), capture_output=True, text=True,
@@ -275,17 +287,17 @@ def start_training(teacher_path, folder, *overrides):
 
 
 def test_sigterm_writes_a_checkpoint_and_stops(teacher_path, tmp_path):
-    process = start_training(teacher_path, tmp_path, "checkpoint_every=100000")
+    process = start_training(teacher_path, tmp_path, "checkpoint.every=100000")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-2000:]
-    assert "go on with resume=latest" in out
+    assert "go on with checkpoint.resume=latest" in out
     assert ckpt.find(tmp_path / "checkpoints", "latest").exists()
 
 
 def test_kill_amid_checkpoints_leaves_the_last_one_whole(teacher_path, tmp_path):
     """A checkpoint every iteration, and a kill -9 while one is being written."""
-    process = start_training(teacher_path, tmp_path, "checkpoint_every=1")
+    process = start_training(teacher_path, tmp_path, "checkpoint.every=1")
     folder, deadline = tmp_path / "checkpoints", time.monotonic() + 60
     while not list(folder.glob(f"*{io.PARTIAL}")) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -300,7 +312,7 @@ def test_kill_amid_checkpoints_leaves_the_last_one_whole(teacher_path, tmp_path)
 def test_missing_teacher_is_one_sentence(tmp_path):
     done = subprocess.run(
         [
-            sys.executable, "train/consistency.py", "--config", "configs/consistency_fashion.yaml", "teacher=./nowhere",
+            sys.executable, "train/consistency.py", "--config", "configs/fashion/trajectory.yaml", "teacher=./nowhere",
             f"output_dir={tmp_path}",
         ],
         cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
