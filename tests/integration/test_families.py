@@ -22,7 +22,6 @@ from torch import Tensor
 from builders.contract import BUILDERS, CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from builders.teachers import perturbed
-from fewstep.cli.plan import METHODS as TRAINED
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import load_source
@@ -31,6 +30,8 @@ from fewstep.evaluate import sample
 from fewstep.export.pipeline import export
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
+from fewstep.methods.registry import METHODS as REGISTERED
+from fewstep.methods.registry import method_class
 from fewstep.teachers import FAMILIES, Teacher, load_teacher
 from fewstep.teachers.families.edm import Edm
 from fewstep.teachers.families.flow import FlowTeacher, Flux, pack, unpack
@@ -227,7 +228,7 @@ def test_features_are_maps(teacher: Teacher) -> None:
 def test_every_family_and_every_method_is_here(folders: Callable[[str], Path]) -> None:
     kinds = {json.loads((folders(family) / "model_index.json").read_text())["_class_name"] for family in CONTRACT}
     assert {FAMILIES[kind] for kind in kinds} == set(FAMILIES.values())
-    assert {method.__name__ for method, _, _ in METHODS.values()} == {name for _, name, _ in TRAINED.values()}
+    assert {method for method, _, _ in METHODS.values()} == {method_class(name) for name in REGISTERED}
 
 
 def trainer_for(
