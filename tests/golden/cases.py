@@ -1,0 +1,372 @@
+"""What the golden numbers are of: one line of data for each case; names are permanent.
+
+A method here is its class in fewstep.commands.plan by the class's name; settings are its config without the optimizer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from conftest import build_ddpm, build_sd
+from families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with its settings on a tiny teacher of FAMILIES.
+
+    Attributes:
+        iterations: those that are run, one after the other, on the same method; weights stay as they are between them.
+        student: `full` or `lora`.
+    """
+
+    family: str
+    method: str
+    settings: dict[str, Any]
+    iterations: tuple[int, ...] = (0,)
+    student: str = "full"
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "sd": build_sd,
+    "sd_epsilon": partial(build_sd, prediction_type="epsilon"),
+    "sd_zero_snr": partial(build_sd, zero_terminal_snr=True),
+    "ddpm": build_ddpm,
+    "ddpm_grey": partial(build_ddpm, channels=1),
+    "sdxl": build_sdxl,
+    "dit": partial(build_dit, num_labels=1000),
+    "pixart": build_pixart,
+    "pixart_sigma": partial(build_pixart, sigma=True),
+    "sd3": build_sd3,
+    "sd35": partial(build_sd3, medium=True),
+    "flux": build_flux,
+    "flux_schnell": partial(build_flux, schnell=True),
+    "sana": build_sana,
+    "sana_euler": partial(build_sana, solver=False),
+    "edm": build_edm,
+    "edm_unlabelled": partial(build_edm, num_labels=None),
+}
+CONTRACT = ("sd", "ddpm", "sdxl", "dit", "pixart", "sd3", "flux", "sana", "edm")
+"""Families that have every base method."""
+VARIANTS = (
+    "sd_epsilon",
+    "sd_zero_snr",
+    "pixart_sigma",
+    "sd35",
+    "flux_schnell",
+    "sana_euler",
+    "ddpm_grey",
+    "edm_unlabelled",
+)
+"""Families that have two of them."""
+BATCH_SIZES = {
+    "sd": 3,
+    "sd_epsilon": 3,
+    "sd_zero_snr": 3,
+    "ddpm": 3,
+    "flux": 1,
+    "flux_schnell": 1,
+    "sana": 1,
+    "sana_euler": 1,
+}
+"""Where it is not 2."""
+
+LATENT_SIDES = {"flux": 16, "flux_schnell": 16}
+"""Where it is not the pipeline's own, whose many pixels take their time."""
+TEXT_IN_FLOAT32 = ("sana", "sana_euler")
+"""Whose tiny tokenizer makes no token of an empty prompt; in float64 its encoding then is not a number."""
+
+# The five base methods on every family ----------------------------------------------------------------------------------
+
+GUIDED = {"guidance_range": [1.0, 3.0], "export_guidance_scale": 2}
+LCM = {"solver_steps": 8, "steps": 4, **GUIDED}
+PCM = {**LCM, "endpoint": "phase", "phases": 4}
+MLCM = {**PCM, "states": "trajectory", "replay": 4}
+DMD2 = {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}
+BOOT = {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}
+SCM = {"steps": 4, **GUIDED, "warmup_iterations": 0}
+BASE: dict[str, Case] = {
+    "consistency": Case("", "Consistency", LCM),
+    "mlcm": Case("", "Consistency", MLCM, iterations=(0, 1)),
+    "dmd2": Case("", "DMD2", DMD2, iterations=(0, 1)),
+    "boot": Case("", "Boot", BOOT),
+    "scm": Case("", "Scm", SCM),
+}
+UNGUIDABLE = ("ddpm", "ddpm_grey", "edm", "edm_unlabelled")
+UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
+ONE_JUMP = {"consistency": {"grid": "karras", "solver": "heun"}, "mlcm": {"phases": 1}, "boot": {"steps": 1}}
+"""For EDM's, whose stock pipeline takes one deterministic step."""
+
+
+def base_case(family: str, method: str) -> Case:
+    case = BASE[method]
+    settings = dict(case.settings)
+    if family in UNGUIDABLE:
+        settings |= {key: value for key, value in UNGUIDED.items() if key in settings}
+    if family in ("edm", "edm_unlabelled"):
+        settings |= ONE_JUMP.get(method, {})
+    return replace(case, family=family, settings=settings)
+
+
+FAMILY_CASES = {f"{family}/{method}": base_case(family, method) for family in CONTRACT for method in BASE}
+VARIANT_CASES = {
+    f"{family}/{method}": base_case(family, method) for family in VARIANTS for method in ("consistency", "dmd2")
+}
+SAMPLERS = tuple(FAMILY_CASES)
+"""Cases whose exported scheduler is compared, too."""
+
+# Every variant on Stable Diffusion --------------------------------------------------------------------------------------
+
+FREE: dict[str, Any] = {"guidance_range": None, "export_guidance_scale": None}
+ECT = {
+    "solver_steps": 8, "steps": 2, "target_step": "same_noise", "tuning": {"q": 2.0, "double_iterations": 10},
+    "lognormal": [-1.1, 2.0], "weighting": "inverse_gap", "distance": "pseudo_huber_sample", "huber_c": 0.0,
+    "endpoint": "x0_plain", "target_decay": None, "guidance_range": None,
+}  # fmt: skip
+TRAJECTORY = {"states": "trajectory"}
+STORED = {
+    "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored", "stored": {"count": 5, "batch_size": 3},
+    "target_step": "end", "target_decay": None, **GUIDED,
+}  # fmt: skip
+STAGES = [
+    {"iterations": 2, "phases": 4},
+    {"iterations": 2, "phases": 2, "states": "student_rollout", "solver_steps": 16, "teacher_steps": 2, "lr": 1e-4},
+    {"iterations": 2, "phases": 1, "states": "noised_data"},
+    {"endpoint": "x0_plain", "phases": 1, "reward_weight": 0.5},
+]
+REWARDED = {"reward": "clip@fashion", "reward_samples": 2}
+
+CONSISTENCY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "lcm-student-as-target": (LCM | {"target_decay": None}, (0,)),
+    "lcm-live-guidance": (LCM | {"export_guidance_scale": None}, (0,)),
+    "lcm-guidance-not-embedded": (LCM | {"export_guidance_scale": None, "embed_guidance": False}, (0,)),
+    "lcm-unguided": (LCM | FREE, (0,)),
+    "lcm-scale-for-each-step": (LCM | {"export_guidance_scale": [3.0, 2.0, 2.0, 1.0]}, (0,)),
+    "lcm-pseudo-huber": (LCM | {"distance": "pseudo_huber"}, (0,)),
+    "lcm-pseudo-huber-sample": (LCM | {"distance": "pseudo_huber_sample", "huber_c": 0.03}, (0,)),
+    "lcm-norm": (LCM | {"distance": "pseudo_huber_sample", "huber_c": 0.0}, (0,)),
+    "lcm-weighting-inverse-gap": (LCM | {"weighting": "inverse_gap"}, (0,)),
+    "lcm-weighting-edm": (LCM | {"weighting": "edm"}, (0,)),
+    "lcm-lognormal": (LCM | {"lognormal": [-0.5, 1.0]}, (0,)),
+    "lcm-x0-plain": (LCM | {"endpoint": "x0_plain"}, (0,)),
+    "lcm-heun": (LCM | {"solver": "heun"}, (0,)),
+    "lcm-two-teacher-steps": (LCM | {"teacher_steps": 2}, (0,)),
+    "lcm-heun-three-teacher-steps": (LCM | {"solver": "heun", "teacher_steps": 3}, (0,)),
+    "lcm-timestep-scaling": (LCM | {"timestep_scaling": 0.01}, (0,)),
+    "lcm-same-noise": (LCM | FREE | {"target_step": "same_noise"}, (0,)),
+    "lcm-dropout": (LCM | {"dropout": 0.3, "target_decay": None}, (0,)),
+    "lcm-dropout-target-network": (LCM | {"dropout": 0.3}, (0,)),
+    "cd-karras-heun": (LCM | FREE | {"solver_steps": 18, "grid": "karras", "solver": "heun", "endpoint": "x0_plain"}, (0,)),
+    "cd-karras-guided-rho": (LCM | {"solver_steps": 18, "grid": "karras", "karras_rho": 3.0}, (0,)),
+    "cd-karras-lognormal-edm": (
+        LCM | FREE | {"solver_steps": 18, "grid": "karras", "lognormal": [-1.0, 1.4], "weighting": "edm"}, (0,),
+    ),
+    "ect": (ECT, (0, 9, 35)),
+    "ect-edm-weighting": (ECT | {"weighting": "edm", "distance": "l2", "huber_c": 1e-3}, (35,)),
+    "ect-dropout": (ECT | {"dropout": 0.3}, (35,)),
+    "ect-target-network": (ECT | {"target_decay": 0.95}, (35,)),
+    "ect-q-k-b": (ECT | {"tuning": {"q": 4.0, "k": 3.0, "b": 0.5, "double_iterations": 10}}, (15,)),
+    "ect-teacher-step": (ECT | GUIDED | {"target_step": "solver", "lognormal": None}, (35,)),
+    "pcm": (PCM, (0,)),
+    "pcm-jump": (PCM | {"sampling": "jump"}, (0,)),
+    "pcm-two-phases-heun": (PCM | {"phases": 2, "solver": "heun"}, (0,)),
+    "pcm-uneven-phases": (PCM | {"solver_steps": 12, "steps": 3, "phases": 3, "sampling": "jump"}, (0,)),
+    "pcm-same-noise": (PCM | FREE | {"target_step": "same_noise"}, (0,)),
+    "pcm-stages": (PCM | {"sampling": "jump", "stages": [{"iterations": 2}, {"phases": 2, "lr": 1e-4}]}, (0, 2)),
+    "pcm-gan-hinge": (PCM | {"gan_weight": 0.1}, (0,)),
+    "pcm-gan-softplus": (PCM | {"gan_weight": 0.1, "gan_loss": "softplus"}, (0,)),
+    "pcm-gan-layers": (PCM | {"gan_weight": 0.1, "gan_layers": ["down_blocks.1", "mid_block"]}, (0,)),
+    "pcm-gan-two-phases-unguided": (PCM | FREE | {"gan_weight": 0.1, "phases": 2}, (0,)),
+    "pcm-keep-guidance": (PCM | FREE | {"keep_guidance": True, "null_share": 0.5}, (0,)),
+    "pcm-keep-guidance-gan": (PCM | FREE | {"keep_guidance": True, "null_share": 0.5, "gan_weight": 0.1}, (0,)),
+    "trajectory-shared": (PCM | TRAJECTORY | {"rollout_segments": 4}, (0, 1, 2)),
+    "trajectory-shared-x0-two-teacher-steps": (LCM | TRAJECTORY | {"rollout_segments": 2, "teacher_steps": 2}, (0, 1, 2)),
+    "trajectory-shared-unguided": (PCM | FREE | TRAJECTORY | {"rollout_segments": 4}, (0, 1)),
+    "trajectory-shared-keep-guidance": (PCM | FREE | TRAJECTORY | {"keep_guidance": True, "null_share": 0.5}, (0, 1)),
+    "trajectory-solver": (PCM | TRAJECTORY | {"rollout": "solver", "solver": "heun"}, (0, 1, 2)),
+    "trajectory-solver-replay": (PCM | TRAJECTORY | {"rollout": "solver", "replay": 5}, (0, 1, 2, 3)),
+    "trajectory-sample": (PCM | TRAJECTORY | {"rollout": "sample", "rollout_segments": 4}, (0, 1)),
+    "trajectory-gan": (PCM | TRAJECTORY | {"gan_weight": 0.1}, (0,)),
+    "trajectory-replay": (PCM | TRAJECTORY | {"replay": 7, "rollout_segments": 3}, (0, 1, 2, 3, 4)),
+    "mlcm-stages-reward": (PCM | TRAJECTORY | REWARDED | {"replay": 4, "stages": STAGES}, (0, 1, 2, 4, 6)),
+    "mlcm-reward-ceiling": (MLCM | REWARDED | {"reward_weight": 0.1, "reward_ceiling": 70.0, "student_steps": 2}, (0, 1)),
+    "mlcm-reward-unguided-jump": (
+        PCM | FREE | TRAJECTORY | REWARDED | {"reward_weight": 0.1, "sampling": "jump", "reward_samples": 16}, (0, 1),
+    ),
+    "student-rollout": (LCM | {"states": "student_rollout"}, (0,)),
+    "student-rollout-jump": (PCM | {"states": "student_rollout", "sampling": "jump", "student_steps": 2}, (0,)),
+    "student-rollout-unguided": (LCM | FREE | {"states": "student_rollout", "endpoint": "x0_plain"}, (0,)),
+    "student-rollout-reward": (LCM | REWARDED | {"states": "student_rollout", "reward_weight": 0.2}, (0, 1)),
+    "stored-end": (STORED, (0,)),
+    "stored-end-unguided-x0-plain-ddim": (
+        STORED | FREE | {"endpoint": "x0_plain", "stored": {"count": 4, "solver": "ddim", "substeps": 1}}, (0,),
+    ),
+    "stored-target-network": (STORED | {"target_step": "solver", "target_decay": 0.95}, (0,)),
+    "stored-student-as-target-lognormal": (STORED | {"target_step": "solver", "lognormal": [0.0, 1.5]}, (0,)),
+}  # fmt: skip
+
+PAIRS = {"count": 4, "solver_steps": 4, "batch_size": 3}
+ONE_STEP = DMD2 | {"steps": 1, "gan_weight": 0.0}
+NO_GAN = DMD2 | {"gan_weight": 0.0}
+APART = {"guidance_noise_range": [0.3, 0.9]}
+DISTRIBUTION: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "dmd2-no-gan": (NO_GAN, (0, 1)),
+    "dmd2-unguided": (DMD2 | {"guidance_scale": 1.0}, (0,)),
+    "dmd2-other-stops": (NO_GAN | {"student_update_every": 1}, (1, 2, 3)),
+    "dmd2-dm-range": (NO_GAN | {"dm_range": [0.5, 0.7], "dm_weight": 0.5}, (0,)),
+    "dmd2-decoupled": (DMD2 | APART, (0,)),
+    "dmd2-decoupled-no-gan": (NO_GAN | APART, (0,)),
+    "dmd2-forward-kl": (DMD2 | {"divergence": "forward_kl"}, (0,)),
+    "dmd2-jensen-shannon": (DMD2 | {"divergence": "jensen_shannon"}, (0,)),
+    "dmd2-jensen-shannon-decoupled": (DMD2 | APART | {"divergence": "jensen_shannon"}, (0,)),
+    "dmd2-gan-hinge": (DMD2 | {"gan_loss": "hinge"}, (0,)),
+    "dmd2-gan-only": (DMD2 | {"dm_weight": 0.0}, (0,)),
+    "dmd2-gan-range": (DMD2 | {"gan_range": [0.1, 0.6], "gan_critic_weight": 0.5}, (0,)),
+    "dmd2-gan-share-noise": (DMD2 | {"gan_share_noise": True}, (0, 1)),
+    "dmd2-gan-share-noise-hinge-r1": (DMD2 | {"gan_share_noise": True, "gan_loss": "hinge", "r1_weight": 1.0}, (0,)),
+    "dmd2-gan-share-noise-forward-kl": (DMD2 | {"gan_share_noise": True, "divergence": "forward_kl"}, (0,)),
+    "dmd2-gan-share-noise-decoupled": (DMD2 | APART | {"gan_share_noise": True}, (0,)),
+    "dmd2-gan-real-teacher": (DMD2 | {"gan_real": "teacher", "pairs": PAIRS}, (0,)),
+    "dmd2-gan-real-teacher-other-guidance": (
+        DMD2 | {"gan_real": "teacher", "pairs": PAIRS | {"guidance_scale": 1.0}}, (0,),
+    ),
+    "dmd2-gan-teacher-features": (DMD2 | {"gan_feature_source": "teacher"}, (0,)),
+    "dmd2-gan-teacher-features-forward-kl-r1": (
+        DMD2 | {"gan_feature_source": "teacher", "divergence": "forward_kl", "r1_weight": 1.0}, (0,),
+    ),
+    "dmd2-gan-layers": (DMD2 | {"gan_layers": ["mid_block", "up_blocks.0"]}, (0,)),
+    "dmd2-r1": (DMD2 | {"r1_weight": 1.0}, (0,)),
+    "dmd2-noised-data": (DMD2 | {"inputs": "noised_data"}, (0,)),
+    "dmd2-noised-data-no-gan": (NO_GAN | {"inputs": "noised_data"}, (0, 1)),
+    "dmd2-two-given-timesteps": (NO_GAN | {"steps": [999, 499]}, (0,)),
+    "dmd2-spaced-timesteps": (NO_GAN | {"steps": [749, 499, 249]}, (0, 1)),
+    "dmd2-x0-float64": (DMD2 | {"x0_dtype": "float64"}, (0,)),
+    "dmd-one-step": (ONE_STEP, (0,)),
+    "dmd-regression": (ONE_STEP | {"regression_weight": 0.25, "pairs": PAIRS}, (0,)),
+    "dmd-regression-huber-gan": (
+        ONE_STEP | {"gan_weight": 0.1, "regression_weight": 0.25, "regression_distance": "huber", "pairs": PAIRS}, (0,),
+    ),
+    "dmd-regression-only": (
+        ONE_STEP | {"dm_weight": 0.0, "regression_weight": 1.0, "pairs": PAIRS | {"guidance_scale": 3.0}}, (0,),
+    ),
+}  # fmt: skip
+
+ONE_JUMP_BOOT = BOOT | {"steps": 1}
+RANGE = {"guidance_scale": [1.0, 3.0], "export_guidance_scale": 2}
+PAPER = ONE_JUMP_BOOT | {"form": "paper"}
+BOOTSTRAP: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "boot-one-step": (ONE_JUMP_BOOT, (0,)),
+    "boot-one-step-unguided": (ONE_JUMP_BOOT | {"guidance_scale": 1.0}, (0,)),
+    "boot-three-segments": (BOOT | {"steps": 3}, (0,)),
+    "boot-two-sub-steps": (BOOT | {"n_sub": 8, "m_teacher": 2}, (0,)),
+    "boot-heun": (BOOT | {"solver": "heun"}, (0,)),
+    "boot-heun-two-sub-steps-teacher-starts": (BOOT | {"solver": "heun", "m_teacher": 2, "start": "teacher"}, (0,)),
+    "boot-boundary-frac": (BOOT | {"boundary_frac": 0.8}, (0,)),
+    "boot-guidance-range": (BOOT | RANGE, (0,)),
+    "boot-live-guidance": (BOOT | RANGE | {"export_guidance_scale": None, "start": "teacher"}, (0,)),
+    "boot-negative-prompt": (BOOT | {"negative_prompt": "a shoe"}, (0,)),
+    "boot-start-teacher": (BOOT | {"steps": 4, "start": "teacher"}, (0,)),
+    "boot-start-renoise": (BOOT | {"steps": 4, "start": "renoise"}, (0,)),
+    "boot-start-pool": (BOOT | {"start": "pool", "pool_size": 4}, (0, 1, 2, 3)),
+    "boot-start-pool-guidance-range": (BOOT | RANGE | {"steps": 3, "start": "pool", "pool_size": 5}, (0, 1, 2, 3)),
+    "boot-warm-start": (BOOT | {"warm_start": 4, "pool_size": 4}, (0, 1, 2, 3, 5)),
+    "boot-pseudo-huber": (BOOT | {"distance": "pseudo_huber", "huber_c": 0.01}, (0,)),
+    "boot-loss-in-states": (BOOT | {"loss_space": "state"}, (0,)),
+    "boot-weighting-inv1": (BOOT | {"weighting": "inv1"}, (0,)),
+    "boot-weighting-inv2-states": (BOOT | {"weighting": "inv2", "loss_space": "state"}, (0,)),
+    "boot-paper": (PAPER, (0,)),
+    "boot-paper-guidance-range": (PAPER | RANGE, (0,)),
+    "boot-paper-times-unguided": (
+        PAPER | {"guidance_scale": 1.0, "paper": {"t_max": 0.9, "t_min": 0.2, "boundary_weight": 0.5}}, (0,),
+    ),
+    "boot-paper-pseudo-huber": (PAPER | {"distance": "pseudo_huber"}, (0,)),
+}  # fmt: skip
+
+CONTINUOUS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "scm-unguided": (SCM | FREE, (0,)),
+    "scm-data": (SCM | FREE | {"velocity": "data"}, (0,)),
+    "scm-guidance-not-embedded": (SCM | {"export_guidance_scale": None, "embed_guidance": False}, (0,)),
+    "scm-live-guidance": (SCM | {"export_guidance_scale": None}, (0,)),
+    "scm-clip": (SCM | {"tangent": "clip"}, (0,)),
+    "scm-tangent-c": (SCM | {"tangent_c": 2.0}, (0,)),
+    "scm-no-adaptive-weight": (SCM | {"adaptive_weight": False}, (0,)),
+    "scm-data-clip-no-adaptive-weight": (
+        SCM | FREE | {"velocity": "data", "tangent": "clip", "adaptive_weight": False}, (0,),
+    ),
+    "scm-warmup": (SCM | {"warmup_iterations": 10}, (0, 4, 12)),
+    "scm-lognormal": (SCM | {"lognormal": [0.5, 0.8]}, (0,)),
+}  # fmt: skip
+
+TABLES = {"Consistency": CONSISTENCY, "DMD2": DISTRIBUTION, "Boot": BOOTSTRAP, "Scm": CONTINUOUS}
+SD_CASES = {
+    f"sd/{name}": Case("sd", method, settings, iterations)
+    for method, table in TABLES.items()
+    for name, (settings, iterations) in table.items()
+}
+
+# Some of them on other networks -----------------------------------------------------------------------------------------
+
+
+def on(family: str, name: str, **changes: Any) -> Case:
+    """A case of Stable Diffusion's on another family."""
+    case = SD_CASES[f"sd/{name}"]
+    return replace(case, family=family, settings=case.settings | changes)
+
+
+def adapted(name: str) -> Case:
+    """A case with adapters that learn in place of whole networks."""
+    return replace((FAMILY_CASES | SD_CASES)[name], student="lora")
+
+
+OTHERS = {
+    **{
+        f"sd_epsilon/{name}": on("sd_epsilon", name)
+        for name in (
+            "pcm", "pcm-gan-hinge", "lcm-heun", "cd-karras-heun", "ect", "trajectory-solver", "stored-end", "dmd2-decoupled",
+            "dmd2-gan-share-noise", "dmd-regression", "boot-one-step", "boot-start-renoise", "boot-paper", "scm-data",
+        )
+    },
+    "sd_epsilon/boot": base_case("sd_epsilon", "boot"),
+    "sd_epsilon/scm": base_case("sd_epsilon", "scm"),
+    **{
+        f"sd_zero_snr/{name}": on("sd_zero_snr", name)
+        for name in ("pcm-jump", "lcm-heun", "stored-end", "dmd2-decoupled", "boot-heun", "scm-unguided")
+    },
+    "ddpm/boot-thresholding-static": on("ddpm", "boot-one-step-unguided", thresholding="static"),
+    "ddpm/boot-thresholding-dynamic-heun": on(
+        "ddpm", "boot-heun", guidance_scale=1.0, thresholding="dynamic", threshold_quantile=0.9
+    ),
+    "ddpm/boot-paper-thresholding": on("ddpm", "boot-paper", guidance_scale=1.0, thresholding="static"),
+    "ddpm/boot-start-pool": on("ddpm", "boot-start-pool", guidance_scale=1.0),
+    "ddpm/ect": on("ddpm", "ect"),
+    "ddpm/cd-karras-heun": on("ddpm", "cd-karras-heun"),
+    "ddpm/scm-data": on("ddpm", "scm-data"),
+    "ddpm/pcm-gan-two-phases-unguided": on("ddpm", "pcm-gan-two-phases-unguided"),
+    "edm/ect": on("edm", "ect"),
+    "edm/scm-data": on("edm", "scm-data"),
+    "edm/dmd2-gan-share-noise": on("edm", "dmd2-gan-share-noise", guidance_scale=1.0),
+    "sd3/pcm-jump": on("sd3", "pcm-jump"),
+    "sd3/pcm-uneven-phases": on("sd3", "pcm-uneven-phases"),
+    "sd3/pcm-gan-hinge": on("sd3", "pcm-gan-hinge"),
+    "sd3/lcm-heun": on("sd3", "lcm-heun"),
+    "sd3/trajectory-sample": on("sd3", "trajectory-sample"),
+    "sd3/stored-end": on("sd3", "stored-end"),
+    "sd3/dmd2-decoupled": on("sd3", "dmd2-decoupled"),
+    "sd3/boot-start-renoise": on("sd3", "boot-start-renoise"),
+    "sd3/boot-heun": on("sd3", "boot-heun"),
+    "sd3/boot-paper": on("sd3", "boot-paper"),
+    "sdxl/pcm-keep-guidance": on("sdxl", "pcm-keep-guidance"),
+    "sdxl/boot-negative-prompt": on("sdxl", "boot-negative-prompt"),
+    "dit/pcm-gan-hinge": on("dit", "pcm-gan-hinge"),
+    **{
+        f"{name}-lora": adapted(name)
+        for name in (
+            "sd/consistency", "sd/mlcm", "sd/dmd2", "sd/boot", "sd/scm", "sd/lcm-student-as-target", "sd/pcm-gan-hinge",
+            "sd/dmd2-gan-share-noise", "ddpm/boot", "sdxl/consistency", "sd3/dmd2", "dit/scm", "pixart/mlcm",
+        )
+    },
+}  # fmt: skip
+
+CASES: dict[str, Case] = {**FAMILY_CASES, **VARIANT_CASES, **SD_CASES, **OTHERS}
