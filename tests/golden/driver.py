@@ -95,7 +95,6 @@ def samplers(case: Case) -> dict[str, Any]:
 
 def measured(case: Case, name: str) -> Numbers:
     """Of every iteration: terms and the norm of their gradient, step by step, and the figures for the log."""
-    torch.manual_seed(0)
     method = new_method(case)
     teacher, size = method.teacher, BATCH_SIZES.get(case.family, 2)
     raw = RAW[teacher.conditions][:size]
@@ -103,6 +102,7 @@ def measured(case: Case, name: str) -> Numbers:
     def load_reward(reward: str) -> Any:
         return in_double(load_training_reward(reward, CPU, teacher.image_size, teacher.conditions == "prompt"))
 
+    torch.manual_seed(0)  # not before: a teacher that is loaded for the first time draws numbers
     roles = method.roles()
     nets = {key: role.net for key, role in roles.items()} | {"ema": roles["student"].net.clone()}
     frozen = {p.data_ptr() for p in teacher.denoiser.parameters()}
