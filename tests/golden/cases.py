@@ -1,6 +1,6 @@
 """What the golden numbers are of: one line of data for each case; names are permanent.
 
-A method here is its class in fewstep.commands.plan by the class's name; settings are its config without the optimizer.
+A method here is its class in golden.driver by the class's name; settings are its config without the optimizer.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conftest import build_ddpm, build_sd
-from families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
+from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
+from builders.pipelines import build_ddpm, build_sd
 
 
 @dataclass(frozen=True)

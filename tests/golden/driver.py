@@ -1,6 +1,6 @@
 """Measures the cases, in float64. To write the numbers anew, from the root of the repository:
 
-PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/golden/driver.py
+PYTHONPATH=.:tests OMP_NUM_THREADS=1 python -m golden.driver
 
 A wanted change of the numbers is a commit of its own, which says that it is one and why.
 """
@@ -19,17 +19,21 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from cases import BATCH_SIZES, CASES, FAMILIES, LATENT_SIDES, SAMPLERS, TEXT_IN_FLOAT32, Case
 from torch import Tensor, nn
 
 from fewstep.config import LoraConfig
-from fewstep.evaluate.rewards import load_training_reward
+from fewstep.evaluate.rewards.load import load_training_reward
 from fewstep.methods.base import Batch, Preparation
-from fewstep.methods.boot import Boot, BootConfig
-from fewstep.methods.consistency import Consistency, ConsistencyConfig
-from fewstep.methods.dmd2 import DMD2, DMD2Config
-from fewstep.methods.scm import Scm, ScmConfig
+from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.method import Boot
+from fewstep.methods.consistency.config import ConsistencyConfig
+from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.distribution_matching.config import DMD2Config
+from fewstep.methods.distribution_matching.dmd2 import DMD2
+from fewstep.methods.scm.config import ScmConfig
+from fewstep.methods.scm.method import Scm
 from fewstep.teachers import load_teacher
+from golden.cases import BATCH_SIZES, CASES, FAMILIES, LATENT_SIDES, SAMPLERS, TEXT_IN_FLOAT32, Case
 
 FILE = Path(__file__).with_name("losses.json")
 METHODS: dict[str, tuple[Any, Any]] = {
@@ -56,7 +60,8 @@ def folder(family: str) -> Path:
 
 
 def new_teacher(family: str) -> Any:
-    teacher: Any = load_teacher(str(folder(family))).to(CPU, torch.float64)
+    teacher: Any = load_teacher(str(folder(family)))
+    teacher.placement.to(CPU, torch.float64)
     if family in TEXT_IN_FLOAT32:
         for name in teacher.text_parts:
             teacher.pipeline.components[name].float()
@@ -85,7 +90,7 @@ def samplers(case: Case) -> dict[str, Any]:
     method, found = new_method(case), {}
     for steps in method.allowed_steps():
         scheduler = method.scheduler()
-        grid = method.teacher.jump_grid(scheduler, steps).tolist()
+        grid = method.teacher.samplers.grid(scheduler, steps).tolist()
         found[str(steps)] = {"kind": type(scheduler).__name__, "grid": [short(v) for v in grid]}
         if len(scheduler.timesteps) != steps:  # not every family has to ask for them
             scheduler.set_timesteps(steps)
@@ -119,10 +124,11 @@ def measured(case: Case, name: str) -> Numbers:
     found: Numbers = {}
     for iteration in case.iterations:
         cond, uncond = (doubled(v) for v in (teacher.condition(raw), teacher.null_condition(size)))
-        batch = Batch(size, cond, uncond, CPU, iteration, raw=raw)
-        batch.generator.manual_seed(iteration)
-        if method.needs_images:
-            batch.latents = 0.5 * drawn((size, *teacher.latent_shape), "latents")
+        latents = 0.5 * drawn((size, *teacher.latent_shape), "latents") if method.needs_images else None
+        generator = torch.Generator().manual_seed(iteration)
+        batch = Batch(size, cond, uncond, CPU, iteration, latents, generator, raw)
+        carry: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
         for number, step in enumerate(method.steps()):
             if iteration % step.every:
                 continue
@@ -132,13 +138,15 @@ def measured(case: Case, name: str) -> Numbers:
                     p.grad = None
             torch.manual_seed(10 + number)
             with float64_by_default():
-                losses = step.loss(nets, batch)
-            torch.stack([v.double() for v in losses.values()]).sum().backward()
+                output = step.loss(nets, batch, carry)
+            carry |= output.carry
+            figures |= output.logs | output.histograms
+            torch.stack([v.double() for v in output.losses.values()]).sum().backward()
             squares = [p.grad.square().sum() for p in own[step.role] if p.grad is not None]
-            terms = losses | {"gradient": torch.stack(squares).sum().sqrt()}
+            terms = output.losses | {"gradient": torch.stack(squares).sum().sqrt()}
             found |= {f"{iteration}/{step.role}/{key}": numbers(v) for key, v in terms.items()}
         with torch.no_grad(), float64_by_default():
-            figures = batch.health | batch.tallies | method.health(nets, iteration)
+            figures |= method.health(nets, iteration)
         found |= {f"{iteration}/health/{key}": numbers(v) for key, v in figures.items()}
     return found
 

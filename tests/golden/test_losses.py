@@ -8,13 +8,14 @@ import math
 from typing import Any
 
 import pytest
-from cases import CASES, SAMPLERS
-from driver import FILE, measured, samplers
+
+from golden.cases import CASES, SAMPLERS
+from golden.driver import FILE, measured, samplers
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
 HOW = (
     "\nIf this change is wanted, write the numbers anew with `PYTHONPATH=.:tests OMP_NUM_THREADS=1 python "
-    "tests/golden/driver.py`, in a commit of its own that says so and why."
+    "-m golden.driver`, in a commit of its own that says so and why."
 )
 GOLDEN: dict[str, Any] = json.loads(FILE.read_text())
 
