@@ -32,7 +32,7 @@ from test_boot_mixture import (
 )
 
 from fewstep.config import OptimConfig
-from fewstep.diffusion.schedule import add_noise
+from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.signal_ode import finite_difference
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.method import Boot
@@ -110,7 +110,7 @@ def solved(solver: str, z: Tensor, times: Tensor) -> Tensor:
     """The teacher's ODE from noise z through `times`, by a solver of the method's."""
     teacher = Mixture()
     guided = GuidedTeacher(teacher, solver=solver)  # type: ignore[arg-type]
-    return guided.walk(teacher.denoiser, z, times[:, None].expand(-1, len(z)), {}, None)
+    return guided.walk(guided.denoiser(teacher.denoiser, {}, None), z, times[:, None].expand(-1, len(z)))
 
 
 @torch.no_grad()

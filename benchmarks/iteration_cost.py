@@ -22,13 +22,13 @@ from collections.abc import Callable
 import torch
 
 from fewstep.data.sources import load_source
+from fewstep.diffusion.guidance import concatenate
 from fewstep.methods.boot.method import Boot
 from fewstep.methods.consistency.method import Consistency
 from fewstep.methods.discriminator import Noised
 from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.methods.registry import load_run
 from fewstep.teachers import load_teacher
-from fewstep.teachers.guidance import concatenate
 from fewstep.training.trainer import Trainer
 
 METHODS = {"boot": Boot, "consistency": Consistency, "dmd2": DMD2}

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fewstep.assets import asset_path
 from fewstep.data.fashion import caption, load_embedded
-from fewstep.diffusion.schedule import add_noise
+from fewstep.diffusion.grids import milestone_timesteps
+from fewstep.diffusion.prediction import add_noise
 from fewstep.evaluate.metrics.frechet import FrechetDistance
 from fewstep.evaluate.models.features import load_features
 from fewstep.evaluate.statistics import load_statistics
-from fewstep.methods.trajectories import Solver, TrajectorySettings, milestone_timesteps, solve
+from fewstep.methods.trajectories import Solver, TrajectorySettings, solve
 from fewstep.teachers import load_teacher
 
 BATCH = 100

@@ -14,10 +14,11 @@ import torch
 
 from fewstep.assets import asset_path
 from fewstep.data.fashion import caption
+from fewstep.diffusion.grids import milestone_timesteps, trailing_timesteps
 from fewstep.evaluate.metrics.frechet import FrechetDistance
 from fewstep.evaluate.models.features import load_features
 from fewstep.evaluate.statistics import load_statistics
-from fewstep.methods.trajectories import TrajectorySettings, even_timesteps, milestone_timesteps, solve
+from fewstep.methods.trajectories import TrajectorySettings, solve
 from fewstep.teachers import load_teacher
 
 BATCH = 100
@@ -32,9 +33,9 @@ def main() -> None:
     reference = load_statistics(Path(asset_path("fashion")) / "reference.safetensors").moments
     assert reference is not None
     total = teacher.num_train_timesteps
-    milestones = even_timesteps(8, total)
+    milestones = trailing_timesteps(8, total)
     grids = {f"{n}": milestone_timesteps(milestones, n, total) for n in (4, 2, 1)}
-    grids["2, even to the end"] = even_timesteps(16, total)[:-1]
+    grids["2, even to the end"] = trailing_timesteps(16, total)[:-1]
     noise = torch.randn(args.images, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
     prompts = [caption(i % 10) for i in range(args.images)]
     scales = (args.guidance_scale, args.guidance_scale)

@@ -1,5 +1,6 @@
 """Distances, distribution matching, adversarial losses. Pure functions of tensors."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,29 +21,38 @@ def l2(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean()
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """Mean over elements of sqrt(d^2 + c^2) - c, the element-wise form of the public LCM recipes.
+def mean_square(d: Tensor, c: float = 0.0) -> Tensor:
+    """Mean square of each sample's difference d [B, ...], [B]."""
+    return d.flatten(1).square().mean(1)
+
+
+def pseudo_huber(d: Tensor, c: float) -> Tensor:
+    """Mean over each sample's elements of sqrt(d^2 + c^2) - c, [B]: the element-wise form of the public LCM recipes.
 
     Song & Dhariwal (2023) define it on whole samples; with c = 1e-3 the element-wise form is nearly L1.
     """
-    return ((a - b).square().add(c**2).sqrt() - c).mean()
+    return (d.flatten(1).square().add(c**2).sqrt() - c).mean(1)
+
+
+def pseudo_huber_sample(d: Tensor, c: float) -> Tensor:
+    """sqrt(|d|^2 + c^2) - c of each whole sample's difference d [B, ...], [B] (Song & Dhariwal 2023, arXiv 2310.14189, eq. 8).
+
+    With c = 0 it is the norm, as in Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548).
+    """
+    norm = torch.linalg.vector_norm(d.flatten(1), dim=1)  # whose gradient at 0 is 0, not that of a square root
+    return norm if c == 0 else (norm.square() + c**2).sqrt() - c
+
+
+DISTANCES: dict[SampleDistance, Callable[[Tensor, float], Tensor]] = {
+    "l2": mean_square,
+    "pseudo_huber": pseudo_huber,
+    "pseudo_huber_sample": pseudo_huber_sample,
+}
 
 
 def sample_distance(kind: SampleDistance, a: Tensor, b: Tensor, c: float) -> Tensor:
-    """One distance for each sample of [B, ...], [B], of which the batch's mean is descended.
-
-    `l2` and `pseudo_huber` are the means over a sample's elements of what the functions of their names have.
-    `pseudo_huber_sample` is sqrt(|d|^2 + c^2) - c of the whole sample's difference d (Song & Dhariwal 2023, arXiv 2310.14189,
-    eq. 8); with c = 0 it is the norm, as in Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548).
-    """
-    d = (a - b).flatten(1)
-    match kind:
-        case "l2":
-            return d.square().mean(1)
-        case "pseudo_huber":
-            return (d.square().add(c**2).sqrt() - c).mean(1)
-    norm = torch.linalg.vector_norm(d, dim=1)  # whose gradient at 0 is 0, not that of a square root
-    return norm if c == 0 else (norm.square() + c**2).sqrt() - c
+    """One distance for each sample of [B, ...], [B], of which the batch's mean is descended."""
+    return DISTANCES[kind](a - b, c)
 
 
 def huber(a: Tensor, b: Tensor) -> Tensor:

@@ -1,23 +1,14 @@
-"""Noise processes x_t = alpha(t) x0 + sigma(t) eps: schedules, readings of a network, ODE steps, guidance.
+"""Noise schedules alpha(t), sigma(t) of x_t = alpha(t) x0 + sigma(t) eps. Pure functions of tensors.
 
-Pure functions of tensors. A timestep t is what the network is given, in diffusers' units, shaped [B]; s is the next,
-less noisy one. A negative timestep stands for clean data (alpha = 1, sigma = 0).
+A timestep t is what the network receives, in diffusers' units, shaped [B]; s is the next, less noisy one. A negative
+timestep is clean data (alpha = 1, sigma = 0).
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
-
-
-class Prediction(NamedTuple):
-    """The two readings of one network output, each [B, ...]; every parametrisation gives both."""
-
-    x0: Tensor
-    eps: Tensor
 
 
 class Schedule(Protocol):
@@ -76,6 +67,31 @@ class ShiftedFlow:
         return self.num_train_timesteps * sigma / (self.shift - (self.shift - 1) * sigma) - 1
 
 
+@dataclass(frozen=True)
+class KarrasLevels:
+    """x0 + k eps of Karras et al. (2022), divided by sqrt(1 + k^2): alpha = 1 / sqrt(1 + k^2), sigma = k alpha, in float64.
+
+    Timesteps 0 ... num_train_timesteps - 1, and all between, are even in the rho-th root of k (their eq. 5), from sigma_min
+    up to sigma_max; -1 is clean data.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    num_train_timesteps: int
+
+    def level(self, t: Tensor) -> Tensor:
+        """k = sigma / alpha at t [B] >= 0."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        root: Tensor = low + (high - low) * t.double() / (self.num_train_timesteps - 1)
+        return root**self.rho
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        k = torch.where(t < 0, 0.0, self.level(t.clamp_min(0)))
+        alpha = (1 + k**2).rsqrt()
+        return alpha, k * alpha
+
+
 def noise_level(schedule: Schedule, t: Tensor) -> Tensor:
     """sigma / alpha at t, in float64: the sigma of Karras et al. (2022), whose x is x0 + sigma eps. 0 for clean data.
 
@@ -90,90 +106,6 @@ def like(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
-def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha(t) x0 + sigma(t) eps."""
-    alpha, sigma = (like(v, x0) for v in schedule(t))
-    return alpha * x0 + sigma * eps
-
-
-def more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """x_t from x_s of less noise, t >= s, by the process itself: x_t is distributed as `add_noise` of the same x0 is.
-
-    x_t = r x_s + sqrt(sigma(t)^2 - r^2 sigma(s)^2) eps, r = alpha(t) / alpha(s): for every schedule, not for those that keep
-    the variance only. eps must be independent of x_s.
-    """
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = ((a.double(), b.double()) for a, b in (schedule(s), schedule(t)))
-    ratio = alpha_t / alpha_s
-    deviation = (sigma_t**2 - (ratio * sigma_s) ** 2).clamp_min(0).sqrt()
-    return like(ratio, x_s) * x_s + like(deviation, x_s) * eps
-
-
-def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-    """Read a network output [B, ...] at (x_t, t) as (x0, eps), in float32 (float64 stays).
-
-    v is alpha eps - sigma x0 (Salimans & Ho 2022); flow is eps - x0, for schedules with alpha + sigma = 1.
-    Raises ValueError for an unknown kind.
-    """
-    output, x_t = _full(output), _full(x_t)
-    alpha, sigma = (like(v, x_t) for v in schedule(t))
-    match kind:
-        case "epsilon":
-            return Prediction((x_t - sigma * output) / alpha, output)
-        case "sample":
-            return Prediction(output, (x_t - alpha * output) / sigma)
-        case "v_prediction":
-            return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output)
-        case "flow":
-            return Prediction(x_t - sigma * output, x_t + alpha * output)
-    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
-
-
-def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Tensor) -> Tensor:
-    """The network output that `read` reads as p: its inverse, without a division at any t.
-
-    Raises ValueError for an unknown kind.
-    """
-    alpha, sigma = (like(v, p.x0) for v in schedule(t))
-    match kind:
-        case "epsilon":
-            return p.eps
-        case "sample":
-            return p.x0
-        case "v_prediction":
-            return alpha * p.eps - sigma * p.x0
-        case "flow":
-            return p.eps - p.x0
-    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
-
-
-def ode_step(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
-    """One step of the probability-flow ODE to s: DDIM (Song et al. 2021, eq. 12, eta = 0) and, for rectified flow, Euler."""
-    return add_noise(schedule, p.x0, p.eps, s)
-
-
-def guide(cond: Prediction, uncond: Prediction, scale: Tensor | float) -> Prediction:
-    """Classifier-free guidance (Ho & Salimans 2022), uncond + scale (cond - uncond): 1 is none, as in diffusers.
-
-    scale is a number or [B].
-    """
-    w = like(scale, cond.x0) if isinstance(scale, Tensor) else scale
-    return Prediction(*(u + w * (c - u) for c, u in zip(cond, uncond, strict=True)))
-
-
-def threshold(schedule: Schedule, p: Prediction, x_t: Tensor, t: Tensor, quantile: float | None) -> Prediction:
-    """x0 bounded to [-1, 1], and the eps that belongs to it at x_t; for pixels, where guidance leads out of that range.
-
-    quantile: None clamps; a number first divides a sample by that quantile of its |x0|, if it is above 1 (dynamic
-    thresholding, Saharia et al. 2022, appendix C). The last timestep's sigma must not be 0.
-    """
-    bound = torch.ones(len(x_t), dtype=p.x0.dtype, device=x_t.device)
-    if quantile is not None:
-        bound = torch.quantile(p.x0.abs().flatten(1), quantile, dim=1).clamp_min(1)
-    bound = like(bound, p.x0)
-    x0 = p.x0.clamp(-bound, bound) / bound
-    alpha, sigma = (like(v, x0) for v in schedule(t))
-    return Prediction(x0, (_full(x_t) - alpha * x0) / sigma)
-
-
-def _full(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -12,19 +12,8 @@ BOOT's y is this x0 for z pure noise. The anchored form and its proof are fewste
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import Prediction, Schedule, like
-
-
-def segment_grid(start: float, end: float, n: int, whole: bool) -> Tensor:
-    """n + 1 even timesteps from `start` down to `end`, whole numbers if asked: those at which a discrete network is valid.
-
-    Raises ValueError where whole numbers between the two do not suffice.
-    """
-    if not whole:
-        return torch.linspace(start, end, n + 1, dtype=torch.float64)
-    if start - end < n:
-        raise ValueError(f"{n} sub-steps do not fit between timesteps {start:g} and {end:g}")
-    return torch.linspace(start, end, n + 1, dtype=torch.float64).round().long()
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedule import Schedule, like
 
 
 def shares(schedule: Schedule, anchor: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,13 +43,6 @@ def bootstrap(
     """
     x0, eps = (like(c, own.x0) for c in shares(schedule, anchor, t, s))
     return Prediction(x0 * own.x0 + (1 - x0) * teacher.x0, eps * own.eps + (1 - eps) * teacher.eps)
-
-
-def heun(schedule: Schedule, first: Prediction, second: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
-    """The teacher's mean over a step by the trapezoidal rule in alpha / sigma: predictions at x_t and where `first` leads."""
-    alpha, sigma = (like(v, x_t) for v in schedule(t))
-    x0 = (first.x0 + second.x0) / 2
-    return Prediction(x0, (x_t.to(x0.dtype) - alpha * x0) / sigma)
 
 
 def log_noise_slope(schedule: Schedule, t: Tensor, reach: float = 1.0) -> Tensor:

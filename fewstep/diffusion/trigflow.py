@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import Prediction, PredictionType, Schedule, VariancePreserving, like, output_of, read
+from fewstep.diffusion.prediction import Prediction, PredictionType, output_of, read
+from fewstep.diffusion.schedule import Schedule, VariancePreserving, like
 
 
 class Rotation(NamedTuple):

@@ -1,13 +1,15 @@
 """Parts of distribution matching: noised samples, backward simulation, and the critic with its heads on features."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedule import Prediction, Schedule, add_noise
+from fewstep.diffusion.prediction import Denoise, Prediction, add_noise
+from fewstep.diffusion.rollout import renoise_as, rollout
+from fewstep.diffusion.schedule import Schedule
 from fewstep.methods.distribution_matching.config import Range
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, Denoiser
@@ -40,22 +42,20 @@ def noised(
     return Noised(add_noise(teacher.schedule, x0, noise, t), t, cond)
 
 
-def simulated_input(
-    predict: Callable[[Tensor, int], Tensor], schedule: Schedule, timesteps: Tensor, stop: int, noise: Tensor
-) -> Tensor:
+def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: Tensor, stop: int, noise: Tensor) -> Tensor:
     """What a student sees at timesteps[stop] when it samples: backward simulation, without gradient (DMD2).
 
     Args:
-        predict: the student's x0 [B, ...] from x_t [B, ...] at a position in timesteps [N].
+        denoise: the student with its conditions.
+        timesteps: those of its sampler, [N].
         noise: that of the result, [B, ...]; all of it where stop is 0.
     """
     if stop == 0:
         return noise
-    x_t = torch.randn_like(noise)
     with torch.no_grad():
-        for i in range(stop):
-            fresh = noise if i == stop - 1 else torch.randn_like(noise)
-            x_t = add_noise(schedule, predict(x_t, i), fresh, timesteps[i + 1].expand(len(noise)))
+        x_t = rollout(denoise, schedule, torch.randn_like(noise), timesteps[:stop], renoise_as(noise))
+        before, t = (u.expand(len(noise)) for u in timesteps[stop - 1 : stop + 1])
+        x_t = add_noise(schedule, denoise(x_t, before).x0, noise, t)
     # Older releases of torch would give the next, differentiated call the weights that autocast has cast in here.
     torch.clear_autocast_cache()
     return x_t

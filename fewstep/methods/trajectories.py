@@ -6,7 +6,7 @@ File i of a folder is a function of the settings and i alone, whoever draws it; 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep import io
-from fewstep.diffusion.schedule import Prediction, Schedule, like, ode_step
+from fewstep.diffusion.guidance import GuidedDenoiser
+from fewstep.diffusion.solvers import PATHS
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
-from fewstep.teachers.guidance import guided
 
 Solver = Literal["ddim", "dpm"]
 
@@ -70,62 +70,17 @@ class Trajectories(NamedTuple):
         return index, teacher.condition([self.conditions[i] for i in index.tolist()])
 
 
-def even_timesteps(steps: int, num_train_timesteps: int) -> tuple[int, ...]:
-    """`steps` timesteps down from the noisiest, as even as whole numbers are ("trailing"), clean data being the next."""
-    return tuple((torch.linspace(num_train_timesteps, 0, steps + 1).round().long() - 1)[:-1].tolist())
-
-
-def milestone_timesteps(milestones: Sequence[int], substeps: int, num_train_timesteps: int) -> tuple[int, ...]:
-    """Timesteps of a solver through `milestones` [K], descending: `substeps` even ones from each to the next.
-
-    Below the last each is half the one before, while the noise is not lost: even steps to clean data leave out details
-    (benchmarks/RESULTS.md). Raises ValueError where whole numbers between milestones do not suffice.
-    """
-    steps = []
-    for t, s in pairwise(milestones):
-        if t - s < substeps:
-            raise ValueError(f"{substeps} sub-steps do not fit between timesteps {t} and {s}")
-        steps += torch.linspace(t, s, substeps + 1, dtype=torch.float64).round().long()[:-1].tolist()
-    last = milestones[-1] + 1
-    while last >= max(2, num_train_timesteps / 200):
-        steps.append(last - 1)
-        last //= 2
-    return tuple(steps)
-
-
-def second_order(schedule: Schedule, x: Tensor, now: Prediction, before: Prediction, times: Tensor) -> Prediction:
-    """The prediction whose `ode_step` is a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
-
-    Args:
-        x: the state at the second of `times`, [B, ...].
-        now, before: the teacher's predictions there and at the first of them.
-        times: [3], descending: of the last step's start, of this one's start and of its end. At pure noise (the first) and
-            clean data (the end) log(alpha / sigma) is infinite, and the step is DDIM's.
-    """
-    alpha, sigma = (v.double() for v in schedule(times))
-    level = (alpha / sigma).log()
-    over = ((level[2] - level[1]) / (level[1] - level[0]) / 2).nan_to_num(posinf=0.0).to(now.x0.dtype)
-    x0 = now.x0 + over * (now.x0 - before.x0)
-    return Prediction(x0, (x - like(alpha[1:2], x) * x0) / like(sigma[1:2], x))
-
-
 @torch.no_grad()
 def solve(
     teacher: Teacher, noise: Tensor, cond: Cond, uncond: Cond, scale: Tensor, settings: TrajectorySettings
 ) -> Tensor:
     """The guided probability-flow ODE from noise [B, C, h, w] with scales [B]: kept states and samples, [B, K + 1, C, h, w]."""
-    x, states, before = noise, [], None
     plain = settings.guidance_range == (1, 1)
-    grid = torch.tensor([*settings.timesteps, -1], device=noise.device)
-    for i, (t, s) in enumerate(pairwise(grid)):
-        if t in settings.kept:
-            states.append(x)
-        now = guided(teacher.denoiser, x, t.expand(len(x)), cond, uncond, 1 if plain else scale)
-        step = now
-        if settings.solver == "dpm" and before is not None:
-            step = second_order(teacher.schedule, x, now, before, grid[i - 1 : i + 2])
-        x, before = ode_step(teacher.schedule, step, s.expand(len(x))), now
-    return torch.stack([*states, x], dim=1)
+    denoise = GuidedDenoiser(teacher.denoiser, cond, uncond, None if plain else scale)
+    times = torch.tensor([*settings.timesteps, -1], device=noise.device)
+    path = PATHS[settings.solver](denoise, teacher.schedule, noise, times[:, None].expand(-1, len(noise)))
+    kept = [x for t, x in zip(settings.timesteps, chain([noise], path), strict=False) if t in settings.kept]
+    return torch.stack([*kept, *path], dim=1)
 
 
 def draw_trajectories(

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedule import Prediction, PredictionType, Schedule, read
+from fewstep.diffusion.prediction import Prediction, PredictionType, read
+from fewstep.diffusion.schedule import Schedule
 
 Cond = dict[str, Tensor]
 """Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""

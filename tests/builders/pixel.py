@@ -7,7 +7,7 @@ import torch
 
 from fewstep.config import RunConfig
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import ode_step
+from fewstep.diffusion.prediction import ode_step
 from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher

@@ -2,10 +2,8 @@
 
 import torch
 
-from fewstep.diffusion.schedule import (
-    Prediction,
-    like,
-)
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.schedule import like
 
 MEANS = torch.tensor([[2.0, 0.5], [-1.5, 1.0], [0.0, -2.0], [1.0, 2.5]], dtype=torch.float64)
 

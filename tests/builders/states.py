@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from builders.consistency import batch_for
-from fewstep.diffusion.schedule import Prediction, VariancePreserving, ode_step
+from fewstep.diffusion.prediction import Prediction, ode_step
+from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency.states import State
 

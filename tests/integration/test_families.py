@@ -25,7 +25,9 @@ from builders.teachers import perturbed
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data.encoding_cache import Cache
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import ShiftedFlow, add_noise, ode_step
+from fewstep.diffusion.guidance import concatenate
+from fewstep.diffusion.prediction import add_noise, ode_step
+from fewstep.diffusion.schedule import ShiftedFlow
 from fewstep.evaluate import sample
 from fewstep.export.pipeline import export
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
@@ -36,7 +38,6 @@ from fewstep.teachers import FAMILIES, Teacher, load_teacher
 from fewstep.teachers.families.edm import Edm
 from fewstep.teachers.families.flow import FlowTeacher, Flux, pack, unpack
 from fewstep.teachers.families.sana import Sana
-from fewstep.teachers.guidance import concatenate
 from fewstep.training.init_from import start_from
 from fewstep.training.trainer import Trainer
 

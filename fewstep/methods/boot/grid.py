@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.grids import segment_grid
 from fewstep.diffusion.schedule import Schedule
-from fewstep.diffusion.signal_ode import segment_grid, shares
+from fewstep.diffusion.signal_ode import shares
 from fewstep.methods.boot.config import BootConfig
 
 

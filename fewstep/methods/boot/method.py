@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import add_noise, like
+from fewstep.diffusion.prediction import add_noise
+from fewstep.diffusion.schedule import like
 from fewstep.diffusion.signal_ode import finite_difference
 from fewstep.methods.base import (
     NOTHING,
@@ -116,7 +117,7 @@ class Boot(Method):
             anchor = self.grid[segment, 0].to(z.device)
             times = torch.stack([self.grid[segment, m * index + i] for i in range(m + 1)]).to(z.device)
             own = student(z, anchor, cond, embedded, self._progress(m * index, batch))
-            target = self.guided.bootstrap(nets["teacher"], own, anchor, times, cond, scale)
+            target = self.guided.bootstrap(self.guided.denoiser(nets["teacher"], cond, scale), own, anchor, times)
         jump = student(z, anchor, cond, embedded, self._progress(m * index + m, batch))
         factor, weight = (table[segment, index].to(z.device) for table in (self.factors, self.weights))
         each = weight * self._distance(like(factor, z) * (jump.x0 - target.x0))
@@ -147,9 +148,10 @@ class Boot(Method):
             t, s, t_max = (self.grid[0, i].to(z.device) for i in (index, index + 1, 0 * index))
             anchor = torch.full_like(t, total - 1)
             y = student(z, anchor, cond, embedded, self._progress(index, batch)).x0
-            f = self.guided.predict(nets["teacher"], add_noise(schedule, y, z, t), t, cond, scale).x0
+            denoise = self.guided.denoiser(nets["teacher"], cond, scale)
+            f = denoise(add_noise(schedule, y, z, t), t).x0
             target = finite_difference(schedule, y, f, t, s)
-            edge = self.guided.predict(nets["teacher"], z, t_max, cond, scale).x0
+            edge = denoise(z, t_max).x0
         # Both terms in one pass.
         twice = {key: torch.cat([value, value]) for key, value in cond.items()}
         scales = None if embedded is None else torch.cat([embedded, embedded])
@@ -192,7 +194,8 @@ class Boot(Method):
             return starts
 
         def cross(s: Starts) -> Tensor:
-            return self.guided.walk(nets["teacher"], s.z, self.grid[s.segment].T.to(s.z.device), s.cond, s.scale)
+            denoise = self.guided.denoiser(nets["teacher"], s.cond, s.scale)
+            return self.guided.walk(denoise, s.z, self.grid[s.segment].T.to(s.z.device))
 
         starts.z = noise.clone()
         warm = c.warm_start and float(torch.rand(())) >= batch.iteration / c.warm_start

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import Schedule, add_noise, ode_step
+from fewstep.diffusion import rollout
+from fewstep.diffusion.schedule import Schedule
 from fewstep.teachers.denoiser import Cond, DenoiserLike
 
 
@@ -57,23 +58,25 @@ def from_student(
     timesteps: starts of all segments, [steps], on the CPU. embedded: whether the student is told the guidance scale.
     renoise: draw fresh noise on the student's x0 instead of following its ODE step.
     """
-    for j in range(1, int(starts.segment.max()) + 1):
-        which = (starts.segment >= j).nonzero().flatten()
+    move = rollout.renoise if renoise else rollout.jump
+
+    def step(z: Tensor, which: Tensor, j: int) -> Tensor:
         part = starts.rows(which)
-        t, s = (timesteps[i].expand(len(part)).to(part.z.device) for i in (j - 1, j))
-        end = torch.ones(len(part), device=part.z.device)
-        p = net(part.z, t, part.cond, part.scale if embedded else None, end)
-        state = add_noise(schedule, p.x0, torch.randn_like(p.x0), s) if renoise else ode_step(schedule, p, s)
-        starts.z[which.to(state.device)] = state
+        t, s = (timesteps[i].expand(len(part)).to(z.device) for i in (j, j + 1))
+        end = torch.ones(len(part), device=z.device)
+        return move(schedule, net(z, t, part.cond, part.scale if embedded else None, end), s)
+
+    starts.z = rollout.ragged_rollout(step, starts.z, starts.segment)
 
 
 def from_teacher(cross: Cross, starts: Starts) -> None:
     """Take noise `starts.z` to the segments' starts along the teacher's own ODE, in place."""
-    for j in range(int(starts.segment.max())):
-        which = (starts.segment > j).nonzero().flatten()
+
+    def step(z: Tensor, which: Tensor, j: int) -> Tensor:
         part = starts.rows(which)
-        part.segment = torch.full_like(which, j)
-        starts.z[which.to(part.z.device)] = cross(part)
+        return cross(Starts(z, torch.full_like(which, j), part.cond, part.scale))
+
+    starts.z = rollout.ragged_rollout(step, starts.z, starts.segment)
 
 
 WATCHED = 16

@@ -1,4 +1,4 @@
-"""The teacher as bootstrapping uses it: guided, bounded, and solved over one step."""
+"""The teacher as bootstrapping uses it: guided, bounded, and solved from time to time."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,16 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import Prediction, guide, like, ode_step, threshold
-from fewstep.diffusion.signal_ode import bootstrap, heun
-from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond, DenoiserLike
-from fewstep.teachers.guidance import both_sides
+from fewstep.diffusion.guidance import GuidedDenoiser, Network, threshold
+from fewstep.diffusion.prediction import Denoise, Prediction, ode_step
+from fewstep.diffusion.signal_ode import bootstrap
+from fewstep.diffusion.solvers import Rule, ddim, heun_in_signal, solve
+from fewstep.teachers.base import Cond, Teacher
+
+RULES: dict[Literal["ddim", "heun"], Rule] = {"ddim": ddim, "heun": heun_in_signal}
 
 
 @dataclass(frozen=True)
 class GuidedTeacher:
-    """Answers of the frozen network; every call is without gradient.
+    """The frozen network's guided denoiser, and its solutions.
 
     Attributes:
         negative_prompt: what guidance leads away from; "" is the teacher's null condition.
@@ -29,42 +31,29 @@ class GuidedTeacher:
     quantile: float | None = None
     solver: Literal["ddim", "heun"] = "ddim"
 
-    def predict(self, net: DenoiserLike, x: Tensor, t: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
-        """The prediction at x [B, C, h, w], t [B], guided by scale [B] (None = not) in one doubled batch."""
-        p = net(x, t, cond) if scale is None else guide(*both_sides(net, x, t, cond, self._uncond(len(x))), scale)
-        return threshold(self.teacher.schedule, p, x, t, self.quantile) if self.bounded else p
+    def denoiser(self, net: Network, cond: Cond, scale: Tensor | None) -> GuidedDenoiser:
+        """The denoiser of B samples with their conditions, guided by scale [B] (None = not) in one doubled batch."""
+        uncond = cond if scale is None else self._uncond(len(scale))
+        return GuidedDenoiser(net, cond, uncond, scale, self._bound if self.bounded else None)
+
+    def _bound(self, p: Prediction, x: Tensor, t: Tensor) -> Prediction:
+        return threshold(self.teacher.schedule, p, x, t, self.quantile)
 
     def _uncond(self, size: int) -> Cond:
         if self.negative_prompt:
             return self.teacher.condition([self.teacher.negative(self.negative_prompt)] * size)
         return self.teacher.null_condition(size)
 
-    def solve(self, net: DenoiserLike, x: Tensor, t: Tensor, s: Tensor, cond: Cond, scale: Tensor | None) -> Prediction:
-        """The prediction whose `ode_step` to s is the solver's step from x at t."""
-        first = self.predict(net, x, t, cond, scale)
-        if self.solver == "ddim":
-            return first
-        schedule = self.teacher.schedule
-        second = self.predict(net, ode_step(schedule, first, s), s.clamp_min(0), cond, scale)
-        mean = heun(schedule, first, second, x, t)
-        # There is no teacher at clean data: the last step to it is DDIM's.
-        clean = like(s < 0, first.x0).bool()
-        return Prediction(*(torch.where(clean, a, b) for a, b in zip(first, mean, strict=True)))
-
     @torch.no_grad()
-    def walk(self, net: DenoiserLike, x: Tensor, times: Tensor, cond: Cond, scale: Tensor | None) -> Tensor:
+    def walk(self, denoise: Denoise, x: Tensor, times: Tensor) -> Tensor:
         """The solution at the last of `times` [n, B] from x at the first."""
-        for t, s in pairwise(times):
-            x = ode_step(self.teacher.schedule, self.solve(net, x, t, s, cond, scale), s)
-        return x
+        return solve(denoise, self.teacher.schedule, x, times, RULES[self.solver])
 
     @torch.no_grad()
-    def bootstrap(
-        self, net: DenoiserLike, own: Prediction, anchor: Tensor, times: Tensor, cond: Cond, scale: Tensor | None
-    ) -> Prediction:
+    def bootstrap(self, denoise: Denoise, own: Prediction, anchor: Tensor, times: Tensor) -> Prediction:
         """The anchored pair of the last of `times` [n, B], by a step of the teacher between each, given that of the first."""
-        schedule = self.teacher.schedule
+        schedule, rule = self.teacher.schedule, RULES[self.solver]
         for t, s in pairwise(times):
-            step = self.solve(net, ode_step(schedule, own, t), t, s, cond, scale)
+            step = rule(denoise, schedule, ode_step(schedule, own, t), t, s, None)
             own = bootstrap(schedule, own, step, anchor, t, s)
         return own

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedule import more_noise
+from fewstep.diffusion.prediction import more_noise
 from fewstep.methods.discriminator import Head, Noised, features
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond

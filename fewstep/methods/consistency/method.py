@@ -13,8 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.grids import Grid, even_grid, even_steps, karras_grid, log_levels, lognormal_index, phase_grid
+from fewstep.diffusion.guidance import GuidedDenoiser, concatenate
 from fewstep.diffusion.losses import discriminator_loss, generator_loss, sample_distance
-from fewstep.diffusion.schedule import Prediction, add_noise, guide, like, noise_level, ode_step
+from fewstep.diffusion.prediction import Prediction, add_noise, ode_step
+from fewstep.diffusion.rollout import jump, renoise, rollout
+from fewstep.diffusion.schedule import like, noise_level
+from fewstep.diffusion.solvers import RULES, solve
 from fewstep.methods.base import (
     NOTHING,
     Batch,
@@ -33,12 +38,11 @@ from fewstep.methods.base import (
 )
 from fewstep.methods.consistency.adversarial import Ends, judge, new_discriminator, times_in_phase
 from fewstep.methods.consistency.config import ConsistencyConfig, PlannedStage
-from fewstep.methods.consistency.grid import Grid, boundary_scalings, karras_grid, phase_grid, solver_grid, whole_grid
+from fewstep.methods.consistency.endpoints import boundary_scalings
 from fewstep.methods.consistency.replay import Replay
-from fewstep.methods.consistency.solver import solve
-from fewstep.methods.consistency.states import State, Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.consistency.states import State, Trajectories, teacher_rollout
 from fewstep.methods.consistency.stored import remembered, stored_settings
-from fewstep.methods.consistency.tuning import gap_weights, log_levels, lognormal_index, tuned_timestep
+from fewstep.methods.consistency.tuning import gap_weights, tuned_timestep
 from fewstep.methods.discriminator import named_layers
 from fewstep.methods.distribution_matching.diagnostics import accuracies
 from fewstep.methods.dropout import random_state, replayed, set_dropout
@@ -47,9 +51,8 @@ from fewstep.methods.trajectories import Trajectories as Stored
 from fewstep.methods.trajectories import stand_in
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
-from fewstep.teachers.guidance import both_sides, concatenate
 
-__all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings", "solver_grid"]
+__all__ = ["Consistency", "ConsistencyConfig", "boundary_scalings"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Consistency(Method):
                 f"method.solver_steps: {plan.solver_steps} does not divide the teacher's "
                 f"{self.teacher.num_train_timesteps} timesteps, so its noisiest one would never be trained"
             )
-        return whole_grid(plan.solver_steps, self.teacher.num_train_timesteps)
+        return even_grid(plan.solver_steps, self.teacher.num_train_timesteps)
 
     def _distance(self) -> Callable[[Tensor, Tensor], Tensor]:
         kind, c = self.config.distance, self.config.huber_c
@@ -307,9 +310,9 @@ class Consistency(Method):
 
     def _rollout(self, nets: Networks, start: State, times: Tensor) -> Tensor:
         told = start.scale if self.config.embedded else None
-        return student_rollout(
-            lambda x, t: nets["ema"](x, t, start.cond, told), self.teacher.schedule, times, start.x,
-            self.config.sampling == "renoise",
+        return rollout(
+            lambda x, t: nets["ema"](x, t, start.cond, told), self.teacher.schedule, start.x, times,
+            renoise if self.config.sampling == "renoise" else jump,
         )  # fmt: skip
 
     def _fresh(
@@ -378,19 +381,18 @@ class Consistency(Method):
         self.trajectories.move(lambda index: x_s if self.config.rollout == "solver" else jump(t[index]), fresh)
 
     def _teacher(self, nets: Networks, batch: Batch, at: State, t: Tensor) -> Prediction:
-        if at.scale is None:
-            return nets["teacher"](at.x, t, at.cond)
+        return self._denoiser(nets, batch, at)(at.x, t)
+
+    def _denoiser(self, nets: Networks, batch: Batch, at: State) -> GuidedDenoiser:
         uncond = {key: value[: len(at.x)] for key, value in batch.uncond.items()}
-        return guide(*both_sides(nets["teacher"], at.x, t, at.cond, uncond), at.scale)
+        return GuidedDenoiser(nets["teacher"], at.cond, uncond, at.scale)
 
     def _solve(self, stage: Stage, nets: Networks, batch: Batch, at: State, grid: Grid, p: Prediction) -> Tensor:
         """x_s by the teacher's steps from x_t, with its prediction there given."""
 
-        def answer(at: State, times: Tensor) -> Prediction:
-            return self._teacher(nets, batch, at, times)
-
-        steps, solver = stage.plan.teacher_steps, self.config.solver
-        return solve(self.teacher.schedule, answer, at, grid.t, grid.s, p, steps, solver)
+        times = even_steps(grid.t, grid.s, stage.plan.teacher_steps)
+        denoise = self._denoiser(nets, batch, at)
+        return solve(denoise, self.teacher.schedule, at.x, times, RULES[self.config.solver], p)
 
     def _endpoint(self, stage: Stage, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
         """What is consistent: f(x_t, t) [B, C, h, w]; x_t itself where t is the end, whatever the network says there."""

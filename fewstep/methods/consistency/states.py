@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.schedule import Prediction, Schedule, add_noise, like, ode_step
+from fewstep.diffusion.grids import between
+from fewstep.diffusion.prediction import Prediction, ode_step
+from fewstep.diffusion.rollout import ragged_rollout
+from fewstep.diffusion.schedule import Schedule, like
 from fewstep.teachers.denoiser import Cond
 
 
@@ -129,33 +131,14 @@ def teacher_rollout(answer: Answer, schedule: Schedule, times: Tensor, segments:
     """
     n, top = len(times), times[-1]
     steps = torch.where(start.index == n - 1, 0, segments - start.index * segments // n)
-    x, t = start.x.clone(), times.to(start.x.device)
-    for i in range(segments):
-        on = (steps > i).nonzero().flatten()
-        if not len(on):
-            break
-        part = replace(start, x=x).rows(on)
-        now, after = (_between(top, t[part.index], (i + j) / steps[on]) for j in (0, 1))
-        x[on] = ode_step(schedule, answer(part, now), after)
-    return x
+    t = times.to(start.x.device)
 
+    def step(x: Tensor, on: Tensor, i: int) -> Tensor:
+        part = replace(start.rows(on), x=x)
+        now, after = (between(top, t[part.index], (i + j) / steps[on]) for j in (0, 1))
+        return ode_step(schedule, answer(part, now), after)
 
-def student_rollout(
-    predict: Callable[[Tensor, Tensor], Prediction], schedule: Schedule, timesteps: Tensor, noise: Tensor, renoise: bool
-) -> Tensor:
-    """Where the student's own steps take noise [B, ...] from the first to the last of `timesteps` [q], without gradient."""
-    x = noise
-    with torch.no_grad():
-        for t, s in pairwise(timesteps):
-            p, s = predict(x, t.expand(len(x))), s.expand(len(x))
-            x = add_noise(schedule, p.x0, torch.randn_like(p.x0), s) if renoise else ode_step(schedule, p, s)
-    return x
-
-
-def _between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """The timesteps at `share` [B] of the way from start to end [B]; whole numbers where those are."""
-    way = start + (end - start) * share
-    return way if end.is_floating_point() else way.round().long()
+    return ragged_rollout(step, start.x, steps)
 
 
 def _over(rows: Tensor, x: Tensor) -> Tensor:

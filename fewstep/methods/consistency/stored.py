@@ -4,10 +4,10 @@ Every state is used again and again, as the teacher is frozen; so its solver may
 costs no evaluation of the teacher.
 """
 
+from fewstep.diffusion.grids import Grid, milestone_timesteps
 from fewstep.methods.consistency.config import StoredConfig
-from fewstep.methods.consistency.grid import Grid
 from fewstep.methods.consistency.states import State
-from fewstep.methods.trajectories import Trajectories, TrajectorySettings, milestone_timesteps
+from fewstep.methods.trajectories import Trajectories, TrajectorySettings
 from fewstep.teachers.base import Teacher
 
 

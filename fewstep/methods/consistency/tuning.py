@@ -9,18 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.schedule import Schedule, noise_level
 from fewstep.methods.consistency.config import TuningConfig, Weighting
-from fewstep.methods.consistency.grid import SIGMA_DATA
-
-
-def log_levels(schedule: Schedule, num_train_timesteps: int) -> Tensor:
-    """log sigma / alpha at the timesteps 0 ... T - 1, [T], ascending, in float64."""
-    return noise_level(schedule, torch.arange(num_train_timesteps)).log()
-
-
-def lognormal_index(levels: Tensor, size: int, mean: float, std: float) -> Tensor:
-    """Positions [size] in ascending logarithms of noise levels [N], nearest to draws from N(mean, std^2)."""
-    wanted = mean + std * torch.randn(size, dtype=levels.dtype, device=levels.device)
-    return torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2)
+from fewstep.methods.consistency.endpoints import SIGMA_DATA
 
 
 def tuned_level(sigma: Tensor, stage: int, tuning: TuningConfig) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewstep.diffusion.grids import trailing_timesteps
+from fewstep.diffusion.guidance import GuidedDenoiser, both_sides, concatenate, guide
 from fewstep.diffusion.losses import (
     descend,
     discriminator_loss,
@@ -18,7 +20,8 @@ from fewstep.diffusion.losses import (
     l2,
     matching_gradient,
 )
-from fewstep.diffusion.schedule import Prediction, add_noise, guide, like, output_of
+from fewstep.diffusion.prediction import Prediction, add_noise, output_of
+from fewstep.diffusion.schedule import like
 from fewstep.methods.base import (
     NOTHING,
     Batch,
@@ -36,10 +39,9 @@ from fewstep.methods.discriminator import Noised, features, named_layers, new_cr
 from fewstep.methods.distribution_matching.config import DMD2Config, Range
 from fewstep.methods.distribution_matching.diagnostics import accuracies, alarms, prompt_distances, sample_figures
 from fewstep.methods.perceptual import load_lpips
-from fewstep.methods.trajectories import Trajectories, TrajectorySettings, even_timesteps, stand_in
+from fewstep.methods.trajectories import Trajectories, TrajectorySettings, stand_in
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike
-from fewstep.teachers.guidance import both_sides, concatenate, guided
 
 
 class DMD2(Method):
@@ -110,7 +112,7 @@ class DMD2(Method):
         if c is None:
             return
         scale = self.config.guidance_scale if c.guidance_scale is None else c.guidance_scale
-        times = even_timesteps(c.solver_steps, self.teacher.num_train_timesteps)
+        times = trailing_timesteps(c.solver_steps, self.teacher.num_train_timesteps)
         settings = TrajectorySettings(c.count, c.batch_size, times, times[:1], "ddim", (scale, scale))
         self.pairs = at.trajectories(self.teacher, "pairs", settings)
 
@@ -157,10 +159,11 @@ class DMD2(Method):
         if stop is None:
             stop = int(torch.randint(len(t), (), generator=batch.generator))
 
-        def predict(x_t: Tensor, i: int) -> Tensor:
-            return self._x0(student, Noised(x_t, t[i].expand(batch.size), batch.cond))
+        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+            return self._denoise(student, Noised(x_t, t, batch.cond))
 
-        return predict(simulated_input(predict, self.teacher.schedule, t, stop, noise), stop)
+        x_t = simulated_input(denoise, self.teacher.schedule, t, stop, noise)
+        return denoise(x_t, t[stop].expand(batch.size)).x0
 
     def matching(
         self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
@@ -179,7 +182,8 @@ class DMD2(Method):
         with torch.no_grad():
             at = at._replace(x_t=at.x_t.detach())
             apart = c.guidance_noise_range
-            real = guided(teacher, *self._cast(at), batch.uncond, 1.0 if apart else c.guidance_scale).x0
+            x_t, u, cond = self._cast(at)
+            real = GuidedDenoiser(teacher, cond, batch.uncond, 1.0 if apart else c.guidance_scale)(x_t, u).x0
             if logits is None:
                 fake = nets["critic"](self._cast(at))[0].x0
             gradient = matching_gradient(x, real, fake)
@@ -258,7 +262,11 @@ class DMD2(Method):
         return at._replace(x_t=at.x_t.to(getattr(torch, self.config.x0_dtype)))
 
     def _x0(self, net: DenoiserLike, at: Noised) -> Tensor:
-        return net(*self._cast(at)).x0.float()
+        return self._denoise(net, at).x0
+
+    def _denoise(self, net: DenoiserLike, at: Noised) -> Prediction:
+        p = net(*self._cast(at))
+        return p._replace(x0=p.x0.float())
 
     def _denoising(self, p: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Mean square error of the network's own output, whatever it predicts (as in its own training)."""

@@ -11,7 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedule import Prediction, add_noise, guide, like
+from fewstep.diffusion.grids import log_levels, lognormal_index
+from fewstep.diffusion.guidance import GuidedDenoiser
+from fewstep.diffusion.prediction import Prediction, add_noise
+from fewstep.diffusion.schedule import like
 from fewstep.diffusion.trigflow import Rotation, rotation, tangent, velocity, velocity_rate
 from fewstep.methods.base import (
     NOTHING,
@@ -25,12 +28,10 @@ from fewstep.methods.base import (
     require_guidable,
     require_live_guidance,
 )
-from fewstep.methods.consistency.tuning import log_levels, lognormal_index
 from fewstep.methods.dropout import without_dropout
 from fewstep.methods.scm.config import ScmConfig
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Denoiser, DenoiserLike
-from fewstep.teachers.guidance import both_sides
 
 WAVES = 8
 
@@ -182,6 +183,4 @@ class Scm(Method):
         return g / like(norm + self.config.tangent_c, g)
 
     def _teacher(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, scale: Tensor | None) -> Prediction:
-        if scale is None:
-            return nets["teacher"](x_t, t, batch.cond)
-        return guide(*both_sides(nets["teacher"], x_t, t, batch.cond, batch.uncond), scale)
+        return GuidedDenoiser(nets["teacher"], batch.cond, batch.uncond, scale)(x_t, t)

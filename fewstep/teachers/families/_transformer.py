@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fewstep.diffusion.schedule import PredictionType, Schedule
+from fewstep.diffusion.prediction import PredictionType
+from fewstep.diffusion.schedule import Schedule
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Call, Denoiser, FeatureMap, Posterior, Scale
 from fewstep.teachers.embeddings import transformer as told

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.schedule import KarrasLevels
 from fewstep.teachers.denoiser import Cond, Denoiser, Scale
 from fewstep.teachers.embeddings.unet import ToldLabels
 from fewstep.teachers.families.ddpm import Pixel, check_network
@@ -15,31 +16,6 @@ from fewstep.teachers.lora import ATTENTION
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
-
-
-@dataclass(frozen=True)
-class KarrasLevels:
-    """x0 + k eps of Karras et al. (2022), divided by sqrt(1 + k^2): alpha = 1 / sqrt(1 + k^2), sigma = k alpha, in float64.
-
-    Timesteps 0 ... num_train_timesteps - 1, and all between, are even in the rho-th root of k (their eq. 5), from sigma_min
-    up to sigma_max; -1 is clean data.
-    """
-
-    sigma_min: float
-    sigma_max: float
-    rho: float
-    num_train_timesteps: int
-
-    def level(self, t: Tensor) -> Tensor:
-        """k = sigma / alpha at t [B] >= 0."""
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        root: Tensor = low + (high - low) * t.double() / (self.num_train_timesteps - 1)
-        return root**self.rho
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        k = torch.where(t < 0, 0.0, self.level(t.clamp_min(0)))
-        alpha = (1 + k**2).rsqrt()
-        return alpha, k * alpha
 
 
 @dataclass(frozen=True)

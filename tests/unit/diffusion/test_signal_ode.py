@@ -7,17 +7,12 @@ import pytest
 import torch
 
 from builders.signal_ode import denoiser
-from fewstep.diffusion.schedule import (
-    Prediction,
-    RectifiedFlow,
-    VariancePreserving,
-    like,
-    ode_step,
-    output_of,
-    read,
-    threshold,
-)
-from fewstep.diffusion.signal_ode import bootstrap, finite_difference, heun, log_noise_slope, segment_grid, shares
+from fewstep.diffusion.grids import segment_grid
+from fewstep.diffusion.guidance import threshold
+from fewstep.diffusion.prediction import Prediction, ode_step, output_of, read
+from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving, like
+from fewstep.diffusion.signal_ode import bootstrap, finite_difference, log_noise_slope, shares
+from fewstep.diffusion.solvers import mean_in_signal
 
 
 def tables():
@@ -175,7 +170,7 @@ def test_local_error_has_its_order(schedule, solver, order):
 
 def heun_at(schedule, x, t, s):
     first = denoiser(schedule, x, t)
-    return heun(schedule, first, denoiser(schedule, ode_step(schedule, first, s), s), x, t)
+    return mean_in_signal(schedule, first, denoiser(schedule, ode_step(schedule, first, s), s), x, t)
 
 
 def test_slope_of_log_noise():

@@ -20,7 +20,8 @@ from builders import ROOT, changed
 from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data.sources import Fashion, Folder, Parquet, load_source
-from fewstep.diffusion.schedule import like, ode_step, read
+from fewstep.diffusion.prediction import ode_step, read
+from fewstep.diffusion.schedule import like
 from fewstep.export.pipeline import export
 from fewstep.methods.base import Batch
 from fewstep.methods.boot.config import BootConfig
@@ -243,8 +244,8 @@ def test_a_perfect_student_has_no_loss(tiny_sd):
         for t, s in pairwise(grid):
             x = ode_step(teacher.schedule, teacher.denoiser(x, t.expand(4), batch.cond), s.expand(4))
         found = method.guided.bootstrap(
-            nets["teacher"], teacher.denoiser(z, grid[:1].expand(4), batch.cond), grid[:1].expand(4),
-            grid[:, None].expand(-1, 4), batch.cond, None,
+            method.guided.denoiser(nets["teacher"], batch.cond, None),
+            teacher.denoiser(z, grid[:1].expand(4), batch.cond), grid[:1].expand(4), grid[:, None].expand(-1, 4),
         )  # fmt: skip
     torch.testing.assert_close(ode_step(teacher.schedule, found, grid[-1:].expand(4)), x, atol=2e-4, rtol=1e-4)
 
@@ -330,7 +331,7 @@ def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_gre
     for kind in ("none", "static", "dynamic"):
         method, teacher = build(tiny_ddpm_grey, thresholding=kind)
         x = 30 * noise_for(teacher)
-        bounds[kind] = method.guided.predict(teacher.denoiser, x, torch.full((4,), 10), {}, None).x0.abs().max().item()
+        bounds[kind] = method.guided.denoiser(teacher.denoiser, {}, None)(x, torch.full((4,), 10)).x0.abs().max().item()
     assert bounds["none"] > 5 and bounds["static"] == 1 and bounds["dynamic"] == 1
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from builders.signal_ode import denoiser
 from fewstep.config import OptimConfig
-from fewstep.diffusion.schedule import VariancePreserving, add_noise, ode_step, output_of
+from fewstep.diffusion.prediction import add_noise, ode_step, output_of
+from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.method import Boot

@@ -19,7 +19,8 @@ from diffusers import (
 from torch import Tensor
 
 from builders.families import build_dit, build_pixart, build_sd3, build_sdxl
-from fewstep.diffusion.schedule import PredictionType, ShiftedFlow, VariancePreserving, ode_step, read
+from fewstep.diffusion.prediction import PredictionType, ode_step, read
+from fewstep.diffusion.schedule import ShiftedFlow, VariancePreserving
 from fewstep.teachers import load_teacher
 from fewstep.teachers.flow_schedulers import even_grid_scheduler
 from fewstep.teachers.schedulers import deterministic_scheduler, jump_grid

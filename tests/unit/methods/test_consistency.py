@@ -7,8 +7,9 @@ import torch
 from pydantic import ValidationError
 
 from builders.consistency import batch_for, config, nets_for
+from fewstep.diffusion.grids import even_grid
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.method import Consistency, boundary_scalings, solver_grid
+from fewstep.methods.consistency.method import Consistency, boundary_scalings
 from fewstep.teachers import load_teacher
 
 
@@ -23,7 +24,7 @@ def test_boundary_scalings_known_values():
 
 
 def test_solver_grid_starts_at_the_noisiest_and_ends_at_zero():
-    t, s = solver_grid(50, 1000)
+    t, s, _ = even_grid(50, 1000)
     assert t[:3].tolist() == [19, 39, 59] and t[-1] == 999
     assert s[:3].tolist() == [0, 19, 39] and s[-1] == 979
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from builders.consistency import batch_for, config, nets_for
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving, more_noise
+from fewstep.diffusion.prediction import more_noise
+from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving
 from fewstep.methods.consistency.adversarial import Ends, judge, times_in_phase
 from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency

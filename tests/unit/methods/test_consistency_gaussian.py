@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from builders.consistency import config
-from fewstep.diffusion.schedule import Prediction
+from fewstep.diffusion.grids import even_steps
+from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.solvers import RULES, solve
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency.config import StageConfig
 from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.solver import solve
-from fewstep.methods.consistency.states import State
 from fewstep.teachers import load_teacher
 
 MEAN, STD = 0.3, 0.5
@@ -102,12 +102,8 @@ def by_the_solver(method: Consistency, net: Affine) -> Tensor:
     n = len(grid.t)
     ends = []
     for x in (torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)):
-        at = State(x, torch.arange(n), {}, None)
-        first = net(x, grid.t, {})
-        solved = solve(
-            method.teacher.schedule, lambda at, t: net(at.x, t, {}), at, grid.t, grid.s, first, plan.teacher_steps,
-            method.config.solver,
-        )  # fmt: skip
+        times = even_steps(grid.t, grid.s, plan.teacher_steps)
+        solved = solve(lambda x, t: net(x, t, {}), method.teacher.schedule, x, times, RULES[method.config.solver])
         ends.append(solved.flatten().double())
     slope, shift = ends[1] - ends[0], ends[0]
     for i in range(1, n):  # to the point below, and from there on

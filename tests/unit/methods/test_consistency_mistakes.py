@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from builders import changed
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import Prediction, VariancePreserving, add_noise
+from fewstep.diffusion.grids import even_grid
+from fewstep.diffusion.prediction import Prediction, add_noise
+from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency, boundary_scalings, solver_grid
+from fewstep.methods.consistency.method import Consistency, boundary_scalings
 from fewstep.methods.dropout import set_dropout
 from fewstep.teachers import load_teacher
 from fewstep.teachers.families.sd import attach_guidance, guidance_embedding, with_guidance_embedding
@@ -174,7 +176,7 @@ def test_target_without_the_embedding(turn: Turn) -> None:
 @pytest.mark.parametrize("solver_steps", [50, 40, 10])
 def test_grid_off_by_one(solver_steps: int, tiny_sd: Any) -> None:
     """The grid is that of diffusers' trailing DDIM, and every timestep of the student's stock scheduler lies on it."""
-    t, s = solver_grid(solver_steps, 1000)
+    t, s, _ = even_grid(solver_steps, 1000)
     teacher = load_teacher(str(tiny_sd))
     ddim = DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
     ddim.set_timesteps(solver_steps)

@@ -8,10 +8,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiff
 from pydantic import ValidationError
 
 from builders.consistency import batch_for, config, nets_for
-from fewstep.diffusion.schedule import ode_step, read
+from fewstep.diffusion.grids import even_grid, phase_grid
+from fewstep.diffusion.prediction import ode_step, read
 from fewstep.export.pipeline import export
 from fewstep.methods.consistency.config import StageConfig
-from fewstep.methods.consistency.grid import phase_grid, whole_grid
 from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
@@ -45,7 +45,7 @@ def jumps(teacher, phases):
 )
 def test_phases_are_those_of_pcm(teacher, n, phases, ends):
     """Edges at floor(m N / M); t, and the step below it, LCM's."""
-    grid, plain = phase_grid(jumps(teacher, phases), n), whole_grid(n, 1000)
+    grid, plain = phase_grid(jumps(teacher, phases), n), even_grid(n, 1000)
     assert torch.equal(grid.t, plain.t) and torch.equal(grid.s, plain.s)
     edges = [m * n // phases for m in range(phases)]
     assert grid.end[edges].tolist() == ends

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from builders.consistency import batch_for, config, nets_for
 from builders.states import FREE, SCHEDULE, TIMES, answer, fresh, imageless, step
-from fewstep.diffusion.schedule import ode_step
+from fewstep.diffusion.prediction import ode_step
 from fewstep.methods.consistency.method import Consistency
 from fewstep.methods.consistency.replay import Replay
 from fewstep.methods.consistency.states import Trajectories

@@ -15,10 +15,11 @@ from builders.consistency import OPTIM, batch_for, config, nets_for
 from builders.states import FREE, MEAN, SCHEDULE, STD, TIMES, exact, fresh, imageless, step
 from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import Prediction, add_noise, ode_step
+from fewstep.diffusion.prediction import Prediction, add_noise, ode_step
+from fewstep.diffusion.rollout import jump, renoise, rollout
 from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig
 from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.states import Trajectories, student_rollout, teacher_rollout
+from fewstep.methods.consistency.states import Trajectories, teacher_rollout
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
@@ -132,14 +133,14 @@ def test_student_rollout_is_the_samplers_loop(tiny_sd):
         return teacher.denoiser(x, t, cond)
 
     with torch.no_grad():
-        drawn = student_rollout(predict, teacher.schedule, times, noise, renoise=False)
+        drawn = rollout(predict, teacher.schedule, noise, times, jump)
         scheduler, x = teacher.samplers.jump(4), noise
         scheduler.set_timesteps(4)
         for t in scheduler.timesteps[:3]:
             x = scheduler.step(teacher.denoiser.net(x, t, **cond).sample, int(t), x, eta=0.0).prev_sample
         assert torch.allclose(drawn, x, atol=1e-4)
         torch.manual_seed(4)
-        drawn = student_rollout(predict, teacher.schedule, times, noise, renoise=True)
+        drawn = rollout(predict, teacher.schedule, noise, times, renoise)
         torch.manual_seed(4)
         x = noise
         for t, s in pairwise(times):

@@ -15,7 +15,7 @@ from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data.sources import load_source
 from fewstep.methods.base import Preparation
 from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig, StoredConfig
-from fewstep.methods.consistency.grid import boundary_scalings
+from fewstep.methods.consistency.endpoints import boundary_scalings
 from fewstep.methods.consistency.method import Consistency
 from fewstep.methods.trajectories import solve
 from fewstep.teachers import load_teacher

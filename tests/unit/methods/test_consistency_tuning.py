@@ -10,11 +10,12 @@ from torch import nn
 
 from builders.consistency import config, nets_for
 from builders.pixel import missed, trained
+from fewstep.diffusion.grids import log_levels, lognormal_index
 from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving
 from fewstep.methods.base import Batch
 from fewstep.methods.consistency.config import TuningConfig
 from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.tuning import gap_weights, log_levels, lognormal_index, tuned_level, tuned_timestep
+from fewstep.methods.consistency.tuning import gap_weights, tuned_level, tuned_timestep
 from fewstep.methods.dropout import random_state, replayed, set_dropout
 from fewstep.teachers import load_teacher
 

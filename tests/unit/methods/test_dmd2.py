@@ -25,7 +25,8 @@ from fewstep.diffusion.losses import (
     gradient_penalty,
     matching_gradient,
 )
-from fewstep.diffusion.schedule import Prediction, RectifiedFlow, VariancePreserving, add_noise, like, output_of, read
+from fewstep.diffusion.prediction import Prediction, add_noise, output_of, read
+from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving, like
 from fewstep.methods.base import Batch
 from fewstep.methods.discriminator import Head, noised
 from fewstep.methods.distribution_matching.diagnostics import alarms, prompt_distances

@@ -13,16 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import OptimConfig, RunConfig
 from fewstep.data.sources import load_source
-from fewstep.diffusion.schedule import (
-    Prediction,
-    PredictionType,
-    RectifiedFlow,
-    ShiftedFlow,
-    VariancePreserving,
-    add_noise,
-    like,
-    read,
-)
+from fewstep.diffusion.prediction import Prediction, PredictionType, add_noise, read
+from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving, like
 from fewstep.diffusion.trigflow import rotation, slopes, tangent, velocity, velocity_rate
 from fewstep.methods.base import Batch
 from fewstep.methods.dropout import set_dropout

@@ -9,21 +9,16 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file
 
 from builders.dmd2 import make
-from fewstep.diffusion.schedule import Prediction, VariancePreserving, ode_step
-from fewstep.methods.trajectories import (
-    TrajectorySettings,
-    draw_trajectories,
-    even_timesteps,
-    milestone_timesteps,
-    read_trajectories,
-    second_order,
-    solve,
-)
+from fewstep.diffusion.grids import milestone_timesteps, trailing_timesteps
+from fewstep.diffusion.prediction import Prediction, ode_step
+from fewstep.diffusion.schedule import VariancePreserving
+from fewstep.diffusion.solvers import second_order
+from fewstep.methods.trajectories import TrajectorySettings, draw_trajectories, read_trajectories, solve
 from fewstep.teachers import load_teacher
 
 PROMPTS = ["a coat", "a bag", "a shirt"]
 CPU = torch.device("cpu")
-GRID = even_timesteps(4, 1000)
+GRID = trailing_timesteps(4, 1000)
 SETTINGS = TrajectorySettings(5, 2, timesteps=GRID, kept=GRID[::2], solver="ddim", guidance_range=(2.0, 2.0))
 SEED = 1
 
@@ -33,8 +28,8 @@ def prompts(indices):
 
 
 def test_timesteps():
-    assert even_timesteps(4, 1000) == (999, 749, 499, 249)
-    assert even_timesteps(3, 1000) == (999, 666, 332)
+    assert trailing_timesteps(4, 1000) == (999, 749, 499, 249)
+    assert trailing_timesteps(3, 1000) == (999, 666, 332)
     assert milestone_timesteps((999, 749, 499), 2, 1000) == (999, 874, 749, 624, 499, 249, 124, 61, 30, 14, 6)
     assert milestone_timesteps((9, 7, 5), 1, 10) == (9, 7, 5, 2)
     with pytest.raises(ValueError, match="3 sub-steps do not fit between timesteps 9 and 7"):
@@ -95,7 +90,7 @@ def test_second_order_is_more_exact():
 
     few = milestone_timesteps((999, 749, 499, 249), 2, 1000)
     assert error(few, 2) < error(few, 1) / 4
-    assert error(few, 2) < error(even_timesteps(len(few), 1000), 1) / 10
+    assert error(few, 2) < error(trailing_timesteps(len(few), 1000), 1) / 10
     many = milestone_timesteps((999, 749, 499, 249), 64, 1000)
     assert error(many, 2) < error(few, 2) / 4
 
