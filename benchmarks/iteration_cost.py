@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.guidance import concatenate
 from fewstep.methods.boot.method import Boot
 from fewstep.methods.consistency.method import Consistency

@@ -15,9 +15,9 @@ def cache(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
-    from fewstep.data.encoding_cache import Cache
-    from fewstep.data.sources import load_source
-    from fewstep.data.validate import readable
+    from fewstep.data import load_source
+    from fewstep.data.encoding_cache import EncodingCache
+    from fewstep.data.validate import check_images
     from fewstep.teachers import load_teacher
 
     accelerator = Accelerator()
@@ -29,10 +29,10 @@ def cache(args: argparse.Namespace) -> None:
         )
     images = source.has_images and args.only != "prompts"
     if images:
-        source = readable(
+        source = check_images(
             source, config.data.on_error, accelerator.process_index, accelerator.num_processes, gather_object
         )
-    found = Cache(config.data.cache, teacher)
+    found = EncodingCache(config.data.cache, teacher)
     teacher.placement.release(() if images else teacher.placement.image_parts)
     teacher.placement.to(accelerator.device, torch.float32)
     negative = [teacher.negative(prompt) for prompt in config.method.negative_prompts]

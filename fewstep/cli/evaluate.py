@@ -97,14 +97,14 @@ def add_evaluate(commands: Any) -> None:
 
 def _is_pipeline(name: str) -> bool:
     """False for what holds images; ValueError for a folder of neither, as that of a run."""
-    from fewstep.evaluate.references import IMAGE_SUFFIXES
+    from fewstep.data import IMAGE_SUFFIXES
 
     path = Path(name)
     if name in ASSETS or not path.exists() or (path / "model_index.json").exists():
         return True
     if (path / "pipeline" / "model_index.json").exists():
         raise ValueError(f"{name} is the folder of a run; its pipeline is {path / 'pipeline'}")
-    suffixes = IMAGE_SUFFIXES | {".parquet", ".npz"}
+    suffixes = (*IMAGE_SUFFIXES, ".parquet", ".npz")
     if path.suffix.lower() not in suffixes and not any(f.suffix.lower() in suffixes for f in path.rglob("*")):
         raise ValueError(f"{name} is neither a pipeline (it has no model_index.json) nor a folder of images")
     return False

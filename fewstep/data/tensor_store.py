@@ -1,14 +1,14 @@
-"""Rows of tensors under keys, in safetensors files of a folder that only ever grows.
+"""Rows of tensors under keys, in the safetensors files of a folder that only grows.
 
-A file names the keys of its rows in its own header, is written aside and renamed: a kill leaves only whole ones.
-`index.json` says where each key is; it is written when all files are, and it is what readers go by.
+A file names the keys of its rows in its own header; every file is whole. `index.json` says where each key is; it is
+written when all files are, and readers read only what it lists.
 """
 
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -18,8 +18,8 @@ from torch import Tensor
 from fewstep import io
 
 
-class Shards:
-    """A folder of rows. Rows are written once, and read in any order; the file system holds what was read last."""
+class TensorStore:
+    """A folder of rows: written once, read in any order."""
 
     OPEN_FILES: ClassVar[int] = 128
 
@@ -27,7 +27,7 @@ class Shards:
         self.folder = folder
         self.places: dict[str, tuple[str, int]] = {}
         """Key -> file and row in it, of `read_index`."""
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, safe_open] = OrderedDict()
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -51,14 +51,14 @@ class Shards:
         """Delete what interrupted writes left; not while another process writes."""
         io.prune(self.folder)
 
-    def write_index(self, about: Mapping[str, Any]) -> None:
-        """`index.json`: what the rows are about, and the keys of every file."""
+    def write_index(self, about: Mapping[str, object]) -> None:
+        """Write `index.json`: a description of the rows, and the keys of every file."""
         io.write_json({"about": dict(about), "files": self.written()}, self.folder / "index.json", indent=None)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
     def read_index(self) -> None:
-        """Know the rows that are indexed; none where there is no index."""
+        """Read which rows are indexed; none where there is no index."""
         path = self.folder / "index.json"
         files = io.read_json(path)["files"] if path.exists() else {}
         self.places = {key: (file, row) for file, keys in files.items() for row, key in enumerate(keys)}
@@ -75,7 +75,7 @@ class Shards:
             rows.append({k: file.get_slice(k)[row : row + 1] for k in file.keys()})  # noqa: SIM118  # it is no mapping
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0]}
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> safe_open:
         if name not in self._open:
             self._open[name] = safe_open(self.folder / name, "pt")
             if len(self._open) > self.OPEN_FILES:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
 from annotated_types import Ge
@@ -199,34 +199,3 @@ def find_data(protocol: str, file: str, comes_from: str, option: str) -> Path:
     where = f"{root}/{protocol}/" if root else f"a folder {protocol}/ under the one that ${DATA} names"
     source = f" ({comes_from})" if comes_from else ""
     raise ValueError(f"protocol {protocol} needs {file}{source}: put it into {where}, or give {option} PATH")
-
-
-def read_prompts(file: Path) -> list[str]:
-    """Prompts of a .jsonl (a string or {"prompt": string} a line, which may be empty) or of a text file, one a line.
-
-    Only a line feed ends a line: other separators of Unicode may stand in a prompt. Blank lines are skipped.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompts {str(file)!r} cannot be read as text: {e}") from None
-    stripped = [(number, line.strip(" \t\r")) for number, line in enumerate(lines, 1)]
-    if file.suffix == ".jsonl":
-        prompts = [_json_prompt(line, f"{file}, line {number}") for number, line in stripped if line]
-    else:
-        prompts = [line for _, line in stripped if line]
-    if not prompts:
-        raise ValueError(f"prompts {str(file)!r} holds no prompt")
-    return prompts
-
-
-def _json_prompt(line: str, where: str) -> str:
-    try:
-        value: Any = json.loads(line)
-    except ValueError:
-        raise ValueError(f"{where}: not JSON: {line[:80]!r}") from None
-    if isinstance(value, dict):
-        value = value.get("prompt")
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: a string or {{"prompt": string}} is wanted, found {line[:80]!r}')
-    return value

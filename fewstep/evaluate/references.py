@@ -17,6 +17,8 @@ from torch import Tensor
 from fewstep.assets import ASSETS, asset_path
 from fewstep.data.fashion import CLASSES, caption, load_embedded
 from fewstep.data.hub import dataset_files, is_dataset
+from fewstep.data.images import IMAGE_SUFFIXES, UNREADABLE, image_files, unreadable
+from fewstep.data.prompts import read_prompts
 from fewstep.evaluate.generate import ConditionKind
 from fewstep.evaluate.metrics.frechet import Moments, load_moments, moments
 from fewstep.evaluate.models.features import ImageFeatures, features_identity
@@ -30,12 +32,9 @@ from fewstep.evaluate.protocol import (
     Protocol,
     View,
     find_data,
-    read_prompts,
 )
 from fewstep.evaluate.statistics import SUFFIXES, Statistics, check_metadata, load_statistics
 from fewstep.io import blake2b
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,8 @@ def _read(file: Path | bytes, where: str) -> Tensor:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return _pixels(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as e:
-        raise ValueError(f"image {where} cannot be read: {e}") from None
+    except UNREADABLE as e:
+        raise unreadable(where, e) from None
 
 
 def _files(source: str) -> tuple[list[Path], list[Path]]:
@@ -142,7 +141,7 @@ def _files(source: str) -> tuple[list[Path], list[Path]]:
             return [], shards
     if not path.is_dir():
         return [], [path] if path.suffix == ".parquet" else []
-    images = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    images = image_files(path)
     return images, [] if images else sorted(path.rglob("*.parquet"))
 
 
@@ -201,7 +200,7 @@ def real_images(source: str, wanted: Container[int] = EVERY) -> Iterator[Tensor]
     elif shards:
         yield from _parquet(shards, wanted)
     else:
-        raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}, .parquet, .npz with arr_0)")
+        raise ValueError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)}, .parquet, .npz with arr_0)")
 
 
 def _stacks(images: Iterable[Tensor], size: int = 64) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from fewstep import io
 from fewstep.config import DataConfig, OptimConfig, RunConfig, Strict
-from fewstep.data.sources import Raw, Source
+from fewstep.data import Raw, Source
 from fewstep.methods.base import Batch, Carry, Method, Networks, Step, StepOutput
 from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
 from fewstep.plan.weightless import Within, unweighted_teacher

@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep.config import RunConfig
-from fewstep.data.encoding_cache import Cache
-from fewstep.data.sources import Raw, Source, Stream
+from fewstep.data import Raw, Source, Stream
+from fewstep.data.encoding_cache import EncodingCache
 from fewstep.methods.base import Batch
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Posterior
@@ -31,7 +31,7 @@ class Batches:
         device: torch.device,
         process: int,
         processes: int,
-        cache: Cache | None = None,
+        cache: EncodingCache | None = None,
     ) -> None:
         self.teacher, self.needs_images, self.device, self.seed = teacher, needs_images, device, config.seed
         self.stream = Stream(source, config.batch_size, config.seed, process, processes)

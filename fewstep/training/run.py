@@ -8,7 +8,7 @@ from fewstep import io
 from fewstep.config import RunConfig, dump_config
 
 if TYPE_CHECKING:
-    from fewstep.data.sources import Source
+    from fewstep.data import Source
     from fewstep.methods.base import Method
 
 
@@ -31,7 +31,7 @@ def run(method: "type[Method]", config: RunConfig[Any]) -> None:
 
 
 def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
-    from fewstep.data.sources import load_source
+    from fewstep.data import load_source
     from fewstep.export.lora import export_lora
     from fewstep.export.pipeline import export
     from fewstep.teachers import load_teacher, locate
@@ -91,7 +91,7 @@ def _run(method_class: "type[Method]", config: RunConfig[Any]) -> None:
 
 def _example(source: "Source") -> dict[str, str]:
     """The prompt of the model card's example: one that the student was trained on."""
-    return {"prompt": source.conditions_at([0])[0]} if source.conditions == "prompt" else {}
+    return {"prompt": str(source.conditions_at([0])[0])} if source.conditions == "prompt" else {}
 
 
 def versions() -> dict[str, str]:

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data.encoding_cache import Cache
-from fewstep.data.sources import Source
-from fewstep.data.validate import readable
+from fewstep.data import Source
+from fewstep.data.encoding_cache import EncodingCache
+from fewstep.data.validate import check_images
 from fewstep.evaluate.rewards.load import load_training_reward
 from fewstep.methods.base import Batch, Carry, Losses, Method, Networks, Preparation, Reward, Role, Step, StepOutput
 from fewstep.teachers.base import Teacher
@@ -108,7 +108,7 @@ class Trainer:
         if config.data.cache_latents:
             teacher.placement.release(teacher.placement.image_parts)
 
-    def _open(self, source: Source) -> tuple[Cache | None, Source]:
+    def _open(self, source: Source) -> tuple[EncodingCache | None, Source]:
         """The cache of `data.cache`, from which the teacher then takes its conditions, and what can be read of the source.
 
         Raises ValueError where images are broken, or entries missing.
@@ -116,9 +116,9 @@ class Trainer:
         data, a = self.config.data, self.accelerator
         if data.cache is None:
             if self.method.needs_images:
-                source = readable(source, data.on_error, a.process_index, a.num_processes, gather_object)
+                source = check_images(source, data.on_error, a.process_index, a.num_processes, gather_object)
             return None, source
-        cache = Cache(data.cache, self.teacher)
+        cache = EncodingCache(data.cache, self.teacher)
         source = cache.open(source, self.method.needs_images, data.on_error, quiet=not a.is_main_process)
         if self.teacher.prompts is not None:
             self.teacher.prompts.stored = cache.conditions

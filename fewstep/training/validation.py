@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fewstep.config import RunConfig
-    from fewstep.data.sources import Source
+    from fewstep.data import Source
     from fewstep.teachers.base import Teacher
 
 PICTURED_STEPS = (1, 2, 4, 8)

@@ -5,7 +5,7 @@ from torch import nn
 
 from builders import changed
 from fewstep.config import RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.methods.distribution_matching.config import DMD2Config
 from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.teachers import load_teacher

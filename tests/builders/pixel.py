@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fewstep.config import RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.prediction import ode_step
 from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from builders import changed
 from fewstep.config import RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer

@@ -25,9 +25,9 @@ from builders.pipelines import build_ddpm, build_sd
 from builders.trainer import assert_equal, make, weights
 from fewstep.cli.main import main
 from fewstep.config import DataConfig, MethodConfig, RunConfig
-from fewstep.data.encoding_cache import Cache
-from fewstep.data.sources import Source, load_source
-from fewstep.data.tensor_store import Shards
+from fewstep.data import Source, load_source
+from fewstep.data.encoding_cache import EncodingCache
+from fewstep.data.tensor_store import TensorStore
 from fewstep.methods.base import Batch
 from fewstep.teachers import Teacher, load_teacher
 from fewstep.teachers.fingerprint import image_identity, text_identity
@@ -84,15 +84,15 @@ def run_config(folder: Path, **data: Any) -> RunConfig[Any]:
     return RunConfig[MethodConfig].model_validate(values)
 
 
-def drawn(config: RunConfig[Any], teacher: Teacher, source: Source, cache: Cache | None) -> list[Batch]:
+def drawn(config: RunConfig[Any], teacher: Teacher, source: Source, cache: EncodingCache | None) -> list[Batch]:
     torch.manual_seed(0)
     batches = Batches(config, teacher, source, True, CPU, 0, 1, cache)
     return [batches.draw(i, 0) for i in range(4)]
 
 
-def opened(folder: Path, teacher: Teacher, source: Source) -> Cache:
+def opened(folder: Path, teacher: Teacher, source: Source) -> EncodingCache:
     """As the trainer opens a cache."""
-    cache = Cache(folder, teacher)
+    cache = EncodingCache(folder, teacher)
     cache.open(source, needs_images=True)
     if teacher.prompts is not None:
         teacher.prompts.stored = cache.conditions
@@ -114,7 +114,7 @@ def test_batches_are_the_same_to_the_bit(
     teacher = load_teacher(built(family))
     source = load_source(config.data, teacher.image_size)
     expected = drawn(config, teacher, source, None)
-    Cache(tmp_path / "cache", teacher).fill(source, teacher, [], True, config.batch_size)
+    EncodingCache(tmp_path / "cache", teacher).fill(source, teacher, [], True, config.batch_size)
 
     for file in files:  # whoever opens one from here on fails
         file.write_bytes(bytes(file.stat().st_size))
@@ -162,17 +162,17 @@ def test_broken_images_are_left_out_of_both(built: Callable[[str], str], tmp_pat
     files = captioned(tmp_path / "images")
     files[3].write_bytes(files[3].read_bytes()[:-2000])
     data = {"source": "folder", "path": str(tmp_path / "images")}
-    with pytest.raises(ValueError, match=r"1 of 10 images cannot be read, such as: .*3\.png .*data\.on_error=skip"):
+    with pytest.raises(ValueError, match=r"1 of 10 images that cannot be read, such as: .*3\.png.*data\.on_error=skip"):
         make(built("sd"), tmp_path / "run", data=data)
     skip = data | {"on_error": "skip"}
     plain = make(built("sd"), tmp_path / "run", data=skip).batches
     cache = tmp_path / "cache"
     arguments = [f"data={json.dumps(data)}", f"data.cache={cache}", f"teacher={built('sd')}", "batch_size=4"]
     config = str(ROOT / "configs" / "fashion/lcm.yaml")
-    with pytest.raises(SystemExit, match="1 of 10 images cannot be read"):
+    with pytest.raises(SystemExit, match="1 of 10 images that cannot be read"):
         main(["cache", config, *arguments])
     main(["cache", config, *arguments, "data.on_error=skip"])
-    with pytest.raises(ValueError, match=r"data\.cache: .* lacks 1 of 10 images"):
+    with pytest.raises(ValueError, match=r"data\.cache: found 9 of 10 images"):
         make(built("sd"), tmp_path / "run", data=data | {"cache": str(cache)})
     cached = make(built("sd"), tmp_path / "run", data=skip | {"cache": str(cache)}).batches
     assert len(plain.stream.source) == len(cached.stream.source) == 9
@@ -194,7 +194,7 @@ def filled(built: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("filled")
     captioned(folder / "images")
     teacher = load_teacher(built("sd"))
-    Cache(folder / "cache", teacher).fill(of(folder / "images"), teacher, ["an extra"], True, 4)
+    EncodingCache(folder / "cache", teacher).fill(of(folder / "images"), teacher, ["an extra"], True, 4)
     return folder / "images", folder / "cache"
 
 
@@ -208,22 +208,22 @@ def test_missing_entries_are_named(filled: tuple[Path, Path], built: Callable[[s
     with (tmp_path / "more" / "metadata.jsonl").open("a") as f:
         f.write('\n{"file_name": "0.png", "text": "a new caption"}')
     teacher = load_teacher(built("sd"))
-    with pytest.raises(ValueError, match=r"lacks 1 of 6 prompts .* such as 'a new caption': run `fewstep cache`"):
-        Cache(cache, teacher).open(of(tmp_path / "more"), True)
+    with pytest.raises(ValueError, match=r"found 5 of 6 prompts .* without 'a new caption'; .*\. Run `fewstep cache`"):
+        EncodingCache(cache, teacher).open(of(tmp_path / "more"), True)
     captioned(tmp_path / "more", 12)
-    with pytest.raises(ValueError, match=r"lacks 2 of 12 images .* such as '10.png \d+', '11.png \d+':"):
-        Cache(cache, teacher).open(of(tmp_path / "more"), True)
-    Cache(cache, teacher).open(of(tmp_path / "more"), False)
+    with pytest.raises(ValueError, match=r"found 10 of 12 images .* without '10.png \d+', '11.png \d+';"):
+        EncodingCache(cache, teacher).open(of(tmp_path / "more"), True)
+    EncodingCache(cache, teacher).open(of(tmp_path / "more"), False)
 
 
 def test_no_index_and_another_teacher_find_nothing(
     filled: tuple[Path, Path], built: Callable[[str], str], tmp_path: Path
 ) -> None:
     images, cache = filled
-    with pytest.raises(ValueError, match="lacks 5 of 5 prompts"):
-        Cache(tmp_path / "nothing", load_teacher(built("sd"))).open(of(images), True)
-    with pytest.raises(ValueError, match="lacks 5 of 5 prompts"):
-        Cache(cache, load_teacher(built("sdxl"))).open(of(images), True)
+    with pytest.raises(ValueError, match="found 0 of 5 prompts"):
+        EncodingCache(tmp_path / "nothing", load_teacher(built("sd"))).open(of(images), True)
+    with pytest.raises(ValueError, match="found 0 of 5 prompts"):
+        EncodingCache(cache, load_teacher(built("sdxl"))).open(of(images), True)
 
 
 def test_a_prompt_outside_the_source_is_an_error(filled: tuple[Path, Path], built: Callable[[str], str]) -> None:
@@ -232,7 +232,7 @@ def test_a_prompt_outside_the_source_is_an_error(filled: tuple[Path, Path], buil
     teacher = load_teacher(built("sd"))
     opened(cache, teacher, of(images))
     assert teacher.condition(["an extra"])["encoder_hidden_states"].shape == (1, 8, 32)
-    with pytest.raises(ValueError, match=r"lacks 1 of 1 prompts .* such as 'blurry'"):
+    with pytest.raises(ValueError, match=r"found 0 of 1 prompts .* without 'blurry'"):
         teacher.condition(["blurry"])
     assert "text_encoder" in teacher.placement.away
 
@@ -244,7 +244,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     """All that is indexed below a cache, by key and name."""
     found = {}
     for index in sorted(folder.rglob("index.json")):
-        shards = Shards(index.parent)
+        shards = TensorStore(index.parent)
         shards.read_index()
         for key in shards.places:
             found |= {f"{key} {name}": rows[0] for name, rows in shards.read([key]).items()}
@@ -255,18 +255,18 @@ def test_filling_goes_on_where_it_stopped(
     filled: tuple[Path, Path], built: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, cache = filled
-    monkeypatch.setattr(Cache, "SHARD_ROWS", 4)
+    monkeypatch.setattr(EncodingCache, "SHARD_ROWS", 4)
     files = captioned(tmp_path / "images")
     good = files[9].read_bytes()
     files[9].write_bytes(bytes(len(good)))
     teacher, mine = load_teacher(built("sd")), tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"9\.png cannot be read"):
-        Cache(mine, teacher).fill(of(tmp_path / "images"), teacher, ["an extra"], True, 4)
+    with pytest.raises(ValueError, match=r"9\.png: found what cannot be read"):
+        EncodingCache(mine, teacher).fill(of(tmp_path / "images"), teacher, ["an extra"], True, 4)
     first = {path: path.stat().st_mtime_ns for path in mine.rglob("*.safetensors")}
     assert len(first) == 3 and not list(mine.rglob("index.json"))
     next(iter(first)).with_name("cut off.safetensors.partial").write_bytes(b"half of")
     files[9].write_bytes(good)
-    Cache(mine, teacher).fill(of(tmp_path / "images"), teacher, ["an extra"], True, 4)
+    EncodingCache(mine, teacher).fill(of(tmp_path / "images"), teacher, ["an extra"], True, 4)
     assert all(path.stat().st_mtime_ns == before for path, before in first.items()), "something was encoded twice"
     assert not list(mine.rglob("*.partial"))
     assert_equal(contents(mine), contents(cache))
@@ -283,7 +283,7 @@ def test_processes_share_the_work(filled: tuple[Path, Path], built: Callable[[st
 
     def fill(process: int) -> None:
         teacher = teachers[process]
-        Cache(mine, teacher).fill(of(images), teacher, ["an extra"], True, 4, process, 3, wait)
+        EncodingCache(mine, teacher).fill(of(images), teacher, ["an extra"], True, 4, process, 3, wait)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(fill, range(3)))
@@ -357,7 +357,7 @@ def test_prompts_alone(built: Callable[[str], str], tmp_path: Path) -> None:
     )
     assert not (tmp_path / "latents").exists()
     teacher = load_teacher(built("sd"))
-    cache = Cache(tmp_path, teacher)
+    cache = EncodingCache(tmp_path, teacher)
     cache.open(load_source(DataConfig(source="fashion"), 32), needs_images=False)
     assert cache.conditions(["ugly", ""])["encoder_hidden_states"].shape == (2, 8, 32)
 

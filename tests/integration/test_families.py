@@ -23,8 +23,8 @@ from builders.contract import BUILDERS, CONTRACT, MATRIX, METHODS, noise, raw, s
 from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from builders.teachers import perturbed
 from fewstep.config import DataConfig, RunConfig
-from fewstep.data.encoding_cache import Cache
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
+from fewstep.data.encoding_cache import EncodingCache
 from fewstep.diffusion.guidance import concatenate
 from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import ShiftedFlow
@@ -587,7 +587,7 @@ def test_sana_has_no_instruction_for_what_guidance_leads_away_from(
 
     (tmp_path / "prompts.txt").write_text("a bag\n")
     data = DataConfig(source="prompts", path=tmp_path / "prompts.txt")
-    source, cache = load_source(data, teacher.image_size), Cache(tmp_path, teacher)
+    source, cache = load_source(data, teacher.image_size), EncodingCache(tmp_path, teacher)
     cache.fill(source, teacher, [teacher.negative("a coat")], False, 1)
     cache.open(source, needs_images=False)
     teacher.prompts.clear()

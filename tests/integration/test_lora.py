@@ -22,7 +22,7 @@ from builders.contract import CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from builders.trainer import environment
 from fewstep import io
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.export.lora import FILE, KOHYA_FILE, export_lora, update_of
 from fewstep.export.pipeline import draw, export
 from fewstep.methods.discriminator import Noised, features, named_layers

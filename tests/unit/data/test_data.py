@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from fewstep.config import DataConfig
-from fewstep.data.parquet import LazyColumn
-from fewstep.data.sources import Listed, Parquet, Source, Stream, fashion, load_source
-from fewstep.data.validate import readable
+from fewstep.data import InMemory, Listed, Source, Stream, fashion, load_source, memory_source, read_prompts
+from fewstep.data.images import IMAGE_SUFFIXES
+from fewstep.data.parquet import LazyColumn, Parquet
+from fewstep.data.validate import check_images
 
 
 def save(path: Path, colour: tuple[int, ...] = (255, 0, 0), size: tuple[int, int] = (20, 10)) -> None:
@@ -50,20 +51,20 @@ def test_ranks_partition_the_global_order() -> None:
     ranks = [order(13, 3, 6, rank, 2) for rank in range(2)]
     shared = [i for step in range(6) for rank in ranks for i in rank[3 * step : 3 * step + 3]]
     assert shared == order(13, 3, 12)
-    with pytest.raises(ValueError, match="rank 2"):
+    with pytest.raises(ValueError, match="rank: found 2; expected 0 to 1"):
         order(13, 3, 1, 2, 2)
 
 
 def test_exact_resume() -> None:
     labels = Listed(range(7), "label")
-    whole, first, second = (Stream(labels, 3, seed=5, rank=1, world=2) for _ in range(3))
+    whole, first, second = (Stream(labels, 3, seed=5, rank=1, world_size=2) for _ in range(3))
     expected = [next(whole) for _ in range(9)]
     got = [next(first) for _ in range(4)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + [next(second) for _ in range(5)] == expected
-    with pytest.raises(ValueError, match="seed was 5 and is 6"):
+    with pytest.raises(ValueError, match="resume: found seed 6 of the data; expected 5"):
         Stream(labels, 3, seed=6).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="length was 7 and is 8"):
+    with pytest.raises(ValueError, match="found length 8 of the data; expected 7"):
         Stream(Listed(range(8), "label"), 3, seed=5).load_state_dict(first.state_dict())
 
 
@@ -122,7 +123,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert source("folder", path=tmp_path).get(range(3)).conditions == ["big cat", "big cat", "dog"]
     labels = source("folder", path=tmp_path, num_labels=2)
     assert labels.conditions == "label" and labels.get(range(3)).conditions == [0, 0, 1]
-    with pytest.raises(ValueError, match=r"num_labels: found 3; .* in 2 folders"):
+    with pytest.raises(ValueError, match=r"num_labels: found 3; expected 2, the folders"):
         source("folder", path=tmp_path, num_labels=3)
 
 
@@ -156,20 +157,28 @@ def test_folder_with_csv_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("metadata.jsonl", '{"file_name": "gone.png"}', "line 1: image .*gone.png does not exist"),
-        ("metadata.jsonl", '\n{"text": "a cat"}', "line 2: no file_name; found text"),
-        ("metadata.jsonl", '{"file_name": 1}', "line 1: no file_name"),
-        ("metadata.jsonl", '["1.png"]', r"""line 1: not a JSON object with file_name and text: '\["1.png"\]'"""),
-        ("metadata.jsonl", '{"file_name": "1.png"', "line 1: not a JSON object"),
-        ("metadata.jsonl", '{"file_name": "1.png", "caption": "a cat"}', "read from text, and there is caption"),
-        ("metadata.jsonl", "", "data.path: no image in .*metadata.jsonl"),
-        ("metadata.csv", "file_name,text\ngone.png,x\n", "line 2: image .*gone.png does not exist"),
-        ("metadata.csv", "image,text\n1.png,x\n", "line 2: no file_name; found image, text"),
-        ("metadata.csv", "file_name,text\n1.png,a cat, red\n", "line 2: not 2 columns"),
-        ("metadata.csv", "file_name,text\n1.png\n", "line 2: not 2 columns"),
-        ("metadata.csv", 'file_name,text\n1.png,"a cat\n', "metadata.csv, line .: unexpected end of data"),
-        ("metadata.csv", "file_name,caption\n1.png,a cat\n", "read from text, and there is caption"),
-        ("metadata.csv", "file_name,text\n1.png,\xff\n", "data.path: .*metadata.csv cannot be read as text in UTF-8"),
+        ("metadata.jsonl", '{"file_name": "gone.png"}', "line 1: found image .*gone.png, which does not exist"),
+        ("metadata.jsonl", '\n{"text": "a cat"}', "line 2: found text; expected file_name"),
+        ("metadata.jsonl", '{"file_name": 1}', "line 1: found file_name; expected a file_name that is text"),
+        (
+            "metadata.jsonl",
+            '["1.png"]',
+            r"""line 1: found '\["1.png"\]'; expected a JSON object with file_name and text""",
+        ),
+        ("metadata.jsonl", '{"file_name": "1.png"', "line 1: found .*; expected a JSON object"),
+        ("metadata.jsonl", '{"file_name": "1.png", "caption": "a cat"}', "found caption; expected text"),
+        ("metadata.jsonl", "", "data.path: found no image in .*metadata.jsonl"),
+        ("metadata.csv", "file_name,text\ngone.png,x\n", "line 2: found image .*gone.png, which does not exist"),
+        ("metadata.csv", "image,text\n1.png,x\n", "line 2: found image, text; expected file_name"),
+        ("metadata.csv", "file_name,text\n1.png,a cat, red\n", "line 2: found not 2 columns"),
+        ("metadata.csv", "file_name,text\n1.png\n", "line 2: found not 2 columns"),
+        ("metadata.csv", 'file_name,text\n1.png,"a cat\n', "metadata.csv, line .: found unexpected end of data"),
+        ("metadata.csv", "file_name,caption\n1.png,a cat\n", "found caption; expected text"),
+        (
+            "metadata.csv",
+            "file_name,text\n1.png,\xff\n",
+            "data.path: found .*metadata.csv, which cannot be read .*; expected text in UTF-8",
+        ),
     ],
 )
 def test_bad_metadata(name: str, text: str, expected: str, tmp_path: Path) -> None:
@@ -182,16 +191,16 @@ def test_bad_metadata(name: str, text: str, expected: str, tmp_path: Path) -> No
 def test_captions_do_not_go_unread(tmp_path: Path) -> None:
     save(tmp_path / "train/1.png")
     (tmp_path / "train/metadata.csv").write_text("file_name,text\n1.png,a cat\n")
-    with pytest.raises(ValueError, match=r"train/metadata\.csv lies deeper: set data.path to .*train"):
+    with pytest.raises(ValueError, match=r"found captions in .*train/metadata\.csv; .*\. Set data.path to .*train"):
         source("folder", path=tmp_path)
     assert source("folder", path=tmp_path / "train").get([0]).conditions == ["a cat"]
     (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "1.png", "text": "a dog"}')
-    with pytest.raises(ValueError, match=r"has both metadata\.jsonl and metadata\.csv"):
+    with pytest.raises(ValueError, match=r"found both metadata\.jsonl and metadata\.csv in"):
         source("folder", path=tmp_path / "train")
 
 
 def test_missing_paths(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.path: no image in"):
+    with pytest.raises(ValueError, match=r"data\.path: found no image in"):
         source("folder", path=tmp_path)
     for kind in ("folder", "parquet", "prompts"):
         with pytest.raises(ValueError, match=r"data\.path: .*gone"):
@@ -205,7 +214,7 @@ def test_broken_image(tmp_path: Path, whole: bool) -> None:
     content = (tmp_path / "bad.jpg").read_bytes()
     (tmp_path / "bad.jpg").write_bytes(b"" if whole else content[: len(content) // 2])
     stream = Stream(source("folder", path=tmp_path), 2, 0)
-    with pytest.raises(ValueError, match=r"image .*bad\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*bad\.jpg: found what cannot be read"):
         next(stream)
     assert stream.position == 0
 
@@ -216,8 +225,103 @@ def test_prompts(tmp_path: Path) -> None:
     data = source("prompts", path=path)
     assert not data.has_images and data.get([1, 0]) == (None, ["ein schöner Hund", "a cat"], [1, 0])
     path.write_text(" \n")
-    with pytest.raises(ValueError, match=r"data\.path: .*prompts.txt holds no prompt"):
+    with pytest.raises(ValueError, match=r"data\.path: found no prompt in .*prompts.txt"):
         source("prompts", path=path)
+
+
+def test_prompts_with_commas_quotes_unicode_and_nothing_in_them(tmp_path: Path) -> None:
+    prompts = ['a red, "fast" car', "", "ein Zug fährt — 電車", "one\u2028prompt", "two\nlines", " spaces "]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    assert read_prompts(tmp_path / "p.jsonl") == prompts
+    (tmp_path / "q.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": p, "id": 1}, ensure_ascii=False) for p in prompts)
+    )
+    assert read_prompts(tmp_path / "q.jsonl") == prompts
+    (tmp_path / "p.txt").write_text('a red, "fast" car\r\n\nein Zug fährt — 電車\none\u2028prompt\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == [prompts[0], prompts[2], prompts[3]]
+    (tmp_path / "bad.jsonl").write_text('"fine"\n{"text": 1}\n')
+    with pytest.raises(ValueError, match=r"line 2: found .*; expected a string or"):
+        read_prompts(tmp_path / "bad.jsonl")
+
+
+def test_training_reads_prompts_as_scoring_does(tmp_path: Path) -> None:
+    """A .jsonl is read as JSON, not as lines, and a separator of Unicode does not end a prompt."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\n"a\u2028dog"\n')
+    (tmp_path / "p.txt").write_text("\ufeffa cat\r\na\u2028dog\n", encoding="utf-8")
+    for name in ("p.jsonl", "p.txt"):
+        assert source("prompts", path=tmp_path / name).get([0, 1]).conditions == ["a cat", "a\u2028dog"]
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_scoring_reads_the_images_that_training_reads(tmp_path: Path, suffix: str) -> None:
+    from fewstep.evaluate.references import count_images, real_images
+
+    save(tmp_path / f"1{suffix}", size=(8, 8))
+    save(tmp_path / f"2{suffix.upper()}", size=(8, 8))
+    assert len(source("folder", path=tmp_path)) == count_images(str(tmp_path)) == 2
+    assert [image.shape for image in real_images(str(tmp_path))] == [(3, 8, 8)] * 2
+
+
+class Table:
+    """A small `datasets.Dataset`: rows by number, columns by name."""
+
+    def __init__(self, **columns: list[Any]) -> None:
+        self.columns = columns
+        self.opened = 0
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.columns)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.columns[key]
+        self.opened += 1
+        return {name: column[key] for name, column in self.columns.items()}
+
+
+def test_objects_in_memory(tmp_path: Path) -> None:
+    save(tmp_path / "1.png")
+    picture = Image.new("RGB", (12, 8), (255, 0, 0))
+    config = DataConfig(source="none")
+    images: list[Any] = [picture, tmp_path / "1.png", str(tmp_path / "1.png"), encoded((0, 255, 0))]
+    items = [{"image": image, "text": f"image {i}"} for i, image in enumerate(images)]
+    for data in (items, Table(image=images, text=[f"image {i}" for i in range(4)])):
+        found = memory_source(data, config, 8)
+        assert isinstance(found, InMemory) and found.has_images and found.conditions == "prompt" and len(found) == 4
+        raw = found.get([3, 0])
+        assert raw.conditions == ["image 3", "image 0"] and raw.indices == [3, 0]
+        assert raw.images is not None and raw.images[:, :, 0, 0].tolist() == [[-1, 1, -1], [1, -1, -1]]
+        assert len({found.image_key(i) for i in range(4)}) == 3, "a path is a path, as text too"
+        assert memory_source(data, DataConfig(source="none", limit=2), 8).get([0]).images is not None
+
+
+def test_captions_of_a_table_are_read_without_its_images() -> None:
+    table = Table(image=[None, None], text=["a", None])
+    found = memory_source(table, DataConfig(source="none"), 8)
+    opened = table.opened
+    assert found.conditions_at([1, 0]) == ["", "a"] and table.opened == opened
+
+
+def test_prompts_and_labels_in_memory() -> None:
+    prompts = memory_source(["a cat", "a dog"], DataConfig(source="none"), 8)
+    assert prompts.conditions_at([1]) == ["a dog"] and not prompts.has_images
+    labelled = memory_source(
+        [{"label": 1, "text": "a"}, {"label": 3, "text": "b"}], DataConfig(source="labels", num_labels=3), 8
+    )
+    assert labelled.conditions == "label" and labelled.conditions_at([0]) == [1]
+    with pytest.raises(ValueError, match="found label 3 in item 1; expected a whole number from 0 on, below 3"):
+        labelled.get([1])
+    for data, expected in (
+        ([], "an empty collection"),
+        ([{"caption": "a"}], "items of caption"),
+        ([3], "items of int"),
+    ):
+        with pytest.raises(ValueError, match=f"data: found {expected}"):
+            memory_source(data, DataConfig(source="none"), 8)  # type: ignore[arg-type]
 
 
 def test_labels_and_none() -> None:
@@ -238,9 +342,9 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
     assert data.has_images and raw.conditions == ["", "red"]
     assert raw.images is not None and raw.images[:, :, 0, 0].tolist() == [[-1, 1, -1], [1, -1, -1]]
     assert source("parquet", path=tmp_path, num_labels=5).get([1]).conditions == [4]
-    with pytest.raises(ValueError, match=r"image .*a\.parquet, row 2 cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*a\.parquet, row 2: found what cannot be read"):
         data.get([2])
-    with pytest.raises(ValueError, match="row 1 has the label 4; allowed: 0 to 3"):
+    with pytest.raises(ValueError, match=r"found label 4 in row 1 of .*; expected 0 to 3"):
         source("parquet", path=tmp_path, num_labels=4)
 
 
@@ -255,13 +359,15 @@ def test_parquet_without_images(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a cat"]}), tmp_path / "a.parquet")
     data = source("parquet", path=tmp_path)
     assert not data.has_images and data.get([0]) == (None, ["a cat"], [0])
-    with pytest.raises(ValueError, match="cache_latents needs images"):
+    with pytest.raises(ValueError, match="cache_latents: found prompts without images"):
         source("parquet", path=tmp_path, cache_latents=True)
     pq.write_table(pa.table({"caption": ["a cat"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="columns caption; wanted are rows and any of image, text, label"):
+    with pytest.raises(
+        ValueError, match=r"columns caption in .*; expected rows, and any of the columns image, text, label"
+    ):
         source("parquet", path=tmp_path)
     (tmp_path / "a.parquet").write_bytes(b"x")
-    with pytest.raises(ValueError, match="cannot be read as parquet"):
+    with pytest.raises(ValueError, match=r"which cannot be read .*; expected parquet"):
         source("parquet", path=tmp_path)
 
 
@@ -288,7 +394,7 @@ def test_a_large_parquet_is_read_by_row_group(tmp_path: Path) -> None:
 def test_parquet_files_that_differ(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [encoded((1, 2, 3))], "text": ["a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"img": [encoded((1, 2, 3))], "text": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet has no column image, .* its: img, text"):
+    with pytest.raises(ValueError, match=r"found columns img, text in .*b\.parquet; expected image"):
         source("parquet", path=tmp_path)
 
 
@@ -297,7 +403,7 @@ def test_parquet_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [encoded((1, 2, 3))] * 9}), path)
     data = source("parquet", path=path)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
+    with pytest.raises(ValueError, match=r"a\.parquet, which cannot be read"):
         data.get([0])
 
 
@@ -323,23 +429,23 @@ def test_broken_images_are_told_before_training(tmp_path: Path) -> None:
     broken_images(tmp_path / "x")
     whole = source("folder", size=32, path=tmp_path / "x")
     with pytest.raises(
-        ValueError, match=r"3 of 6 images cannot be read, such as: .*b\.jpg.*c\.webp.*e\.png.*on_error=skip"
+        ValueError, match=r"3 of 6 images that cannot be read, such as: .*b\.jpg.*c\.webp.*e\.png.*on_error=skip"
     ):
-        readable(whole, "fail")
+        check_images(whole, "fail")
 
 
 def test_broken_images_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken_images(tmp_path / "x")
     whole = source("folder", size=32, path=tmp_path / "x")
-    left = readable(whole, "skip")
-    assert "warning: 3 of 6 images cannot be read" in capsys.readouterr().out
+    left = check_images(whole, "skip")
+    assert "warning: data.path: found 3 of 6 images that cannot be read" in capsys.readouterr().out
     assert [left.image_key(i).split()[0] for i in range(len(left))] == ["a.png", "d.bmp", "f.jpg"]
     images = left.get(range(3)).images
     assert images is not None and images.shape == (3, 3, 32, 32)
     # As many as will be there when each of two processes has looked at its half.
     halves = [whole.broken(range(r, 6, 2)) for r in range(2)]
     assert [sorted(h) for h in halves] == [[2, 4], [1]]
-    part = readable(whole, "skip", 1, 2, lambda mine: mine + list(halves[0].items()))
+    part = check_images(whole, "skip", 1, 2, lambda mine: mine + list(halves[0].items()))
     assert [part.image_key(i) for i in range(3)] == [left.image_key(i) for i in range(3)]
 
 
@@ -348,8 +454,8 @@ def test_whole_images_leave_the_source_as_it_is(tmp_path: Path) -> None:
     for name in broken:
         (tmp_path / "x" / name).unlink()
     whole = source("folder", size=32, path=tmp_path / "x")
-    assert readable(whole, "fail") is whole
-    assert readable(source("fashion", size=32), "fail").has_images
+    assert check_images(whole, "fail") is whole
+    assert check_images(source("fashion", size=32), "fail").has_images
 
 
 def test_broken_cells_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +464,7 @@ def test_broken_cells_of_parquet_files(tmp_path: Path, monkeypatch: pytest.Monke
     pq.write_table(pa.table({"image": [f.read_bytes() for f in files]}), tmp_path / "data.parquet")
     whole = source("parquet", size=32, path=tmp_path / "data.parquet", limit=6)
     found = whole.broken(range(6))
-    rows = sorted(int(problem.split("row ")[1].split()[0]) for problem in found.values())
+    rows = sorted(int(problem.split("row ")[1].split(":")[0]) for problem in found.values())
     assert rows == [i for i, f in enumerate(files) if f.name in names]
     monkeypatch.setattr(Parquet, "HELD_BYTES", 10)
     assert whole.broken(range(6)) == {} and whole.broken(range(6), thorough=True).keys() == found.keys()
@@ -366,5 +472,5 @@ def test_broken_cells_of_parquet_files(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"1 of 1 images cannot be read.* None is left"):
-        readable(source("folder", size=32, path=tmp_path), "skip")
+    with pytest.raises(ValueError, match=r"1 of 1 images that cannot be read.*; expected at least one"):
+        check_images(source("folder", size=32, path=tmp_path), "skip")

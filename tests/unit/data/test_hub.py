@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fewstep.cli.main import main
 from fewstep.config import DataConfig
+from fewstep.data import load_source
 from fewstep.data.fashion import load_embedded
 from fewstep.data.hub import dataset_files, is_dataset
-from fewstep.data.sources import load_source
 from fewstep.evaluate import load_features, load_moments
 from fewstep.evaluate.references import collect, count_images, real_images, resolve
 
@@ -86,9 +86,9 @@ def test_all_files_of_a_split_are_its_images(add: Add, shards: dict[str, bytes],
     for split, wanted in (("train", images[:6]), ("test", images[6:])):
         source = f"somebody/clothes:{split}"
         assert torch.equal(torch.stack(list(real_images(source))), wanted) and count_images(source) == len(wanted)
-    with pytest.raises(ValueError, match=r"choose a split, one of test, train, as somebody/clothes:test$"):
+    with pytest.raises(ValueError, match=r"expected a split, one of test, train, as somebody/clothes:test$"):
         list(real_images("somebody/clothes"))
-    with pytest.raises(ValueError, match=r"there is no split 'validation' among test, train"):
+    with pytest.raises(ValueError, match=r"found '.*:validation'; expected a split, one of test, train"):
         list(real_images("somebody/clothes:validation"))
 
 
@@ -130,7 +130,7 @@ def test_a_protocol_may_name_a_data_set(add: Add, shards: dict[str, bytes], tmp_
     main([*call, "--output", str(tmp_path / "e.json")])
     (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
     assert row["fid"] == pytest.approx(0, abs=1e-4) and row["precision"] == row["recall"] == 1
-    with pytest.raises(SystemExit, match="reference 'nobody/nothing': neither a path nor a data set"):
+    with pytest.raises(SystemExit, match="reference: found 'nobody/nothing'; expected a path, or a data set"):
         main([*call, "--reference", "nobody/nothing", "--output", str(tmp_path / "e.json")])
 
 
@@ -140,7 +140,7 @@ def test_folders_before_a_split_tell_configurations_apart(add: Add, images: Tens
     assert count_images("a/b") == count_images("a/b:train") == count_images("a/b:plain_text/train") == 3
     add("a/c", {"big/train-00000-of-00001.parquet": one, "small/train-00000-of-00001.parquet": two})
     assert count_images("a/c:small/train") == 4
-    with pytest.raises(ValueError, match="choose a split, one of big/train, small/train, as a/c:big/train"):
+    with pytest.raises(ValueError, match="expected a split, one of big/train, small/train, as a/c:big/train"):
         count_images("a/c:train")
     add("a/d", {"default/train/0000.parquet": one, "default/train/0001.parquet": two})
     assert count_images("a/d") == count_images("a/d:train") == 7
@@ -152,11 +152,11 @@ def test_folders_of_images(add: Add, images: Tensor, tmp_path: Path, monkeypatch
     files = {f"{'train' if i < 5 else 'test'}/bag/{i}.png": png(image) for i, image in enumerate(images)}
     add("a/split", files)
     assert torch.equal(torch.stack(list(real_images("a/split:test"))), images[5:])
-    with pytest.raises(ValueError, match="choose a split, one of test, train"):
+    with pytest.raises(ValueError, match="expected a split, one of test, train"):
         count_images("a/split")
     add("a/whole", {f"bags/{i}.png": png(image) for i, image in enumerate(images)})
     assert torch.equal(torch.stack(list(real_images("a/whole"))), images)
-    with pytest.raises(ValueError, match="the data set has no splits; a/whole is the whole of it"):
+    with pytest.raises(ValueError, match=r"expected a/whole\. The data set has no splits"):
         count_images("a/whole:train")
     add("a/words", {"README.md": b"# words"})
     with pytest.raises(ValueError, match="holds no images"):
@@ -175,15 +175,20 @@ def test_folders_of_images(add: Add, images: Tensor, tmp_path: Path, monkeypatch
 def test_what_is_not_here_or_not_whole_is_told_with_the_command_that_brings_it(
     add: Add, shards: dict[str, bytes], tmp_path: Path
 ) -> None:
-    wanted = r"'nobody/nothing(:train)?': neither a path nor a data set in the hub's cache; `hf download --repo-type dataset "
+    wanted = (
+        r"found 'nobody/nothing(:train)?'; expected a path, or a data set in the hub's cache\. "
+        "`hf download --repo-type dataset "
+    )
     with pytest.raises(SystemExit, match=f"{wanted}nobody/nothing` puts it there") as told:
         main(["reference", "nobody/nothing:train", "--output", str(tmp_path / "x.npz")])
     assert len(str(told.value).splitlines()) == 1
     for call in (resolve, lambda name: resolve(name, "fashion")):
-        with pytest.raises(ValueError, match=f"^reference {wanted}"):
+        with pytest.raises(ValueError, match=f"^reference: {wanted}"):
             call("nobody/nothing")
     add("somebody/clothes", {name: content for name, content in shards.items() if "train-00001" not in name})
-    with pytest.raises(ValueError, match=r"2 of its 3 files are here; `hf download --repo-type dataset somebody/cl"):
+    with pytest.raises(
+        ValueError, match=r"found 2 files of .*; expected 3\. `hf download --repo-type dataset somebody/cl"
+    ):
         count_images("somebody/clothes:train")
     assert count_images("somebody/clothes:test") == 2
     for name in ("nothing", "a/b/c", "./a/b", "/a/b", "a/b.npz", str(tmp_path)):
@@ -202,7 +207,7 @@ def test_a_training_reads_them(add: Add, shards: dict[str, bytes], images: Tenso
     add("a/whole", {f"ankle_boot/{i}.png": png(image) for i, image in enumerate(images)})
     folder = load_source(DataConfig(source="folder", path=Path("a/whole")), 32)
     assert len(folder) == 8 and folder.conditions_at([0]) == ["ankle boot"]
-    with pytest.raises(ValueError, match=r"data\.path 'somebody/clothes': choose a split"):
+    with pytest.raises(ValueError, match=r"data\.path: found 'somebody/clothes'; expected a split"):
         load_source(DataConfig(source="parquet", path=Path("somebody/clothes")), 32)
-    with pytest.raises(ValueError, match=r"data\.path 'nobody/nothing': neither a path nor a data set"):
+    with pytest.raises(ValueError, match=r"data\.path: found 'nobody/nothing'; expected a path, or a data set"):
         load_source(DataConfig(source="folder", path=Path("nobody/nothing")), 32)

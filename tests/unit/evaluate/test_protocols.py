@@ -1,6 +1,5 @@
 """Protocols: complete, named, hashed, found in an installed package, and what they say where something is missing."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 
 from builders import ROOT
 from fewstep.evaluate.models.view import look
-from fewstep.evaluate.protocol import FOLDER, Protocol, View, find_data, load_protocol, names, read_prompts
+from fewstep.evaluate.protocol import FOLDER, Protocol, View, find_data, load_protocol, names
 from fewstep.evaluate.references import Given, random_label, reference_path, subjects
 
 NAMED = {
@@ -110,21 +109,6 @@ def test_missing_data_say_what_to_get_and_where_to_put_it(tmp_path: Path, monkey
     assert find_data(name, "captions.txt", "", "--prompts") == tmp_path / name / "captions.txt"
     with pytest.raises(ValueError, match=r"wants 30000 prompts, and .* holds 2"):
         subjects(protocol, "prompt", None, name)
-
-
-def test_prompts_with_commas_quotes_unicode_and_nothing_in_them(tmp_path: Path) -> None:
-    prompts = ['a red, "fast" car', "", "ein Zug fährt — 電車", "one\u2028prompt", "two\nlines", " spaces "]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    assert read_prompts(tmp_path / "p.jsonl") == prompts
-    (tmp_path / "q.jsonl").write_text(
-        "\n".join(json.dumps({"prompt": p, "id": 1}, ensure_ascii=False) for p in prompts)
-    )
-    assert read_prompts(tmp_path / "q.jsonl") == prompts
-    (tmp_path / "p.txt").write_text('a red, "fast" car\r\n\nein Zug fährt — 電車\none\u2028prompt\n', encoding="utf-8")
-    assert read_prompts(tmp_path / "p.txt") == [prompts[0], prompts[2], prompts[3]]
-    (tmp_path / "bad.jsonl").write_text('"fine"\n{"text": 1}\n')
-    with pytest.raises(ValueError, match="line 2: a string or"):
-        read_prompts(tmp_path / "bad.jsonl")
 
 
 def test_random_labels_are_uniform_and_fixed_by_seed_and_index() -> None:

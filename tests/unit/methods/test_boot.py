@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from builders import ROOT, changed
 from fewstep import io
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data.sources import Fashion, Folder, Parquet, load_source
+from fewstep.data import load_source
+from fewstep.data.fashion import Fashion
+from fewstep.data.folder import Folder
+from fewstep.data.parquet import Parquet
 from fewstep.diffusion.prediction import ode_step, read
 from fewstep.diffusion.schedule import like
 from fewstep.export.pipeline import export

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from builders.consistency import batch_for, config, nets_for
 from fewstep.config import DataConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.prediction import more_noise
 from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving
 from fewstep.methods.consistency.adversarial import Ends, judge, times_in_phase

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builders import changed
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.grids import even_grid
 from fewstep.diffusion.prediction import Prediction, add_noise
 from fewstep.diffusion.schedule import VariancePreserving

@@ -14,7 +14,7 @@ from builders import changed
 from builders.consistency import OPTIM, batch_for, config, nets_for
 from builders.states import FREE, MEAN, SCHEDULE, STD, TIMES, exact, fresh, imageless, step
 from fewstep.config import DataConfig, OptimConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.prediction import Prediction, add_noise, ode_step
 from fewstep.diffusion.rollout import jump, renoise, rollout
 from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig

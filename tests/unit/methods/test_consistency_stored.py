@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from builders import changed
 from builders.consistency import OPTIM, batch_for, config, nets_for
 from fewstep.config import DataConfig, OptimConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.methods.base import Preparation
 from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig, StoredConfig
 from fewstep.methods.consistency.endpoints import boundary_scalings

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.config import OptimConfig, RunConfig
-from fewstep.data.sources import load_source
+from fewstep.data import load_source
 from fewstep.diffusion.prediction import Prediction, PredictionType, add_noise, read
 from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving, like
 from fewstep.diffusion.trigflow import rotation, slopes, tangent, velocity, velocity_rate
