@@ -19,4 +19,4 @@ test-slow: ## the tests that train or run whole commands
 	pytest -m slow
 
 bench: ## the run behind the README's figures
-	accelerate launch train/consistency.py --config configs/fashion/trajectory.yaml
+	fewstep train fashion/trajectory
