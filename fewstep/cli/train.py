@@ -88,8 +88,16 @@ def launch(words: Sequence[str], processes: int | None, config: Path | None) -> 
         raise MissingError(
             "--accelerate-config", f"{config}, which does not exist", "a file written by `accelerate config`"
         )
+    if config is None and not _has_gpu():
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it, each of several processes would train by itself
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *launch_words(processes, config), "-m", "fewstep", *words])
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 def launch_words(processes: int | None, config: Path | None) -> list[str]:

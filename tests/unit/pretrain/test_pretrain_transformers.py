@@ -11,6 +11,7 @@ from builders import ROOT
 from builders.pretrain import read_few_images
 from fewstep.config import RunConfig, load_config
 from fewstep.data import fashion
+from fewstep.errors import FewstepError
 from fewstep.methods.boot.method import Boot, BootConfig
 from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
@@ -158,7 +159,7 @@ def test_stratified_numbers_stay_below_one() -> None:
     ],
 )
 def test_settings_that_do_not_fit_the_network(name: str, change: str, message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(FewstepError, match=message):
         settings(name, change)
 
 
