@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from fewstep.data import load_source
 from fewstep.diffusion.guidance import concatenate
@@ -49,7 +50,7 @@ def main() -> None:
         teacher = load_teacher(config.teacher)
         method = method_class(config.method, teacher)
         trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
-        method.prepare(trainer._preparation())
+        method.prepare(trainer.preparation())
         steps = method.steps()
         iterations = max(step.every for step in steps)
         match method:
@@ -77,6 +78,10 @@ def main() -> None:
     )
 
 
+def _networks(trainer: Trainer) -> dict[str, nn.Module]:
+    return {name: role.net for name, role in trainer.roles.items()}
+
+
 def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
     """With guidance at a fixed scale; segments, on-policy, in equal shares of the batch."""
     batch = trainer.batches.draw(trainer.iteration, 0)
@@ -86,7 +91,7 @@ def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
         torch.ones(batch.size),
     )
     both, segments = concatenate(batch.cond, batch.uncond), method.config.steps
-    student, ema, teacher = (trainer.raw[name] for name in ("student", "ema", "teacher"))
+    student, ema, teacher = (_networks(trainer)[name] for name in ("student", "ema", "teacher"))
 
     def run() -> None:
         with torch.no_grad():
@@ -106,7 +111,7 @@ def _bare_consistency(trainer: Trainer, method: Consistency) -> Callable[[], Non
     x = torch.randn(batch.size, *trainer.teacher.latent_shape)
     t, g = torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
     both = concatenate(batch.cond, batch.uncond)
-    student, target, teacher = (trainer.raw.get(name) for name in ("student", "target", "teacher"))
+    student, target, teacher = (_networks(trainer).get(name) for name in ("student", "target", "teacher"))
     asked = 0 if method.config.rollout == "stored" else method.config.teacher_steps
     assert student is not None and teacher is not None
 
@@ -134,7 +139,7 @@ def _bare_dmd2(trainer: Trainer, method: DMD2) -> Callable[[], None]:
     x, t = torch.randn(shape), torch.full((batch.size,), 500)
     twice = torch.cat([x, x]), torch.cat([t, t])
     both, conds = concatenate(cond, batch.uncond), concatenate(cond, cond)
-    student, critic, teacher = (trainer.raw[name] for name in ("student", "critic", "teacher"))
+    student, critic, teacher = (_networks(trainer)[name] for name in ("student", "critic", "teacher"))
 
     def run() -> None:
         for iteration, stop in enumerate(stops):

@@ -153,14 +153,14 @@ def _train(file: str, device: str) -> int:
     import torch
 
     from fewstep.methods.registry import load_run, method_class
-    from fewstep.plan.plan import Anything
+    from fewstep.plan.placeholders import PlaceholderSource
     from fewstep.plan.weightless import unweighted_teacher
     from fewstep.training.trainer import Trainer
 
     config = load_run(file)
     teacher = unweighted_teacher(config.teacher, lambda: torch.device(device))
     method = method_class(config.method.name)(config.method, teacher)
-    trainer = Trainer(config, method, teacher, Anything(teacher, config.data, nullcontext))
+    trainer = Trainer(config, method, teacher, PlaceholderSource(teacher, config.data, nullcontext))
     iterations = 2
     for trainer.iteration in range(iterations):
         trainer.iterate(method.steps())

@@ -209,9 +209,6 @@ class Method(ABC):
     def prepare(self, at: Preparation) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Called once before the first iteration, also of a resumed run, on every process."""
 
-    def rehearse(self) -> None:  # noqa: B027  # most methods have nothing to prepare
-        """Stands in for `prepare` where networks have no values and nothing is kept: `fewstep plan`."""
-
     def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
         """Scalars that are worth their cost only where a line of the log is written; called there, without gradient.
 

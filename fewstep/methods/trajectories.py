@@ -134,12 +134,6 @@ def read_trajectories(folder: Path, settings: TrajectorySettings, seed: int) -> 
     return Trajectories(torch.cat(x), torch.cat(scale), conditions)
 
 
-def stand_in(teacher: Teacher, points: int) -> Trajectories:
-    """One trajectory of zeros, for runs that are only planned."""
-    example = {"prompt": "", "label": 0, "none": None}[teacher.conditions]
-    return Trajectories(torch.zeros(1, points + 1, *teacher.latent_shape), torch.ones(1), [example])
-
-
 def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.safetensors"
 

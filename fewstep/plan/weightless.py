@@ -16,8 +16,8 @@ TEXT_FILES = ("*.json", "*.txt", "*.model")
 """What of a pipeline at a hub is read: configs and vocabularies."""
 
 
-Within = Callable[[], AbstractContextManager[Any]]
-"""What networks are made within: tensors without values, or a device."""
+Within = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which networks are made: tensors without values, or a device."""
 
 
 def unweighted_teacher(name_or_path: str, within: Within = without_values) -> Teacher:

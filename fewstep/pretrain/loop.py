@@ -1,6 +1,5 @@
 """The optimizer loop that all stages share."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from fewstep.io import atomic
 from fewstep.pretrain.config import StageConfig
 from fewstep.training.checkpoint import pack_optimizer, unpack_optimizer
+from fewstep.training.optim import lr_factor
 
 Loss = Callable[[torch.Generator], Tensor]
 
@@ -45,11 +45,9 @@ class RecentMean:
 
 
 def learning_rate(config: StageConfig, iteration: int) -> float:
+    """The learning rate of an iteration, from 0."""
     warmup = max(1, round(config.warmup * config.iterations))
-    if iteration < warmup:
-        return config.lr * (iteration + 1) / warmup
-    progress = (iteration - warmup) / max(1, config.iterations - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * lr_factor(iteration + 1, config.iterations, warmup, full_updates=1)
 
 
 def fit(

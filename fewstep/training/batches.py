@@ -1,46 +1,105 @@
-"""What the losses are given: conditions and latents, in the order of a stream that resumes exactly."""
+"""Batches for the losses: conditions and latents, in the order of a stream that resumes exactly."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fewstep.config import RunConfig
+from fewstep.config import DataConfig, MethodConfig, RunConfig
 from fewstep.data import Raw, Source, Stream
 from fewstep.data.encoding_cache import EncodingCache
-from fewstep.methods.base import Batch
+from fewstep.data.validate import OnError, check_images
+from fewstep.errors import FewstepError
+from fewstep.methods.base import Batch, Method
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Posterior
+from fewstep.teachers.denoiser import Cond, Posterior
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Encodings(Protocol):
+    """Encoded prompts and images of a source, as `data.cache` holds them."""
+
+    def open(self, source: Source, needs_images: bool, on_error: OnError = "fail", quiet: bool = False) -> Source:
+        """Check that all is there; the source, or the part of it that can be read."""
+
+    def conditions(self, prompts: Sequence[str]) -> Cond:
+        """Conditions of prompts, on the CPU."""
+
+    def latents(self, indices: Sequence[int]) -> Posterior:
+        """Latents of the source's images at these indices, on the CPU."""
+
+
+def check_source(config: DataConfig, method: Method, teacher: Teacher, source: Source) -> None:
+    """Raises FewstepError for a source that has not what the method and the teacher need."""
+    if method.needs_images and not source.has_images:
+        raise FewstepError(
+            "data.source", f"{config.source}, which has no images", f"fashion, folder or parquet for {method.name}"
+        )
+    if teacher.conditions not in ("none", source.conditions):
+        raise FewstepError(
+            "data.source", f"{config.source}, which has {source.conditions}s", f"{teacher.conditions}s for this teacher"
+        )
+
+
+def open_encodings(config: DataConfig, teacher: Teacher) -> Encodings | None:
+    """The cache of `data.cache`, if one is set."""
+    return None if config.cache is None else EncodingCache(config.cache, teacher)
+
+
+def readable_source(
+    source: Source,
+    config: DataConfig,
+    teacher: Teacher,
+    needs_images: bool,
+    encodings: Encodings | None,
+    accelerator: "Accelerator",
+) -> Source:
+    """What can be read of the source. With encodings, the teacher takes its conditions from them.
+
+    Raises ValueError where images are broken, or encodings missing.
+    """
+    if encodings is None:
+        if not needs_images:
+            return source
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return check_images(source, config.on_error, rank, world_size, gather_object)
+    source = encodings.open(source, needs_images, config.on_error, quiet=not accelerator.is_main_process)
+    if teacher.prompts is not None:
+        teacher.prompts.stored = encodings.conditions
+    return source
 
 
 class Batches:
-    """The batches of one process out of `processes`.
+    """The batches of one process out of `world_size`.
 
-    Latents are read from `cache`, if there is one; with `data.cache_latents`, all of them are held in memory, encoded here
-    where they are not read. Without `needs_images`, no image is opened.
+    Latents are read from `encodings`, if there are any; with `data.cache_latents`, all of them are held in memory, encoded
+    here where they are not read. Without `needs_images`, no image is opened.
     """
 
     def __init__(
         self,
-        config: RunConfig[Any],
+        config: RunConfig[MethodConfig],
         teacher: Teacher,
         source: Source,
         needs_images: bool,
         device: torch.device,
-        process: int,
-        processes: int,
-        cache: EncodingCache | None = None,
+        rank: int,
+        world_size: int,
+        encodings: Encodings | None = None,
     ) -> None:
         self.teacher, self.needs_images, self.device, self.seed = teacher, needs_images, device, config.seed
-        self.stream = Stream(source, config.batch_size, config.seed, process, processes)
+        self.stream = Stream(source, config.batch_size, config.seed, rank, world_size)
         # Latents of the samples at some indices, on the CPU, where no image has to be opened for them.
         self.latents: Callable[[list[int]], Posterior] | None = None
-        if needs_images and cache is not None:
-            self.latents = cache.latents
+        if needs_images and encodings is not None:
+            self.latents = encodings.latents
         if needs_images and config.data.cache_latents:
-            whole = self._all_latents(source, quiet=process > 0)
+            whole = self._all_latents(source, quiet=rank > 0)
             self.latents = lambda indices: Posterior(*(v[indices] for v in whole))
 
     @torch.no_grad()
@@ -72,6 +131,6 @@ class Batches:
         return Posterior(*(torch.cat(v) for v in zip(*parts, strict=True)))
 
     def _encode(self, raw: Raw) -> Posterior:
-        assert raw.images is not None  # the trainer refuses sources without images where they are needed
+        assert raw.images is not None  # check_source refuses sources without images where they are needed
         # In the layout of what is read back: noise that is drawn "like" latents of another would be other noise.
         return Posterior(*(v.contiguous() for v in self.teacher.encode(raw.images.to(self.device))))

@@ -1,41 +1,49 @@
-"""Which scores of a run count, and when they end it: a measure that it is not descending has stopped to get better."""
+"""Early stopping on a score that training does not optimise."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class StoppingState(TypedDict):
+    """What of early stopping is in a checkpoint's state.json."""
+
+    best: float
+    best_at: int
+    waited: int
 
 
 @dataclass
-class Patience:
+class EarlyStopping:
     """Counts scores in a row without a new best one, lower being better.
 
     Attributes:
-        scores: how many are borne; None = any number.
-        start: iteration up to which scores do not count: what an earlier stage could do, a later one has first to regain.
+        patience: scores without a better one after which training ends; None = any number.
+        start: iteration up to which scores do not count: a later stage has to regain first what an earlier one reached.
         best: the best of those that count, and the iteration it was taken at.
         waited: scores since.
     """
 
-    scores: int | None
+    patience: int | None
     start: int = 0
     best: float = math.inf
     best_at: int = 0
     waited: int = 0
 
     def counts(self, iteration: int) -> bool:
-        """Whether it is one of the last stage, counted as in the log: after its update."""
+        """Whether a score belongs to the last stage, counted as in the log: after its update."""
         return iteration > self.start
 
-    def beats(self, score: float, iteration: int, held: dict[str, float]) -> bool:
-        """Whether a score's weights take the place of the best ones, `held` as {"fid", "iteration"}, or {} for none.
+    def improves(self, score: float, iteration: int, held: dict[str, float]) -> bool:
+        """Whether a score's weights replace the best ones, `held` as {"fid", "iteration"}, or {} for none.
 
-        A later stage makes another student: the first number that it scores replaces an earlier stage's, however low that is.
+        The first number that the last stage scores replaces an earlier stage's, however low that is: it is another student.
         """
         outdated = bool(held) and self.counts(iteration) and not self.counts(int(held["iteration"]))
         return score < (held["fid"] if held and not outdated else math.inf)
 
-    def see(self, score: float, iteration: int) -> None:
-        """A score that is not a number counts as one that is not better."""
+    def add(self, score: float, iteration: int) -> None:
+        """Count a score; one that is not a number counts as one that is not better."""
         if not self.counts(iteration):
             return
         if score < self.best:
@@ -45,13 +53,11 @@ class Patience:
 
     @property
     def over(self) -> bool:
-        return self.scores is not None and self.waited >= self.scores
+        return self.patience is not None and self.waited >= self.patience
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> StoppingState:
         """What a resumed run goes on from; the settings are the config's."""
-        kept = asdict(self)
-        del kept["scores"], kept["start"]
-        return kept
+        return {"best": self.best, "best_at": self.best_at, "waited": self.waited}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: StoppingState) -> None:
         self.best, self.best_at, self.waited = state["best"], state["best_at"], state["waited"]

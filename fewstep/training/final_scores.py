@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from diffusers import DiffusionPipeline
 
-from fewstep.config import EvaluateConfig, RunConfig
+from fewstep.config import EvaluateConfig, MethodConfig, RunConfig
 from fewstep.evaluate import (
     MEASURED_ANEW,
     Earlier,
@@ -23,6 +23,24 @@ from fewstep.export.pipeline import update_card
 from fewstep.teachers import Teacher, quiet
 from fewstep.training.validation import student_guidance_scale, teacher_guidance_scale
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Row = dict[str, object]
+"""Scores of one pipeline at one number of steps, as in evaluation.json."""
+
+
+class Protocol(TypedDict):
+    """Arguments of `evaluate` that all rows share."""
+
+    reference: str
+    features: str | None
+    clip: str | None
+    prompts: Path | None
+    num_images: int
+    batch_size: int
+    seed: int
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -33,13 +51,13 @@ class Scoring:
         earlier: scores of the teacher that need not be measured.
     """
 
-    config: RunConfig[Any]
+    config: RunConfig[MethodConfig]
     settings: EvaluateConfig
     fingerprints: dict[str, str]
     earlier: Earlier
 
     @classmethod
-    def of(cls, config: RunConfig[Any], teacher: Teacher) -> "Scoring":
+    def of(cls, config: RunConfig[MethodConfig], teacher: Teacher) -> "Scoring":
         """Raises ValueError where `evaluate` is null, and for an `evaluate.teacher_from` that is no report."""
         settings = config.evaluate
         if settings is None:
@@ -55,7 +73,7 @@ class Scoring:
         return cls(config, settings, scoring.fingerprints, found)
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def asked(self) -> Protocol:
         """The protocol, as arguments of `evaluate`."""
         e = self.settings
         return {
@@ -63,8 +81,8 @@ class Scoring:
             "num_images": e.num_images, "batch_size": e.batch_size, "seed": self.config.seed,
         }  # fmt: skip
 
-    def run(self, teacher: Teacher, accelerator: Any, keeps_guidance: bool) -> None:
-        """Writes evaluation.json, the scores in the student's card, and a picture; prints the table."""
+    def run(self, teacher: Teacher, accelerator: "Accelerator", keeps_guidance: bool) -> list[Row]:
+        """Write evaluation.json, the scores in the student's card, and a picture; print the table. The rows."""
         folder = Path(self.config.output_dir)
         with quiet():
             student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
@@ -87,39 +105,43 @@ class Scoring:
             if self.earlier.rows:
                 print(f"teacher's scores: {self.earlier.words}; its time is measured here")
             self._picture(teacher, student, scale, own)
+        return results
 
-    def _teacher_rows(self, teacher: Teacher, scale: float | None, accelerator: Any) -> list[dict[str, Any]]:
+    def _teacher_rows(self, teacher: Teacher, scale: float | None, accelerator: "Accelerator") -> list[Row]:
         """One for each of `teacher_steps`. Where the scores are known, one batch a process shows what they cost."""
         e, known = self.settings, self.earlier.rows
         few = max(2, min(e.num_images, e.batch_size * accelerator.num_processes))
-        rows: dict[int, dict[str, Any]] = {}
-        for steps, changes in (
-            ([n for n in e.teacher_steps if n not in known], {}),
-            ([n for n in e.teacher_steps if n in known], {"num_images": few}),
+        rows: dict[int, Row] = {}
+        for steps, num_images in (
+            ([n for n in e.teacher_steps if n not in known], e.num_images),
+            ([n for n in e.teacher_steps if n in known], few),
         ):
             if steps:
+                asked: Protocol = {**self.asked, "num_images": num_images}
                 drawn = evaluate(
                     teacher.pipeline, name="teacher", steps=steps, guidance_scale=scale, accelerator=accelerator,
-                    **self.asked | changes,
+                    **asked,
                 )  # fmt: skip
                 rows |= {row["steps"]: row for row in drawn}
         for n, row in known.items():
             rows[n] = row | {"model": "teacher"} | {key: rows[n][key] for key in MEASURED_ANEW}
         return [rows[n] | {"fingerprints": self.fingerprints} for n in e.teacher_steps]
 
-    def _picture(self, teacher: Teacher, student: Any, scale: float | None, own: float | None) -> None:
+    def _picture(self, teacher: Teacher, student: DiffusionPipeline, scale: float | None, own: float | None) -> None:
         """Teacher and student side by side, from the same noises: samples/comparison.png."""
         e = self.settings
         rows, labels = [], []
-        shown: dict[str, Any] = {"reference": e.reference, "features": e.features, "prompts": e.prompts}
         for name, pipeline, steps, guidance in (
             ("teacher", teacher.pipeline, e.teacher_steps, scale),
             ("student", student, e.steps, own),
         ):
             for n in steps:
                 rows.append(
-                    first_images(pipeline, **shown, steps=n, count=10, seed=self.config.seed, guidance_scale=guidance)
-                )
+                    first_images(
+                        pipeline, reference=e.reference, features=e.features, prompts=e.prompts, steps=n, count=10,
+                        seed=self.config.seed, guidance_scale=guidance,
+                    )
+                )  # fmt: skip
                 labels.append(f"{name} {n}")
         folder = Path(self.config.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,56 +1,25 @@
-"""What a role learns: its own tensors, their optimizer, and how its networks run."""
+"""Optimizers, and the learning-rate schedule of all trainings."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fewstep.config import OptimConfig, RunConfig
-from fewstep.teachers.denoiser import Denoiser, own_tensors
-
-
-@dataclass(frozen=True)
-class Own:
-    """The tensors of a network that are not another's: all of them, or its adapters and what else it learns."""
-
-    parameters: list[nn.Parameter]
-    buffers: list[Tensor]
-
-    @classmethod
-    def of(cls, net: nn.Module) -> "Own":
-        parts = own_tensors(net).values()
-        learnt = [part for part in parts if isinstance(part, nn.Parameter)]
-        return cls(learnt, [part for part in parts if not isinstance(part, nn.Parameter)])
-
-    def requires_grad_(self, on: bool) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(on)
-
-    @torch.no_grad()
-    def follow(self, leader: "Own", decay: float) -> None:
-        """Move to the leader, as its exponential moving average."""
-        followers: list[Tensor] = [*self.parameters]
-        torch._foreach_lerp_(followers, [*leader.parameters], 1 - decay)
-        for a, b in zip(self.buffers, leader.buffers, strict=True):
-            a.copy_(b)
+from fewstep.config import OptimConfig
 
 
-def set_up(net: nn.Module, config: RunConfig[Any], compiled: bool) -> None:
-    """Let the denoisers in `net` run as the config says: checkpointed; and compiled, if asked."""
-    for part in net.modules():
-        if isinstance(part, Denoiser):
-            own: Any = part.net
-            if config.memory.gradient_checkpointing:
-                own.enable_gradient_checkpointing()
-            if compiled:
-                part.compile_net()
+class _Settings(TypedDict):
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
 
 def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
-    """Raises ValueError where bitsandbytes is asked for and not installed."""
-    settings: Any = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+    """The optimizer that the settings name. Raises ValueError for bitsandbytes where it is not installed."""
+    settings: _Settings = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
     if o.optimizer == "adamw":
         # Fused: one pass over each tensor and no copies of them; on two CPU cores a fifth of the default's time.
         return torch.optim.AdamW(parameters, **settings, fused=True)
@@ -62,4 +31,27 @@ def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.o
         raise ValueError(
             "method.optim.optimizer: adamw8bit needs bitsandbytes, which is not installed: pip install 'fewstep[8bit]'"
         ) from None
-    return AdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
+    return optimizer
+
+
+def lr_factor(
+    update: int,
+    updates: int,
+    warmup: int,
+    decay: Literal["constant", "cosine"] = "cosine",
+    full_updates: int = 0,
+) -> float:
+    """The factor of the learning rate at an update: linear warm-up, then constant, or a cosine to 0.
+
+    Args:
+        update: 1 ... updates.
+        warmup: updates over which the factor rises; it is 1 at the last of them.
+        full_updates: updates after the warm-up in which the cosine is still at 1.
+    """
+    if update <= warmup:
+        return update / warmup
+    if decay == "constant":
+        return 1.0
+    progress = (update - full_updates - warmup) / max(1, updates - warmup)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

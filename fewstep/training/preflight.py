@@ -1,36 +1,39 @@
-"""What a run would else stumble over only after the training, or after the images are encoded: checked before."""
+"""Checks of a run that would otherwise fail only after training, or after images are encoded."""
 
 import difflib
 import tempfile
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fewstep.config import ReferenceConfig, RunConfig
+from fewstep.config import MethodConfig, ReferenceConfig, RunConfig
+from fewstep.errors import FewstepError, MissingError
 from fewstep.training import checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from diffusers import DiffusionPipeline
+
     from fewstep.methods.base import Method
 
 
-def check_surroundings(config: RunConfig[Any]) -> None:
-    """Raises ValueError or FileNotFoundError, naming the key, before any weight is loaded."""
+def check_config(config: RunConfig[MethodConfig]) -> None:
+    """Check what can be checked before any weight is loaded. Raises FewstepError, naming the key."""
     _check_folder(config.output_dir)
     checkpoints = config.output_dir / "checkpoints"
     if config.checkpoint.resume:
         checkpoint.find(checkpoints, config.checkpoint.resume)
     elif earlier := checkpoint.checkpoints(checkpoints):
         # Mixed with these, the new run's checkpoints would count as the oldest and be the first to be deleted.
-        raise ValueError(
-            f"output_dir: {config.output_dir} holds a run that reached iteration {earlier[-1].name}: go on with "
-            "checkpoint.resume=latest, or take another folder"
-        )
+        raise FewstepError(
+            "output_dir", f"{config.output_dir}, with a run that reached iteration {earlier[-1].name}",
+            "a folder without checkpoints", "Go on with checkpoint.resume=latest, or take another folder",
+        )  # fmt: skip
     if config.train.init_from is not None and not config.train.init_from.is_dir():
-        raise FileNotFoundError(
-            f"train.init_from: {config.train.init_from} is not a folder: run first what writes it, or start from the teacher "
-            "with train.init_from=null"
-        )
+        raise MissingError(
+            "train.init_from", f"{config.train.init_from}, which is not a folder", "a checkpoint or a pipeline",
+            "Run first what writes it, or start from the teacher with train.init_from=null",
+        )  # fmt: skip
     if config.log.tracker:
         _check_tracker(config.log.tracker)
     if config.score.every:
@@ -39,19 +42,26 @@ def check_surroundings(config: RunConfig[Any]) -> None:
         _check_reference("evaluate", config.evaluate)
 
 
-def check_steps(config: RunConfig[Any], method: "Method") -> None:
-    """Raises ValueError where a score is asked for at a step count that the student is not trained for."""
+def check_built(config: RunConfig[MethodConfig], method: "Method") -> None:
+    """Check the settings against the teacher and the method. Raises FewstepError, naming the key."""
+    _check_steps(config, method)
+    _check_guidance(config, method)
+    _check_conditions(config, method.teacher.pipeline)
+
+
+def _check_steps(config: RunConfig[MethodConfig], method: "Method") -> None:
+    """Raises FewstepError where a score is asked for at a step count that the student is not trained for."""
     allowed = method.allowed_steps()
     scored = (config.score.steps,) if config.score.every else ()
     evaluated = config.evaluate.steps if config.evaluate else ()
     for key, steps in (("score.steps", scored), ("evaluate.steps", evaluated)):
         if wrong := [n for n in steps if n not in allowed]:
-            raise ValueError(
-                f"{key}: found {', '.join(map(str, wrong))}; this student is trained for {', '.join(map(str, allowed))}"
+            raise FewstepError(
+                key, ", ".join(map(str, wrong)), f"some of {', '.join(map(str, allowed))}, which are trained"
             )
 
 
-def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
+def _check_conditions(config: RunConfig[MethodConfig], pipeline: "DiffusionPipeline") -> None:
     """Raises ValueError where a score has no prompts for a pipeline that wants them, or labels of no known number."""
     from fewstep.evaluate.generate import condition_kind, num_labels
     from fewstep.evaluate.references import protocol_of, resolve, subjects
@@ -66,7 +76,7 @@ def check_conditions(config: RunConfig[Any], pipeline: Any) -> None:
             raise ValueError(f"{key}.prompts: {e}") from None
 
 
-def check_guidance(config: RunConfig[Any], method: "Method") -> None:
+def _check_guidance(config: RunConfig[MethodConfig], method: "Method") -> None:
     """Raises ValueError for a teacher that would be drawn for pictures or scores under guidance that its pipeline does not have,
     and for adapters that would need a scale for each step."""
     from fewstep.evaluate.generate import check_guidance_scale
@@ -78,8 +88,11 @@ def check_guidance(config: RunConfig[Any], method: "Method") -> None:
         except ValueError as e:
             raise ValueError(f"evaluate.teacher_{e}; set evaluate.teacher_guidance_scale to 1") from None
     if isinstance(method.export_guidance_scale, Mapping) and config.train.lora is not None:
-        raise ValueError(
-            "method.export_guidance_scale: a file of adapters has no place for scales that differ between steps; give one number"
+        raise FewstepError(
+            "method.export_guidance_scale",
+            "a scale for each step",
+            "one number",
+            "A file of adapters has no place for more",
         )
 
 
@@ -89,7 +102,7 @@ def _check_folder(folder: "Path") -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise ValueError(f"output_dir: cannot write into {folder}: {e.strerror}") from None
+        raise FewstepError("output_dir", f"{folder}, and {e.strerror}", "a folder that can be written to") from None
 
 
 def _check_tracker(name: str) -> None:
@@ -97,11 +110,12 @@ def _check_tracker(name: str) -> None:
 
     if name not in LOGGER_TYPE_TO_CLASS:
         close = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
-        raise ValueError(f"log.tracker: accelerate knows no {name!r}; {hint}")
-    # accelerate itself goes on without a word.
+        known = f"{close[0]!r}, perhaps" if close else f"one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
+        raise FewstepError("log.tracker", f"{name!r}, unknown to accelerate", known)
+    # accelerate itself ignores it.
     if name not in [str(tracker) for tracker in get_available_trackers()]:
-        raise ValueError(f"log.tracker: {name} is not installed: pip install {name.replace('_', '-')}")
+        install = f"pip install {name.replace('_', '-')}"
+        raise FewstepError("log.tracker", f"{name}, which is not installed", "an installed tracker", install)
 
 
 def _check_reference(key: str, asked: ReferenceConfig) -> None:

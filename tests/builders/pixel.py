@@ -41,4 +41,4 @@ def missed(trainer: Trainer, name: str) -> float:
         x = noise
         for t in range(999, -1, -20):
             x = ode_step(teacher.schedule, teacher.denoiser(x, torch.full((64,), t), {}), torch.full((64,), t - 20))
-        return (trainer.raw[name](noise, torch.full((64,), 999), {}).x0 - x).square().mean().item()
+        return (trainer.roles[name].net(noise, torch.full((64,), 999), {}).x0 - x).square().mean().item()

@@ -477,8 +477,8 @@ def test_training_holds_the_networks_alone(
     start = parameter_bytes()
     data = {"source": "folder", "path": str(images), "cache": str(cache)}
     trainer = make(built("sd"), tmp_path, data=data, max_iterations=2, checkpoint={"every": 2})
-    nets = sum(size(net) for net in trainer.raw.values())
-    assert len(trainer.raw) == 4 and parameter_bytes() - start == nets
+    nets = sum(size(net) for net in trainer.networks().values())
+    assert len(trainer.roles) == 4 and parameter_bytes() - start == nets
     assert trainer.fit()
     assert parameter_bytes() - start == nets
 

@@ -262,9 +262,9 @@ def weights(output: Path, name: str) -> dict[str, Tensor]:
 def test_methods_train_and_resume(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """Two iterations; and the second alone, in a new Trainer from the first one's checkpoint, to the same bits."""
     whole = trainer_for(folders(family), tmp_path / "whole", method)
-    before = {k: v.clone() for k, v in whole.raw["student"].state_dict().items()}
+    before = {k: v.clone() for k, v in whole.roles["student"].net.state_dict().items()}
     assert whole.fit()
-    after = whole.raw["student"].state_dict()
+    after = whole.roles["student"].net.state_dict()
     assert all(torch.isfinite(v).all() for v in after.values() if v.is_floating_point())
     assert any(not torch.equal(before[k], v) for k, v in after.items())
     second = trainer_for(folders(family), tmp_path / "parts", method)
@@ -308,7 +308,7 @@ def test_stable_diffusion_3_5_exports(method: str, tmp_path: Path) -> None:
 
 def _train_and_export(trainer: Trainer, folder: Path) -> None:
     own, teacher = trainer.method, trainer.teacher
-    before = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
+    before = {k: v.clone() for k, v in trainer.roles["student"].net.state_dict().items()}
     assert trainer.fit()
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "warning" not in line]
@@ -318,7 +318,7 @@ def _train_and_export(trainer: Trainer, folder: Path) -> None:
         value for figure in figures if isinstance(figure, dict) for value in figure.values()
     ]  # such as BOOT's sub-steps
     assert all(math.isfinite(value) for value in figures + places if not isinstance(value, dict))
-    assert any(not torch.equal(before[k], v) for k, v in trainer.raw["student"].state_dict().items())
+    assert any(not torch.equal(before[k], v) for k, v in trainer.roles["student"].net.state_dict().items())
     path = export(
         teacher, trainer.exported_weights(), own.scheduler(), folder / "pipeline", allowed_steps=own.allowed_steps(),
         guidance_scale=own.export_guidance_scale, card={"method": own.name, "prompt": "a bag"},

@@ -30,6 +30,7 @@ from fewstep.methods.distribution_matching.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.denoiser import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
+from fewstep.training.offloading import Offloading
 from fewstep.training.optim import new_optimizer
 from fewstep.training.trainer import Trainer
 
@@ -121,9 +122,9 @@ def test_all_networks_share_one_base(folders: Callable[[str], Path], tmp_path: P
         return {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in parts}
 
     base = storages(trainer.teacher.denoiser)
-    learnt = {name: own_tensors(trainer.raw[name]) for name in ("student", "critic", "ema")}
+    learnt = {name: own_tensors(trainer.roles[name].net) for name in ("student", "critic", "ema")}
     expected = sum(v.numel() * 4 for own in learnt.values() for v in own.values())
-    assert sum(storages(*trainer.raw.values()).values()) == sum(base.values()) + expected
+    assert sum(storages(*trainer.networks().values()).values()) == sum(base.values()) + expected
     adapter = sum(v.numel() * 4 for v in learnt["student"].values())
     assert adapter == sum(v.numel() * 4 for v in learnt["ema"].values()) < sum(base.values()) / 4
     trainer.fit()
@@ -139,11 +140,11 @@ def test_all_networks_share_one_base(folders: Callable[[str], Path], tmp_path: P
 def test_methods_train_and_resume(family: str, method: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """Two iterations; and the second alone, in a new Trainer, to the same bits; the teacher stays as it was."""
     whole = make(folders(family), tmp_path / "whole", method)
-    before, start = tensors(whole.teacher.denoiser), tensors(whole.raw["student"])
+    before, start = tensors(whole.teacher.denoiser), tensors(whole.roles["student"].net)
     assert whole.fit()
     assert all(torch.equal(before[key], v) for key, v in whole.teacher.denoiser.state_dict().items())
-    moved = [key for key, v in whole.raw["student"].state_dict().items() if not torch.equal(v, start[key])]
-    assert moved and all(key in own_tensors(whole.raw["student"]) for key in moved)
+    moved = [key for key, v in whole.roles["student"].net.state_dict().items() if not torch.equal(v, start[key])]
+    assert moved and all(key in own_tensors(whole.roles["student"].net) for key in moved)
     second = make(folders(family), tmp_path / "parts", method)
     second.resume(str(tmp_path / "whole" / "checkpoints" / "1"))
     assert second.fit()
@@ -178,7 +179,7 @@ def test_adapters_start_from_those_of_an_earlier_run(folders: Callable[[str], Pa
     second = make(folders("sd"), tmp_path / "second", "dmd2", train={"init_from": str(checkpoint)})
     for name, role in (("student", "student"), ("critic", "critic")):
         saved = load_file(checkpoint / f"{name}.safetensors")
-        assert all(torch.equal(saved[key], v) for key, v in own_tensors(second.raw[role]).items())
+        assert all(torch.equal(saved[key], v) for key, v in own_tensors(second.roles[role].net).items())
 
 
 @pytest.mark.slow
@@ -480,9 +481,9 @@ def test_half_base_is_shared_and_adapters_learn_in_float32(folders: Callable[[st
         train={"mixed_precision": "bf16", "student": {"kind": "lora", "rank": 4, "base_dtype": "bf16"}},
     )
     assert trainer.teacher.denoiser.net.dtype == torch.bfloat16
-    assert {v.dtype for v in own_tensors(trainer.raw["student"]).values()} == {torch.float32}
+    assert {v.dtype for v in own_tensors(trainer.roles["student"].net).values()} == {torch.float32}
     assert trainer.fit()
-    pipeline: Any = trainer._pipeline()
+    pipeline: Any = trainer.validation.pipeline()
     assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
     AcceleratorState._reset_state()
 
@@ -492,9 +493,10 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
     found = {}
     for name, offload, leave in (("off", False, False), ("on", True, False), ("left", True, True)):
         trainer = make(folders("sd"), tmp_path / name, "dmd2", memory={"offload": offload})
-        assert not trainer.offloads
+        assert not trainer.offloading.parts
         if leave:
-            trainer.offloads, trainer.teacher.placement.reload = True, None
+            trainer.offloading = Offloading(trainer.teacher, parts=True)
+            trainer.teacher.placement.reload = None
         assert trainer.fit()
         assert set(trainer.teacher.placement.away) == ({"text_encoder", "vae"} if leave else set())
         found[name] = load_file(tmp_path / name / "checkpoints" / "2" / "student.safetensors")
@@ -517,13 +519,13 @@ def test_a_teacher_in_main_memory_changes_nothing(
             train={"student": {"kind": "full"}},
             memory={"offload_teacher": leave},
         )
-        assert not trainer.lends and not trainer.teacher.placement.offloaded
+        assert not trainer.offloading.network and not trainer.teacher.placement.offloaded
         if leave:
             trainer.teacher.placement.offload()
         assert trainer.fit()
-        assert {p.device.type for p in trainer.raw["teacher"].parameters()} == ({"meta"} if leave else {"cpu"})
+        assert {p.device.type for p in trainer.roles["teacher"].net.parameters()} == ({"meta"} if leave else {"cpu"})
         assert "meta" not in {
-            p.device.type for role in ("student", "critic", "ema") for p in trainer.raw[role].parameters()
+            p.device.type for role in ("student", "critic", "ema") for p in trainer.roles[role].net.parameters()
         }
         found[name] = load_file(tmp_path / name / "checkpoints" / "2" / "student.safetensors")
     assert not [key for key, value in found["stays"].items() if not torch.equal(value, found["leaves"][key])]
@@ -547,9 +549,9 @@ def test_eight_bit_optimizer_trains_and_resumes_exactly(folders: Callable[[str],
         return Trainer(config, kind(config.method, made.teacher), made.teacher, made.batches.stream.source)
 
     whole = run("whole", 2)
-    before = tensors(whole.raw["student"])
+    before = tensors(whole.roles["student"].net)
     assert whole.fit()
-    assert any(not torch.equal(before[key], v) for key, v in whole.raw["student"].state_dict().items())
+    assert any(not torch.equal(before[key], v) for key, v in whole.roles["student"].net.state_dict().items())
     assert run("parts", 1).fit()
     second = run("parts", 2)
     second.resume("latest")
@@ -598,9 +600,9 @@ def test_compiled_runs_train_resume_and_export(
         "memory": {"gradient_checkpointing": again},
     }
     whole = make(folders(family), tmp_path / "whole", "boot", **changes)
-    before = tensors(whole.raw["student"])
+    before = tensors(whole.roles["student"].net)
     assert whole.fit()
-    assert any(not torch.equal(before[key], v) for key, v in whole.raw["student"].state_dict().items())
+    assert any(not torch.equal(before[key], v) for key, v in whole.roles["student"].net.state_dict().items())
     second = make(folders(family), tmp_path / "parts", "boot", **changes)
     second.resume(str(tmp_path / "whole" / "checkpoints" / "1"))
     assert second.fit()
@@ -610,7 +612,7 @@ def test_compiled_runs_train_resume_and_export(
         one, two = (
             load_file(tmp_path / part / "checkpoints" / "2" / f"{name}.safetensors") for part in ("whole", "parts")
         )
-        assert one.keys() == two.keys() == own_tensors(plain.raw[name]).keys()
+        assert one.keys() == two.keys() == own_tensors(plain.roles[name].net).keys()
         assert not [k for k in one if not torch.equal(one[k], two[k])]
     teacher, own = second.teacher, second.method
     common: dict[str, Any] = {"allowed_steps": own.allowed_steps(), "card": {"method": own.name, "prompt": "a bag"}}

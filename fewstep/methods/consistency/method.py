@@ -48,7 +48,6 @@ from fewstep.methods.distribution_matching.diagnostics import accuracies
 from fewstep.methods.dropout import random_state, replayed, set_dropout
 from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories as Stored
-from fewstep.methods.trajectories import stand_in
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
 
@@ -181,10 +180,6 @@ class Consistency(Method):
                 raise ValueError(f"method.reward: {error}") from None
         if self.stored_settings is not None:
             self.stored = at.trajectories(self.teacher, "trajectories", self.stored_settings)
-
-    def rehearse(self) -> None:
-        if self.config.stored is not None:
-            self.stored = stand_in(self.teacher, len(self.stages[0].grid.t))
 
     def state(self) -> dict[str, Tensor]:
         return self.trajectories.state()

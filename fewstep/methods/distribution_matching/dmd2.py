@@ -39,7 +39,7 @@ from fewstep.methods.discriminator import Noised, features, named_layers, new_cr
 from fewstep.methods.distribution_matching.config import DMD2Config, Range
 from fewstep.methods.distribution_matching.diagnostics import accuracies, alarms, prompt_distances, sample_figures
 from fewstep.methods.perceptual import load_lpips
-from fewstep.methods.trajectories import Trajectories, TrajectorySettings, stand_in
+from fewstep.methods.trajectories import Trajectories, TrajectorySettings
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike
 
@@ -115,10 +115,6 @@ class DMD2(Method):
         times = trailing_timesteps(c.solver_steps, self.teacher.num_train_timesteps)
         settings = TrajectorySettings(c.count, c.batch_size, times, times[:1], "ddim", (scale, scale))
         self.pairs = at.trajectories(self.teacher, "pairs", settings)
-
-    def rehearse(self) -> None:
-        if self.config.pairs is not None:
-            self.pairs = stand_in(self.teacher, 1)
 
     # The student's turn -----------------------------------------------------------------------------------------------
 

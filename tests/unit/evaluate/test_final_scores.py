@@ -28,7 +28,7 @@ def test_a_run_is_scored_by_a_reference_features_and_prompts_of_its_own(tiny_sd:
         "train": {"cpu_threads": 1}, "score": {"every": 1, "num_images": 3, "steps": 1, **reference},
         "evaluate": {"steps": [1], "teacher_steps": [2], "num_images": 3, "batch_size": 2, **reference},
     }  # fmt: skip
-    run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))
+    run(RunConfig[ConsistencyConfig].model_validate(values), Consistency)
     report = json.loads((folder / "evaluation.json").read_text())
     settings = report["protocol"]
     assert settings["reference"] == str(statistics) and settings["reference_images"] == len(images)

@@ -51,7 +51,7 @@ def _config(teacher: Path, folder: Path, earlier: Path, **changes: Any) -> RunCo
 def test_a_run_takes_the_teachers_scores_and_measures_the_others_and_the_time(
     tiny_sd: Path, tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(Consistency, _config(tiny_sd, tmp_path / "run", report, train={"student": {"kind": "lora"}}))
+    run(_config(tiny_sd, tmp_path / "run", report, train={"student": {"kind": "lora"}}), Consistency)
     shown = capsys.readouterr().out
     assert (
         shown.count(f"teacher's scores: {report} has them at 2, 1 steps") == 2
@@ -100,8 +100,8 @@ def test_what_is_no_report_is_told_before_the_training(content: str | None, tiny
     if content is not None:
         file.write_text(content)
     said = "cannot be read: No such file" if content is None else "is no report of scores"
-    with pytest.raises(SystemExit, match=rf"evaluate\.teacher_from: {file} {said}"):
-        run(Consistency, _config(tiny_sd, tmp_path / "run", file))
+    with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: {file} {said}"):
+        run(_config(tiny_sd, tmp_path / "run", file), Consistency)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -359,7 +359,7 @@ def test_adapters_without_an_average_for_targets(tiny_sd: Any, tmp_path: Path) -
     """The target's adapters are the average of the student's; the weights under both are the teacher's, once in memory."""
     method = {"optim": {"lr": 1e-3}, "target_decay": 0.75}
     trainer = trainer_for(run_values(tiny_sd, tmp_path, train={"student": {"kind": "lora", "rank": 2}}, method=method))
-    student, target = trainer.own["student"].parameters, trainer.own["target"].parameters
+    student, target = trainer.roles["student"].tensors.parameters, trainer.roles["target"].tensors.parameters
     before = [p.detach().clone() for p in target]
     trainer.fit()
     assert any(not torch.equal(p, q) for p, q in zip(student, before, strict=True))
@@ -367,8 +367,9 @@ def test_adapters_without_an_average_for_targets(tiny_sd: Any, tmp_path: Path) -
         torch.testing.assert_close(average, 0.75 * first + 0.25 * last, rtol=1e-5, atol=1e-7)
     base = {id(p) for p in trainer.teacher.denoiser.net.parameters()}
     for name in ("student", "target"):
-        assert {id(p) for p in trainer.raw[name].parameters()} - {id(p) for p in trainer.own[name].parameters} == base
-    assert not trainer.raw["target"].training and not trainer.raw["teacher"].training
+        role = trainer.roles[name]
+        assert {id(p) for p in role.net.parameters()} - {id(p) for p in role.tensors.parameters} == base
+    assert not trainer.roles["target"].net.training and not trainer.roles["teacher"].net.training
 
 
 @pytest.mark.parametrize("whose", ["teacher", "adapters"])

@@ -258,7 +258,7 @@ def test_runs_without_images_and_resumes_within_a_stage(tiny_sd, tmp_path):
     prompts.write_text("a coat\na bag\na shirt\na boot\na dress\na hat\n")
     whole = trainer_for(run_config(tiny_sd, tmp_path / "whole", prompts))
     rates: list[float] = []
-    optimizer = whole.optimizers["student"]
+    optimizer = whole.roles["student"].optimizer
     whole.method.warnings = lambda figures: rates.append(optimizer.param_groups[0]["lr"]) or []  # type: ignore[method-assign]
     assert whole.fit()
     (step,) = whole.method.steps()

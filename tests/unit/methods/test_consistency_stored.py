@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from builders import changed
 from builders.consistency import OPTIM, batch_for, config, nets_for
+from builders.preparation import placeholder_preparation
 from fewstep.config import DataConfig, OptimConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.methods.base import Preparation
@@ -179,7 +180,7 @@ def test_a_plan_needs_no_trajectories(tiny_sd):
     method = Consistency(config(**STORED), load_teacher(str(tiny_sd)))
     with pytest.raises(ValueError, match="call prepare first"):
         method.loss(nets_for(method), batch_for(method.teacher))
-    method.rehearse()
+    method.prepare(placeholder_preparation())
     assert method.loss(nets_for(method), batch_for(method.teacher)).losses["consistency"].isfinite()
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from builders import ROOT
 from builders.dmd2 import GAN, Recorder, config, make
 from builders.families import build_edm
+from builders.preparation import placeholder_preparation
 from fewstep.diffusion.losses import (
     descend,
     discriminator_loss,
@@ -468,17 +469,19 @@ def test_a_turn_touches_its_own_network_only(tiny_sd, tmp_path):
     student, critic = trainer.method.steps()
     assert (student.role, student.every, critic.role, critic.every) == ("student", 5, "critic", 1)
     turn = [trainer.batches.draw(trainer.iteration, 0)], [{}]
-    before = {name: snapshot(net) for name, net in trainer.raw.items()}
+    before = {name: snapshot(net) for name, net in trainer.networks().items()}
     trainer.update(student, *turn)
-    assert same(trainer.raw["teacher"], before["teacher"]) and same(trainer.raw["critic"], before["critic"])
-    assert not same(trainer.raw["student"], before["student"])
-    assert all(p.grad is None for p in trainer.raw["critic"].parameters())
-    before = {name: snapshot(net) for name, net in trainer.raw.items()}
+    assert same(trainer.roles["teacher"].net, before["teacher"]) and same(trainer.roles["critic"].net, before["critic"])
+    assert not same(trainer.roles["student"].net, before["student"])
+    assert all(p.grad is None for p in trainer.roles["critic"].net.parameters())
+    before = {name: snapshot(net) for name, net in trainer.networks().items()}
     trainer.update(critic, *turn)
-    assert same(trainer.raw["teacher"], before["teacher"]) and same(trainer.raw["student"], before["student"])
-    after = trainer.raw["critic"].state_dict()
+    assert same(trainer.roles["teacher"].net, before["teacher"]) and same(
+        trainer.roles["student"].net, before["student"]
+    )
+    after = trainer.roles["critic"].net.state_dict()
     assert all(not torch.equal(after[k], v) for k, v in before["critic"].items())
-    assert not any(p.requires_grad for p in trainer.raw["teacher"].parameters())
+    assert not any(p.requires_grad for p in trainer.roles["teacher"].net.parameters())
 
 
 def test_the_critic_learns_on_the_students_sample(teacher):
@@ -558,7 +561,7 @@ def test_shared_noise_gives_the_same_terms(teacher):
 
 def test_regression_alone_has_no_critic(teacher):
     method = DMD2(config(dm_weight=0.0, steps=1, regression_weight=1.0, pairs={"count": 4}), teacher)
-    method.rehearse()
+    method.prepare(placeholder_preparation())
     nets, batch = {name: role.net for name, role in method.roles().items()}, batch_for(teacher)
     assert set(nets) == {"teacher", "student"} and [step.role for step in method.steps()] == ["student"]
     student = Recorder(nets["student"])
@@ -569,10 +572,10 @@ def test_updates_cadence_and_resume_in_the_middle_of_it(tiny_sd, tmp_path):
     method = {"guidance_scale": 2.0, "student_update_every": 4, **GAN}
     trainer = make(tiny_sd, tmp_path / "whole", method)
     assert trainer.fit()
-    assert trainer.updates == {"student": 2, "critic": 6}
+    assert {name: trainer.roles[name].updates for name in ("student", "critic")} == {"student": 2, "critic": 6}
     again = make(tiny_sd, tmp_path / "again", method)
     again.resume(str(tmp_path / "whole" / "checkpoints" / "3"))
-    assert again.fit() and again.updates == trainer.updates
+    assert again.fit() and all(role.updates == trainer.roles[name].updates for name, role in again.roles.items())
     for name in ("student", "critic", "ema", "student_optimizer", "critic_optimizer"):
         a, b = (load_file(tmp_path / run / "checkpoints" / "6" / f"{name}.safetensors") for run in ("whole", "again"))
         assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items()), name
@@ -615,12 +618,13 @@ def recorded(student, batch, stop=None, noise=None):
     return x
 trainer.method.sample = recorded
 trainer.fit()
-weights = [float(sum(p.double().sum() for p in trainer.raw[name].parameters())) for name in ("student", "critic")]
+weights = [float(sum(p.double().sum() for p in trainer.roles[name].net.parameters())) for name in ("student", "critic")]
 found = {{"stops": stops, "weights": weights, "noise": torch.rand(()).item()}}
 again = make({teacher!r}, {folder!r} + "/again", *settings, max_iterations=4)
 again.resume({folder!r} + "/checkpoints/3")  # amid the cadence
 assert again.iteration == 3 and again.fit()
-pairs = [(p, q) for r in ("student", "critic", "ema") for p, q in zip(trainer.raw[r].parameters(), again.raw[r].parameters())]
+nets = [(trainer.roles[r].net, again.roles[r].net) for r in ("student", "critic", "ema")]
+pairs = [(p, q) for a, b in nets for p, q in zip(a.parameters(), b.parameters())]
 found["resumed"] = all(torch.equal(p, q) for p, q in pairs)
 open({folder!r} + f"/{{trainer.accelerator.process_index}}.json", "w").write(json.dumps(found))
 """
@@ -771,6 +775,6 @@ def test_a_second_stage_starts_from_the_first_with_a_fresh_head(tiny_sd, tmp_pat
     second = make(tiny_sd, tmp_path / "second", GAN, train={"init_from": str(tmp_path / "first" / "checkpoints" / "1")})
     for role in ("student", "critic"):
         earlier = load_file(tmp_path / "first" / "checkpoints" / "1" / f"{role}.safetensors")
-        own = second.raw[role].state_dict()
+        own = second.roles[role].net.state_dict()
         assert all(torch.equal(own[key], value) for key, value in earlier.items())
         assert any(key.startswith("heads") for key in own) == (role == "critic")

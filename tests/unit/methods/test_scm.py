@@ -353,7 +353,7 @@ def test_derivative_is_in_float32_whatever_the_precision_of_the_run(tiny_sd, tmp
     teacher = load_teacher(str(tiny_sd))
     trainer = Trainer(config, Scm(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
     half: list[bool] = []
-    net = trainer.raw["student"].get_submodule("net")
+    net = trainer.roles["student"].net.get_submodule("net")
     net.register_forward_pre_hook(lambda *_: half.append(torch.is_autocast_enabled("cpu")))
     assert trainer.fit()
     assert half == [False, True]

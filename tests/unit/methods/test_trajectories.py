@@ -153,11 +153,11 @@ def test_regression_and_teacher_samples_as_real_without_images(tiny_sd, tmp_path
     # What is descended is the distance between the student's sample and the teacher's from one noise.
     batch = trainer.batches.draw(trainer.iteration, 0)
     torch.manual_seed(5)
-    found = trainer.method.regression(trainer.raw, batch)
+    found = trainer.method.regression(trainer.networks(), batch)
     torch.manual_seed(5)
     index, cond = trainer.method.pairs.pick(2, trainer.teacher)
     noise, x0 = trainer.method.pairs.x[index].unbind(1)
-    sample = trainer.raw["student"](noise, torch.tensor([999, 999]), cond).x0
+    sample = trainer.roles["student"].net(noise, torch.tensor([999, 999]), cond).x0
     assert found.item() == pytest.approx(torch.nn.functional.huber_loss(sample, x0).item(), rel=1e-6)
 
 

@@ -11,7 +11,9 @@ import yaml
 from torch import nn
 
 from builders import ROOT
-from fewstep.plan.fake_tensors import EightBitStates, Meter, Untroubled, convertible, cuda_types, held, without_values
+from fewstep.plan.eight_bit import EightBitStates
+from fewstep.plan.fake_tensors import fake_tensor_fixes, without_values
+from fewstep.plan.meter import Meter, bytes_of
 from fewstep.plan.weightless import unweighted_teacher
 
 PUBLISHED = ROOT / "tests" / "published"
@@ -62,8 +64,8 @@ def test_meter_knows_what_is_alive_and_what_a_linear_layer_computes():
 def test_shared_storages_count_once():
     weight = torch.zeros(10, 10)
     counted = set()
-    assert held(iter([weight, weight.T, weight[0]]), counted) == 400
-    assert held(iter([weight]), counted) == 0
+    assert bytes_of(iter([weight, weight.T, weight[0]]), counted) == 400
+    assert bytes_of(iter([weight]), counted) == 0
 
 
 def test_eight_bit_states_are_those_of_bitsandbytes():
@@ -86,7 +88,7 @@ def test_eight_bit_states_are_those_of_bitsandbytes():
 
 def test_types_are_those_of_autocast_on_cuda():
     x = torch.zeros(2, 8, 4, 4)
-    with cuda_types(), torch.autocast("cpu", torch.bfloat16):
+    with fake_tensor_fixes(cuda=True), torch.autocast("cpu", torch.bfloat16):
         product = nn.Conv2d(8, 8, 1)(x)
         assert product.dtype == torch.bfloat16
         assert nn.GroupNorm(2, 8)(product).dtype == torch.float32
@@ -98,7 +100,7 @@ def test_types_are_those_of_autocast_on_cuda():
 def test_weights_without_values_change_type_and_are_copied():
     import copy
 
-    with without_values(), Untroubled(), convertible():
+    with without_values(), fake_tensor_fixes():
         layer = nn.Linear(4, 4)
         layer.table = torch.arange(3)
         copied = copy.deepcopy(layer).to(torch.bfloat16)

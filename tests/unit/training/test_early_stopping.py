@@ -12,13 +12,13 @@ from fewstep.config import ScoreConfig
 from fewstep.methods.consistency.config import StageConfig
 from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
-from fewstep.training.early_stopping import Patience
+from fewstep.training.early_stopping import EarlyStopping
 
 
 def ends_at(patience, scores):
     """The place of the score after which it is over; None = it never is."""
     for i, score in enumerate(scores, 1):
-        patience.see(score, 10 * i)
+        patience.add(score, 10 * i)
         if patience.over:
             return i
     return None
@@ -36,19 +36,19 @@ def ends_at(patience, scores):
     ],
 )
 def test_scores_in_a_row(scores, end):
-    assert ends_at(Patience(2), scores) == end
-    assert ends_at(Patience(None), scores) is None
+    assert ends_at(EarlyStopping(2), scores) == end
+    assert ends_at(EarlyStopping(None), scores) is None
 
 
 def test_the_last_stage_is_measured_by_itself():
     """Scores of earlier stages, up to the last one's first iteration, neither end the run nor have to be reached again."""
-    assert ends_at(Patience(2), [1, 9, 8, 7, 6]) == 3
-    assert ends_at(Patience(2, start=20), [1, 9, 8, 7, 6]) is None
-    assert ends_at(Patience(2, start=20), [1, 2, 3, 4, 5]) == 5
+    assert ends_at(EarlyStopping(2), [1, 9, 8, 7, 6]) == 3
+    assert ends_at(EarlyStopping(2, start=20), [1, 9, 8, 7, 6]) is None
+    assert ends_at(EarlyStopping(2, start=20), [1, 2, 3, 4, 5]) == 5
 
 
 def test_goes_on_from_its_state():
-    first, rest = Patience(2), Patience(2)
+    first, rest = EarlyStopping(2), EarlyStopping(2)
     assert ends_at(first, [5, 6]) is None
     rest.load_state(first.state())
     assert rest == first and ends_at(rest, [7]) == 1
@@ -68,7 +68,7 @@ def test_goes_on_from_its_state():
     ],
 )
 def test_the_best_is_of_the_last_stage(held, score, iteration, beats):
-    assert Patience(None, start=20).beats(score, iteration, held) is beats
+    assert EarlyStopping(None, start=20).improves(score, iteration, held) is beats
 
 
 def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, tmp_path, monkeypatch):
@@ -84,7 +84,7 @@ def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, t
     def scripted(*_):
         return {"fid": fids[running[-1].iteration], "clip_score": None, "images": 8}
 
-    monkeypatch.setattr("fewstep.training.trainer.small_scores", scripted)
+    monkeypatch.setattr("fewstep.training.validation.small_scores", scripted)
 
     def trained(folder, until, resume=None):
         running.append(make(tiny_sd, folder, max_iterations=until, **changes))
@@ -97,15 +97,15 @@ def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, t
         return {key: value.clone() for key, value in trainer.exported_weights().state_dict().items()}
 
     stopped = trained(tmp_path / "stopped", 2)  # only the first stage was scored
-    assert stopped.best == {"fid": 2.0, "iteration": 2}
+    assert stopped.progress.best == {"fid": 2.0, "iteration": 2}
     assert_equal(exported(stopped), load_file(tmp_path / "stopped" / "checkpoints" / "2" / "ema.safetensors"))
     whole = trained(tmp_path / "whole", 6)
-    assert whole.best == {"fid": 7.0, "iteration": 4}
+    assert whole.progress.best == {"fid": 7.0, "iteration": 4}
     best = exported(whole)
     assert_equal(best, load_file(tmp_path / "whole" / "checkpoints" / "4" / "ema.safetensors"))
     for start in ("2", "3"):
         again = trained(tmp_path / "whole", 6, start)
-        assert again.best == whole.best
+        assert again.progress.best == whole.progress.best
         assert_equal(exported(again), best)
 
 

@@ -8,6 +8,7 @@ import pytest
 from builders import changed
 from builders.families import build_dit
 from fewstep.config import RunConfig
+from fewstep.errors import FewstepError
 from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency
 from fewstep.training.run import run
@@ -19,8 +20,8 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
         "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
         "train": {"cpu_threads": 1},
     }  # fmt: skip
-    with pytest.raises(SystemExit) as e:
-        run(Consistency, RunConfig[ConsistencyConfig].model_validate(changed(values, changes)))
+    with pytest.raises((ValueError, OSError)) as e:
+        run(RunConfig[ConsistencyConfig].model_validate(changed(values, changes)), Consistency)
     assert not (folder / "run" / "config.yaml").exists(), "the run has begun"
     return str(e.value)
 
@@ -29,18 +30,21 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
     ("changes", "expected"),
     [
         ({"teacher": "./nowhere"}, "no teacher './nowhere'"),
-        ({"checkpoint": {"resume": "latest"}}, "checkpoint.resume: latest: no checkpoint in "),
-        ({"checkpoint": {"resume": "x"}}, "checkpoint.resume: x is not a checkpoint"),
+        ({"checkpoint": {"resume": "latest"}}, "checkpoint.resume: found latest, and no checkpoint in "),
+        (
+            {"checkpoint": {"resume": "x"}},
+            "checkpoint.resume: found x, which has no state.json; expected a checkpoint's folder",
+        ),
         (
             {"train": {"init_from": "x"}},
-            "train.init_from: x is not a folder: run first what writes it, or start from the teacher",
+            "train.init_from: found x, which is not a folder; expected a checkpoint or a pipeline. Run first what ",
         ),
-        ({"log": {"tracker": "wandbb"}}, "log.tracker: accelerate knows no 'wandbb'; did you mean 'wandb'?"),
-        ({"log": {"tracker": "xyz"}}, "log.tracker: accelerate knows no 'xyz'; allowed: aim, "),
+        ({"log": {"tracker": "wandbb"}}, "log.tracker: found 'wandbb', unknown to accelerate; expected 'wandb'"),
+        ({"log": {"tracker": "xyz"}}, "log.tracker: found 'xyz', unknown to accelerate; expected one of aim, "),
         ({"evaluate": {"reference": "coco"}}, "evaluate.reference: reference 'coco' is neither bundled"),
-        ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; this student is trained for 1, 2, 3, "),
+        ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; expected some of 1, 2, 3, "),
         ({"score": {"every": 1, "reference": "coco"}}, "score.reference: reference 'coco' is neither bundled"),
-        ({"score": {"every": 1, "steps": 9}}, "score.steps: found 9; this student is trained for 1, 2, 3, "),
+        ({"score": {"every": 1, "steps": 9}}, "score.steps: found 9; expected some of 1, 2, 3, "),
         ({"evaluate": {"reference": "."}}, "evaluate.reference: reference '.' needs features"),
         (
             {"evaluate": {"reference": ".", "features": "fashion"}},
@@ -74,14 +78,14 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
 def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
     method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 2, "export_guidance_scale": [4.0, 5.0]}
     text = message(tiny_sd, tmp_path, method=method, train={"student": {"kind": "lora"}})
-    assert text.startswith("method.export_guidance_scale: a file of adapters has no place for scales that differ")
+    assert text.startswith("method.export_guidance_scale: found a scale for each step; expected one number")
 
 
 def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         text = message(tiny_sd, tmp_path, output_dir=str(folder))
-        assert text.startswith(f"output_dir: cannot write into {folder}: ") and "\n" not in text
+        assert text.startswith(f"output_dir: found {folder}, and ") and "\n" not in text
 
 
 def test_the_folder_of_an_earlier_run(tiny_sd: Path, tmp_path: Path) -> None:
@@ -90,15 +94,16 @@ def test_the_folder_of_an_earlier_run(tiny_sd: Path, tmp_path: Path) -> None:
     (earlier / "state.json").write_text("{}")
     text = message(tiny_sd, tmp_path)
     assert text.startswith(
-        f"output_dir: {tmp_path / 'run'} holds a run that reached iteration 500: go on with checkpoint.resume="
+        f"output_dir: found {tmp_path / 'run'}, with a run that reached iteration 500; expected a folder"
     )
+    assert "checkpoint.resume=latest" in text
 
 
 def test_tracker_that_is_not_installed(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [])
     assert (
         message(tiny_sd, tmp_path, log={"tracker": "comet_ml"})
-        == "log.tracker: comet_ml is not installed: pip install comet-ml"
+        == "log.tracker: found comet_ml, which is not installed; expected an installed tracker. pip install comet-ml"
     )
 
 
@@ -109,5 +114,7 @@ def test_numbers_that_run_away_are_one_sentence(tiny_sd: Path, tmp_path: Path) -
         "method": {"optim": optim}, "max_iterations": 50, "batch_size": 2,
         "train": {"cpu_threads": 1, "max_nonfinite": 2},
     }  # fmt: skip
-    with pytest.raises(SystemExit, match=r"^3 updates in a row were not finite .* lower method\.optim\.lr"):
-        run(Consistency, RunConfig[ConsistencyConfig].model_validate(values))
+    with pytest.raises(
+        FewstepError, match=r"^train.max_nonfinite: found 3 updates in a row .* Lower method\.optim\.lr"
+    ):
+        run(RunConfig[ConsistencyConfig].model_validate(values), Consistency)

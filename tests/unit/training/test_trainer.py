@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from builders import ROOT
 from builders.trainer import assert_equal, environment, make, weights
 from fewstep import io
-from fewstep.config import CheckpointConfig, OptimConfig
+from fewstep.config import CheckpointConfig
+from fewstep.methods.base import StepOutput
 from fewstep.methods.consistency.method import Consistency
 from fewstep.training import checkpoint as ckpt
-from fewstep.training.trainer import NonFiniteError, lr_factor
+from fewstep.training.optim import lr_factor
+from fewstep.training.updates import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +30,16 @@ def teacher_path(tiny_sd_path):
 def whole_run(teacher_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     trainer = make(teacher_path, folder)
-    before = {k: v.clone() for k, v in trainer.raw["teacher"].state_dict().items()}
-    start = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
+    before = {k: v.clone() for k, v in trainer.roles["teacher"].net.state_dict().items()}
+    start = {k: v.clone() for k, v in trainer.roles["student"].net.state_dict().items()}
     assert trainer.fit()
     return folder, trainer, before, start
 
 
 def test_learnt_roles_change_and_frozen_ones_do_not(whole_run):
     _, trainer, before, start = whole_run
-    assert_equal(trainer.raw["teacher"].state_dict(), before)
-    now = trainer.raw["student"].state_dict()
+    assert_equal(trainer.roles["teacher"].net.state_dict(), before)
+    now = trainer.roles["student"].net.state_dict()
     assert all(not torch.equal(now[k], v) for k, v in start.items())
 
 
@@ -91,9 +93,9 @@ class Recorder:
         step = Consistency.steps(trainer.method)[0]
         self.inner = loss
 
-    def loss(self, nets, batch):
+    def loss(self, nets, batch, carry):
         self.seen.append(batch.cond["encoder_hidden_states"])
-        return self.inner(nets, batch, *fixed_for(batch))
+        return self.inner(nets, batch, carry, **fixed_for(batch))
 
 
 def fixed_for(batch):
@@ -101,7 +103,7 @@ def fixed_for(batch):
     code = batch.x0.flatten(1).sum(1)
     index = (code.abs() * 1000).long() % 40
     noise = torch.sin(batch.x0 * 50) * 1.4
-    return index, noise, 1 + (code.abs() % 2)
+    return {"index": index, "noise": noise, "guidance_scale": 1 + (code.abs() % 2)}
 
 
 def test_one_batch_of_eight_equals_eight_of_one(teacher_path, tmp_path):
@@ -132,25 +134,25 @@ def test_non_finite_updates_are_skipped_then_end_the_run(teacher_path, tmp_path)
     trainer = make(teacher_path, tmp_path, train={"max_nonfinite": 2}, max_iterations=20, checkpoint={"every": 1})
     trainer.config = trainer.config.model_copy(update={"max_iterations": 1})
     trainer.fit()
-    before = {k: v.clone() for k, v in trainer.raw["student"].state_dict().items()}
+    before = {k: v.clone() for k, v in trainer.roles["student"].net.state_dict().items()}
     trainer.config = trainer.config.model_copy(
         update={"max_iterations": 20, "checkpoint": CheckpointConfig(every=1000)}
     )
     loss = trainer.method.loss
     trainer.method.steps = lambda: (type(Consistency.steps(trainer.method)[0])("student", broken),)
 
-    def broken(nets, batch):
-        return {"consistency": loss(nets, batch)["consistency"] * float("nan")}
+    def broken(nets, batch, carry):
+        return StepOutput({"consistency": loss(nets, batch).losses["consistency"] * float("nan")})
 
     with pytest.raises(NonFiniteError, match=r"3 updates in a row.*checkpoints/1"):
         trainer.fit()
-    assert_equal(trainer.raw["student"].state_dict(), before)
+    assert_equal(trainer.roles["student"].net.state_dict(), before)
 
 
 def test_source_without_images_is_refused(teacher_path, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a coat\n")
-    with pytest.raises(ValueError, match=r"data\.source: prompts gives no images"):
+    with pytest.raises(ValueError, match=r"data\.source: found prompts, which has no images"):
         make(teacher_path, tmp_path / "run", data={"source": "prompts", "path": str(prompts)})
 
 
@@ -175,7 +177,7 @@ def test_start_from_an_earlier_run(whole_run, teacher_path, tmp_path):
     trainer = make(teacher_path, tmp_path, train={"init_from": str(folder / "checkpoints" / "6")})
     earlier = load_file(folder / "checkpoints" / "6" / "student.safetensors")
     for role in ("student", "target", "ema"):
-        assert_equal(trainer.raw[role].state_dict(), earlier)
+        assert_equal(trainer.roles[role].net.state_dict(), earlier)
     assert trainer.iteration == 0
     with pytest.raises(FileNotFoundError, match=r"train.init_from: .*nowhere holds none of student\.safetensors"):
         make(teacher_path, tmp_path, train={"init_from": str(tmp_path / "nowhere")})
@@ -192,9 +194,11 @@ def test_resume_without_a_checkpoint_says_so(teacher_path, tmp_path):
 
 
 def test_learning_rate_schedule():
-    o = OptimConfig(lr=1.0, warmup_iterations=10, decay="cosine")
-    assert lr_factor(o, 1, 110) == pytest.approx(0.1) and lr_factor(o, 10, 110) == 1
-    assert lr_factor(o, 60, 110) == pytest.approx(0.5) and lr_factor(o, 110, 110) == pytest.approx(0, abs=1e-12)
+    assert lr_factor(1, 110, 10) == pytest.approx(0.1) and lr_factor(10, 110, 10) == 1
+    assert lr_factor(60, 110, 10) == pytest.approx(0.5) and lr_factor(110, 110, 10) == pytest.approx(0, abs=1e-12)
+    assert lr_factor(60, 110, 10, "constant") == 1
+    # As teachers are trained: one update more at the top.
+    assert lr_factor(11, 110, 10, full_updates=1) == 1 and lr_factor(61, 110, 10, full_updates=1) == pytest.approx(0.5)
 
 
 def test_interrupted_write_is_not_a_checkpoint(tmp_path):
@@ -216,9 +220,9 @@ def test_scores_and_pictures_do_not_move_the_training(whole_run, teacher_path, t
     assert_equal(weights(tmp_path, 6), weights(folder, 6))
     scored = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines() if "fid" in line]
     assert [line["iteration"] for line in scored] == [3, 6] and all(line["fid"] > 0 for line in scored)
-    assert trainer.best["fid"] == min(line["fid"] for line in scored)
+    assert trainer.progress.best["fid"] == min(line["fid"] for line in scored)
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["3.png", "6.png"]
-    if trainer.best["iteration"] == 3:
+    if trainer.progress.best["iteration"] == 3:
         exported = {k: v.clone() for k, v in trainer.exported_weights().state_dict().items()}
         assert_equal(exported, load_file(tmp_path / "checkpoints" / "3" / "ema.safetensors"))
 
@@ -231,15 +235,15 @@ def test_training_ends_when_the_score_gets_no_better(teacher_path, tmp_path):
     }  # fmt: skip
     trainer = make(teacher_path, tmp_path, **changes)
     assert trainer.fit()
-    assert trainer.iteration == 3 and trainer.best["iteration"] == 1
+    assert trainer.iteration == 3 and trainer.progress.best["iteration"] == 1
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     fids = [line["fid"] for line in log if "fid" in line]
     assert len(fids) == 3 and len(set(fids)) == 1
     (warning,) = [line["warning"] for line in log if "warning" in line]
-    assert "of iteration 1, for 2 scores (score.patience)" in warning
+    assert "of iteration 1, for 2 scores; training ends here" in warning
     again = make(teacher_path, tmp_path, **changes)
     again.resume(str(tmp_path / "checkpoints" / "2"))
-    assert again.fit() and again.iteration == 3 and again.patience.state() == trainer.patience.state()
+    assert again.fit() and again.iteration == 3 and again.progress.stopping.state() == trainer.progress.stopping.state()
 
 
 # The user's own commands ------------------------------------------------------------------------------------------------
