@@ -23,7 +23,7 @@ class FewstepError(ValueError):
     def __str__(self) -> str:
         return self.message
 
-    def __reduce__(self) -> tuple[type["FewstepError"], tuple[str, object, object, str | None]]:
+    def __reduce__(self) -> tuple[type["FewstepError"], tuple[object, ...]]:
         """Make it survive the way from one process to another."""
         return type(self), (self.key, self.found, self.expected, self.hint)
 

@@ -4,10 +4,21 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fewstep.cli.options import PIPELINE_HELP, add_drawing, add_guidance, at_least, load_pipeline, one_progress_bar
+from fewstep.cli.options import (
+    PIPELINE_HELP,
+    Commands,
+    add_drawing,
+    add_guidance,
+    at_least,
+    load_pipeline,
+    one_progress_bar,
+)
 from fewstep.cli.protocol import add_protocol, protocol_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -30,7 +41,7 @@ def compare(args: argparse.Namespace) -> None:
     calls = [("A", args.a, args.steps[0]), ("B", args.b, args.steps[-1])]
     if args.teacher is not None:
         calls.insert(0, ("teacher", args.teacher, args.teacher_steps))
-    images: dict[str, Any] = {}
+    images: dict[str, Tensor] = {}
     for role, path, steps in calls:
         scale = args.guidance_scale if args.guidance_scale is not None else recommended_guidance_scale(path)
         who = Contestant(path, load_pipeline(path, args.dtype, device), steps, scale)
@@ -38,35 +49,38 @@ def compare(args: argparse.Namespace) -> None:
         conditions = list(what.conditions[: args.pairs])
         images[role] = draw(who, conditions, seed=protocol.seed, batch_size=args.batch_size, uint8=protocol.uint8)
         who.pipeline.to("cpu")
-    result: dict[str, Any] = {
+    apart = distances(images["A"], images["B"], features, view)
+    between = {key: float(value.mean()) for key, value in apart.items()}
+    to_teacher: dict[str, Mapping[str, float]] = {}
+    if args.teacher is not None:
+        a, b = (distances(images[role], images["teacher"], features, view) for role in ("A", "B"))
+        to_teacher = {key: paired(a[key], b[key]) for key in a}
+    result = {
         "protocol": {"name": name, "hash": protocol.hash(), "features": features.name},
         "pairs": args.pairs,
         "models": {role: {"pipeline": path, "steps": steps} for role, path, steps in calls},
+        "between": between,
+        **({"to_teacher": to_teacher} if to_teacher else {}),
     }
-    between = distances(images["A"], images["B"], features, view)
-    result["between"] = {key: float(value.mean()) for key, value in between.items()}
-    if args.teacher is not None:
-        a, b = (distances(images[role], images["teacher"], features, view) for role in ("A", "B"))
-        result["to_teacher"] = {key: paired(a[key], b[key]) for key in a}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     labels = [f"{role}, {steps} step{'s' * (steps > 1)}" for role, _, steps in calls]
     grid([images[role][:16] for role, *_ in calls], labels).save(args.output.with_suffix(".png"))
-    print(_comparison_text(result))
+    print(_comparison_text(between, to_teacher, args.pairs))
     print(f"written to {args.output.with_suffix('.png')} and {args.output.with_suffix('.json')}")
 
 
-def _comparison_text(result: Mapping[str, Any]) -> str:
-    lines = [f"{key}: A to B {value:.4f}" for key, value in result["between"].items()]
-    for key, p in result.get("to_teacher", {}).items():
+def _comparison_text(between: Mapping[str, float], to_teacher: Mapping[str, Mapping[str, float]], pairs: int) -> str:
+    lines = [f"{key}: A to B {value:.4f}" for key, value in between.items()]
+    for key, p in to_teacher.items():
         lines.append(
             f"{key} to the teacher: A {p['a']:.4f}, B {p['b']:.4f}, difference {p['difference']:.4f} "
-            f"+- {p['standard_error']:.4f}; A closer in {100 * p['a_closer']:.0f} % of {result['pairs']} pairs"
+            f"+- {p['standard_error']:.4f}; A closer in {100 * p['a_closer']:.0f} % of {pairs} pairs"
         )
     return "\n".join(lines)
 
 
-def add_compare(commands: Any) -> None:
+def add_compare(commands: Commands) -> None:
     c = commands.add_parser("compare", help="two pipelines image by image, from the same noises")
     c.add_argument("a", metavar="A", help=PIPELINE_HELP)
     c.add_argument("b", metavar="B", help="the other one")

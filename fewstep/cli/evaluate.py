@@ -2,11 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from fewstep.assets import ASSETS
 from fewstep.cli.options import (
     PIPELINE_HELP,
+    Commands,
     add_drawing,
     add_guidance,
     at_least,
@@ -76,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def add_evaluate(commands: Any) -> None:
+def add_evaluate(commands: Commands) -> None:
     e = commands.add_parser("evaluate", help="scores and time of a pipeline at several step counts, by a protocol")
     e.add_argument("pipeline", metavar="PIPELINE", help=f"{PIPELINE_HELP}; or a folder of images")
     add_guidance(e)

@@ -3,13 +3,14 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fewstep.assets import ASSETS, asset_path
 from fewstep.io import torch_dtype
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """The group of commands to which each adds its parser."""
@@ -27,7 +28,7 @@ def one_progress_bar() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def load_pipeline(name: str, dtype: str, device: "torch.device") -> Any:
+def load_pipeline(name: str, dtype: str, device: "torch.device") -> "DiffusionPipeline":
     """A pipeline on its device; SystemExit, in one sentence, for one that cannot be loaded."""
     from diffusers import DiffusionPipeline
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fewstep.evaluate import Given, Protocol
@@ -85,7 +85,7 @@ def asked(
         raise ValueError(f"--reference: protocol {name} has no comparison {', '.join(map(repr, sorted(unknown)))}")
     if prompts is not None and not prompts.is_file():
         raise ValueError(f"prompts {str(prompts)!r} is not a file")
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     if num_images is not None and num_images != protocol.images:
         changes["images"] = num_images
     if seed is not None and seed != protocol.seed:

@@ -1,14 +1,26 @@
 """`fewstep reference`: statistics of real images, or of a teacher's."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fewstep.cli.options import add_drawing, add_guidance, at_least, check_output, load_pipeline, one_progress_bar
+from fewstep.cli.options import (
+    Commands,
+    add_drawing,
+    add_guidance,
+    at_least,
+    check_output,
+    load_pipeline,
+    one_progress_bar,
+)
 from fewstep.cli.protocol import asked
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from fewstep.evaluate.protocol import View
 
 
 def reference(args: argparse.Namespace) -> None:
@@ -38,7 +50,7 @@ def reference(args: argparse.Namespace) -> None:
         print(f"fewer images than dimensions: distances to these statistics depend on the number of images ({count})")
 
 
-def _lens(args: argparse.Namespace) -> tuple[str, Any]:
+def _lens(args: argparse.Namespace) -> "tuple[str, View]":
     """Features and view: those of the options, or of a comparison of the protocol."""
     from fewstep.evaluate import load_protocol
     from fewstep.evaluate.protocol import View
@@ -53,7 +65,7 @@ def _lens(args: argparse.Namespace) -> tuple[str, Any]:
     return args.features or known[args.comparison].features, known[args.comparison].view
 
 
-def _drawn(args: argparse.Namespace, device: "torch.device") -> Any:
+def _drawn(args: argparse.Namespace, device: "torch.device") -> "Iterator[Tensor]":
     """A pipeline's images, one by one."""
     from fewstep.evaluate import recommended_guidance_scale, sample
     from fewstep.evaluate.generate import batches, condition_kind, num_labels
@@ -71,7 +83,7 @@ def _drawn(args: argparse.Namespace, device: "torch.device") -> Any:
         )  # fmt: skip
 
 
-def add_reference(commands: Any) -> None:
+def add_reference(commands: Commands) -> None:
     r = commands.add_parser(
         "reference", help="statistics of real images, or of a teacher's, for `evaluate --reference`"
     )

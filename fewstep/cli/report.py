@@ -2,7 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+
+from fewstep.cli.options import Commands
 
 
 def report(args: argparse.Namespace) -> None:
@@ -12,7 +13,7 @@ def report(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
-def add_report(commands: Any) -> None:
+def add_report(commands: Commands) -> None:
     r = commands.add_parser("report", help="one HTML page of runs: curves, scores, samples, protocol; opens offline")
     r.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, or an evaluation.json")
     r.add_argument("--output", type=Path, default=Path("report.html"), help="(default: report.html)")

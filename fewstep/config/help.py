@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from fewstep.config import yaml12
 Model = type[BaseModel]
 
 
-def options(annotation: object) -> Iterator[Any]:
+def options(annotation: object) -> Iterator[object]:
     """Yield the members of a union, without their constraints."""
     if get_origin(annotation) is Annotated:
         yield from options(get_args(annotation)[0])
@@ -97,12 +97,12 @@ _WORDS: dict[object, str] = {
 }
 
 
-def type_name(annotation: Any, metadata: Iterable[object] = ()) -> str:
+def type_name(annotation: object, metadata: Iterable[object] = ()) -> str:
     """A type in the words of a YAML file, as help and errors name it."""
     arguments, origin = get_args(annotation), get_origin(annotation)
     tail = _limits(c for m in metadata for c in (m.metadata if isinstance(m, FieldInfo) else [m]))
     if origin is Annotated:
-        return type_name(arguments[0], annotation.__metadata__) + tail
+        return type_name(arguments[0], arguments[1:]) + tail
     if origin in (Union, UnionType):
         return " or ".join(map(type_name, arguments)) + tail
     if origin is Literal:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,7 +13,7 @@ from fewstep.config.problems import ConfigError, explain
 from fewstep.errors import FewstepError, MissingError
 
 C = TypeVar("C", bound=BaseModel)
-Raw = dict[str, Any]
+Raw = dict[str, object]
 """A config as YAML has it, before it is checked."""
 
 
@@ -33,7 +33,7 @@ def read(file: str | Path, overrides: Sequence[str] = ()) -> Raw:
     return raw
 
 
-def check(cls: type[C], raw: Mapping[str, object], where: str) -> C:
+def check(cls: type[C], raw: object, where: str) -> C:
     """The settings `cls` of a mapping; `where` is what an error names as its origin."""
     try:
         return cls.model_validate(raw)
@@ -42,7 +42,7 @@ def check(cls: type[C], raw: Mapping[str, object], where: str) -> C:
         raise ConfigError(where, problems) from None
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Raw:
+def merged(base: Mapping[str, object], changes: Mapping[str, object]) -> Raw:
     """`base` with `changes` at any depth; a mapping of another `kind` or `name` takes the whole place of the old one."""
     whole = dict(base)
     for key, value in changes.items():
@@ -61,7 +61,7 @@ def dump_config(config: BaseModel, versions: Mapping[str, str]) -> str:
     return header + yaml12.dump(config.model_dump(mode="json"))
 
 
-def _yaml(text: str, where: str) -> Any:
+def _yaml(text: str, where: str) -> object:
     try:
         return yaml12.parse(text)
     except yaml.MarkedYAMLError as e:
@@ -91,10 +91,10 @@ def _override(raw: Raw, item: str) -> None:
         raise FewstepError("override", repr(item), "the form key.path=value")
     node = raw
     for depth, parent in enumerate(parents, 1):
-        if node.get(parent) is None:
-            node[parent] = {}
-        if not isinstance(node[parent], dict):
+        inner = {} if node.get(parent) is None else node[parent]
+        if not isinstance(inner, dict):
             where = ".".join(parents[:depth])
-            raise FewstepError(f"override {item!r}", f"{where}: {describe(node[parent])}", "a mapping, which has keys")
-        node = node[parent]
+            raise FewstepError(f"override {item!r}", f"{where}: {describe(inner)}", "a mapping, which has keys")
+        node[parent] = inner
+        node = inner
     node[last] = _yaml(text, f"override {item!r}")

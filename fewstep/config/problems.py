@@ -31,7 +31,7 @@ class ConfigError(FewstepError):
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         self.message = "\n".join([f"{where}: {count}", *(f"  {p.text}" for p in problems)])
 
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, list[Problem]]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[object, ...]]:
         return type(self), (self.where, self.problems)
 
 

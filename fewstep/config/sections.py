@@ -98,8 +98,9 @@ class LoraConfig(Strict):
 
 
 class DataConfig(Strict):
-    source: Literal["fashion", "folder", "parquet", "prompts", "labels", "none"]
-    """Fashion-MNIST with captions; a folder of images; parquet files; a text file of prompts; bare labels; nothing."""
+    source: Literal["fashion", "folder", "parquet", "prompts", "labels", "memory", "none"]
+    """Fashion-MNIST with captions; a folder of images; parquet files; a text file of prompts; bare labels; samples that are
+    passed to `fewstep.distill`; nothing."""
     path: Path | None = None
     """Folder, parquet file or folder of them, owner/name[:split] of either in the hub's cache, or text file with one prompt per
     line; null = the source has none."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -43,5 +43,5 @@ class Strict(BaseModel):
         return value
 
 
-def _tuples(value: object) -> Any:
+def _tuples(value: object) -> object:
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

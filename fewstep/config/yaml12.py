@@ -1,7 +1,7 @@
 """YAML for run configs: the scalars of YAML 1.2, and no duplicate keys."""
 
 import re
-from typing import Any
+from collections.abc import Hashable
 
 import yaml
 
@@ -9,7 +9,7 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: 1e-4 is a number, `no`, 2026-01-01 and 1:30 are text. A duplicate key is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -42,17 +42,17 @@ for _kind, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> object:
     """Raises yaml.YAMLError, or ValueError for a scalar that cannot be built."""
     return yaml.load(text, Loader=_Loader)
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """In ASCII, so that it survives being written and read in any locale."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def dump_line(value: Any) -> str:
+def dump_line(value: object) -> str:
     """The value in flow style, on one line."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fewstep.config import MethodConfig, RunConfig, check, read
 from fewstep.config.help import describe
@@ -109,7 +109,7 @@ def check_run(raw: Mapping[str, object], where: str, script: str | None = None) 
             f"one of {', '.join(names(script))}",
             f"Train it with train/{METHODS[name].script}.py",
         )
-    return check(RunConfig[settings], raw, where)  # type: ignore[valid-type]
+    return check(cast("type[RunConfig[MethodConfig]]", RunConfig.__class_getitem__(settings)), raw, where)
 
 
 def names(script: str | None = None) -> list[str]:
