@@ -44,7 +44,8 @@ def frechet(args: argparse.Namespace) -> None:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     from torchmetrics.image.fid import _compute_fid
 
-    from fewstep.evaluate.metrics.frechet import frechet_distance, moments
+    from fewstep.evaluate.metrics.frechet import frechet_distance
+    from fewstep.evaluate.statistics import moments
 
     if args.features:
         real = _real(args.features)
@@ -87,25 +88,26 @@ def whole_pass(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from fewstep.assets import asset_path
-    from fewstep.evaluate import Given, recommended_guidance_scale, sample
+    from fewstep.evaluate import PathOverrides, recommended_guidance_scale, sample
+    from fewstep.evaluate.conditions import load_conditions
     from fewstep.evaluate.generate import batches
-    from fewstep.evaluate.references import protocol_of, resolve, subjects
-    from fewstep.evaluate.run import _Run
-    from fewstep.evaluate.scores import Instruments
+    from fewstep.evaluate.references import protocol_of, resolve
+    from fewstep.evaluate.rows import RowRunner
+    from fewstep.evaluate.scores import ScoringModels
 
     n, size, device = (args.images or [200])[0], args.batch_size, torch.device(args.device)
     scale = recommended_guidance_scale("fashion")
     pipeline = DiffusionPipeline.from_pretrained(asset_path("fashion") / "pipeline").to(device)
     pipeline.set_progress_bar_config(disable=True)
     protocol = protocol_of(resolve("fashion", clip="none"), num_images=n, seed=0)
-    what = subjects(protocol, "prompt", None)
-    instruments = Instruments("custom", protocol, Given({}), 32, device)
+    what = load_conditions(protocol, "prompt", None)
+    instruments = ScoringModels("custom", protocol, PathOverrides({}), 32, device)
     first = sample(pipeline, what.conditions[:1], [0], steps=args.steps, seed=0, guidance_scale=scale)
-    run = _Run(
+    run = RowRunner(
         pipeline, protocol, what, instruments, instruments.measure(first.to(device), None), name="fashion",
         batch_size=size, guidance_scale=scale, accelerator=None, keep=None,
     )  # fmt: skip
-    network = instruments.networks[0]
+    network = instruments.comparators[0].network
 
     def bare() -> None:
         generator = torch.Generator().manual_seed(0)
@@ -144,7 +146,7 @@ def resident(args: argparse.Namespace) -> None:
     from torch import nn
 
     from fewstep.evaluate import FrechetDistance, ImageFeatures, Moments
-    from fewstep.evaluate.run import _peak_memory
+    from fewstep.evaluate.rows import peak_memory
 
     (n,), d = args.images, args.dimensions
     side = int((d / 3) ** 0.5) + 1
@@ -154,7 +156,7 @@ def resident(args: argparse.Namespace) -> None:
     for start in range(0, n, 100):
         metric.update(torch.randint(0, 256, (min(100, n - start), 3, side, side), dtype=torch.uint8, generator=g))
     value = float(metric.compute())
-    print(f"{n} images, {d} dimensions: distance {value:.4f}, {_peak_memory(torch.device('cpu')):.3f} GiB at most")
+    print(f"{n} images, {d} dimensions: distance {value:.4f}, {peak_memory(torch.device('cpu')):.3f} GiB at most")
 
 
 def _seconds(f: Callable[[], object], clock: str) -> float:

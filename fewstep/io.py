@@ -1,4 +1,4 @@
-"""Files: the one atomic write, JSON, digests, names of number types, versions of libraries. Imports no torch.
+"""Files: the one atomic write, JSON, digests, cells of tables, number types, versions of libraries. Imports no torch.
 
 Everything that fewstep writes goes through `atomic`: a file or folder is written under a temporary name beside its place and
 then takes its name. A process that is killed at any moment leaves the old content or the new one, whole, and perhaps a
@@ -200,6 +200,18 @@ def blake2b_of_parts(parts: Iterable[str], size: int) -> str:
         content = part.encode()
         whole.update(len(content).to_bytes(8, "big") + content)
     return whole.hexdigest()
+
+
+# Text of a value -----------------------------------------------------------------------------------------------------
+
+
+def cell(value: object, digits: int | None = None, missing: str = "-") -> str:
+    """A value in a table: a float with `digits` decimals, or with 4 significant digits; `missing` for None."""
+    if value is None:
+        return missing
+    if isinstance(value, float):
+        return f"{value:.4g}" if digits is None else f"{value:.{digits}f}"
+    return str(value)
 
 
 # Number types and versions --------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""`fewstep compare`: two pipelines image by image, from the same noises."""
+"""`fewstep compare`: two pipelines image by image, from the same initial noise."""
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep import io
 from fewstep.cli.options import (
     PIPELINE_HELP,
     Commands,
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def compare(args: argparse.Namespace) -> None:
     if len(args.steps) > 2:
         raise ValueError("--steps: one count for both, or one for each")
-    name, protocol, given = protocol_of(args, max(2, args.pairs))
+    name, protocol, overrides = protocol_of(args, max(2, args.pairs))
     import torch
 
     from fewstep.evaluate import grid, load_features, recommended_guidance_scale
-    from fewstep.evaluate.compare import Contestant, distances, draw, paired
+    from fewstep.evaluate.compare import Candidate, distances, draw, paired
+    from fewstep.evaluate.conditions import load_conditions
     from fewstep.evaluate.generate import condition_kind, num_labels
     from fewstep.evaluate.protocol import View
-    from fewstep.evaluate.references import subjects
 
     one_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,8 +44,8 @@ def compare(args: argparse.Namespace) -> None:
     images: dict[str, Tensor] = {}
     for role, path, steps in calls:
         scale = args.guidance_scale if args.guidance_scale is not None else recommended_guidance_scale(path)
-        who = Contestant(path, load_pipeline(path, args.dtype, device), steps, scale)
-        what = subjects(protocol, condition_kind(who.pipeline), num_labels(who.pipeline), name, given)
+        who = Candidate(path, load_pipeline(path, args.dtype, device), steps, scale)
+        what = load_conditions(protocol, condition_kind(who.pipeline), num_labels(who.pipeline), name, overrides)
         conditions = list(what.conditions[: args.pairs])
         images[role] = draw(who, conditions, seed=protocol.seed, batch_size=args.batch_size, uint8=protocol.uint8)
         who.pipeline.to("cpu")
@@ -63,7 +63,7 @@ def compare(args: argparse.Namespace) -> None:
         **({"to_teacher": to_teacher} if to_teacher else {}),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    io.write_json(result, args.output.with_suffix(".json"))
     labels = [f"{role}, {steps} step{'s' * (steps > 1)}" for role, _, steps in calls]
     grid([images[role][:16] for role, *_ in calls], labels).save(args.output.with_suffix(".png"))
     print(_comparison_text(between, to_teacher, args.pairs))

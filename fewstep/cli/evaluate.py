@@ -24,7 +24,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if not drawn and (args.keep is not None or args.guidance_scale is not None):
         raise ValueError(f"{args.pipeline} holds images, of which none is drawn: leave out --keep and --guidance-scale")
     one_progress_bar()
-    name, protocol, given = protocol_of(args, args.num_images)
+    name, protocol, overrides = protocol_of(args, args.num_images)
     # What is missing is told before any weight loads.
     from fewstep.evaluate import (
         describe_protocol,
@@ -35,7 +35,7 @@ def evaluate(args: argparse.Namespace) -> None:
         write_report,
     )
 
-    settings = describe_protocol(protocol, name=name, batch_size=args.batch_size, given=given)
+    settings = describe_protocol(protocol, name=name, batch_size=args.batch_size, overrides=overrides)
     import torch
     from accelerate import Accelerator
 
@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
             pipeline,
             protocol,
             protocol_name=name,
-            given=given,
+            overrides=overrides,
             name=model,
             steps=args.steps,
             batch_size=args.batch_size,
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace) -> None:
             args.pipeline,
             protocol,
             protocol_name=name,
-            given=given,
+            overrides=overrides,
             name=model,
             batch_size=args.batch_size,
             device=accelerator.device,

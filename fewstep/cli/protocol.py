@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fewstep.evaluate import Given, Protocol
+    from fewstep.evaluate import PathOverrides, Protocol
 
 
 def add_protocol(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def protocol_of(args: argparse.Namespace, num_images: int | None) -> "tuple[str, Protocol, Given]":
+def protocol_of(args: argparse.Namespace, num_images: int | None) -> "tuple[str, Protocol, PathOverrides]":
     """What the options of `add_protocol` ask for."""
     return asked(
         args.protocol, num_images, args.seed, references=args.reference or [], features=args.features, clip=args.clip,
@@ -63,9 +63,9 @@ def asked(
     prompts: Path | None = None,
     teacher_statistics: str | None = None,
     rewards: Sequence[str] | None = None,
-) -> "tuple[str, Protocol, Given]":
+) -> "tuple[str, Protocol, PathOverrides]":
     """A named protocol with its changes told in its name, or, for None, the unnamed one; None changes nothing."""
-    from fewstep.evaluate import Given, load_protocol
+    from fewstep.evaluate import PathOverrides, load_protocol
     from fewstep.evaluate import references as reference
 
     given_references = dict(_named(item) for item in references)
@@ -75,9 +75,9 @@ def asked(
         sources = reference.resolve(given_references.get("", "fashion"), features, clip, prompts)
         protocol = reference.protocol_of(sources, num_images=num_images or 2000, seed=seed or 0)
         protocol = _with_rewards(protocol, rewards or ())
-        return _with_teacher("custom", protocol, Given({}), teacher_statistics)
+        return _with_teacher("custom", protocol, PathOverrides({}), teacher_statistics)
     name, protocol = load_protocol(named)
-    given = Given(given_references, prompts, folder=name)
+    overrides = PathOverrides(given_references, prompts, folder=name)
     if features is not None:
         raise ValueError(f"--features belong to the protocol {name}: copy its YAML file and change them there")
     unknown = set(given_references) - {c.name for c in protocol.comparisons}
@@ -105,7 +105,7 @@ def asked(
     if changes:
         protocol = type(protocol).model_validate({**settings, **changes})
         name = f"{name}, changed: {', '.join(changes)}"
-    return _with_teacher(name, protocol, given, teacher_statistics)
+    return _with_teacher(name, protocol, overrides, teacher_statistics)
 
 
 def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":
@@ -124,21 +124,25 @@ def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":
 
 
 def _with_teacher(
-    name: str, protocol: "Protocol", given: "Given", teacher_statistics: str | None
-) -> "tuple[str, Protocol, Given]":
+    name: str, protocol: "Protocol", overrides: "PathOverrides", teacher_statistics: str | None
+) -> "tuple[str, Protocol, PathOverrides]":
     if teacher_statistics is None:
-        return name, protocol, given
+        return name, protocol, overrides
     if not protocol.comparisons:
         raise ValueError("--teacher-statistics needs a protocol with features")
-    from fewstep.evaluate import Given
+    from fewstep.evaluate import PathOverrides
 
     first = protocol.model_dump(mode="json")["comparisons"][0]
     added = {**first, "name": "to_teacher", "metrics": ["fid"], "reference": teacher_statistics}
     settings = protocol.model_dump(mode="json")
     settings["comparisons"] = [*settings["comparisons"], added]
-    references: Mapping[str, str] = {**given.references, "to_teacher": teacher_statistics}
+    references: Mapping[str, str] = {**overrides.references, "to_teacher": teacher_statistics}
     label = name if name == "custom" else f"{name} and fid_to_teacher"
-    return label, type(protocol).model_validate(settings), Given(references, given.prompts, given.folder)
+    return (
+        label,
+        type(protocol).model_validate(settings),
+        PathOverrides(references, overrides.prompts, overrides.folder),
+    )
 
 
 def _named(item: str) -> tuple[str, str]:

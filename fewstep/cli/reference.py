@@ -34,7 +34,8 @@ def reference(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from fewstep.evaluate import load_features
-    from fewstep.evaluate.references import collect, real_images
+    from fewstep.evaluate.real_images import real_images
+    from fewstep.evaluate.references import collect
     from fewstep.evaluate.statistics import Statistics, save_statistics
 
     one_progress_bar()
@@ -68,13 +69,13 @@ def _lens(args: argparse.Namespace) -> "tuple[str, View]":
 def _drawn(args: argparse.Namespace, device: "torch.device") -> "Iterator[Tensor]":
     """A pipeline's images, one by one."""
     from fewstep.evaluate import recommended_guidance_scale, sample
+    from fewstep.evaluate.conditions import load_conditions
     from fewstep.evaluate.generate import batches, condition_kind, num_labels
-    from fewstep.evaluate.references import subjects
 
-    name, protocol, given = asked(args.protocol, args.num_images, args.seed, prompts=args.prompts)
+    name, protocol, overrides = asked(args.protocol, args.num_images, args.seed, prompts=args.prompts)
     scale = recommended_guidance_scale(args.source) if args.guidance_scale is None else args.guidance_scale
     pipeline = load_pipeline(args.source, args.dtype, device)
-    what = subjects(protocol, condition_kind(pipeline), num_labels(pipeline), name, given)
+    what = load_conditions(protocol, condition_kind(pipeline), num_labels(pipeline), name, overrides)
     for part in batches(protocol.images, args.batch_size):
         conditions = [what.conditions[i] for i in part]
         yield from sample(

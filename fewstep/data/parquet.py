@@ -80,7 +80,7 @@ class Parquet(Source):
     """One parquet file, or all in a folder; of their images, still compressed, at most HELD_BYTES are in memory.
 
     Columns: image (encoded bytes, or Hugging Face's struct of bytes and path), text, label, each optional. With
-    num_labels the conditions are the labels; else the texts; else the labels; else none.
+    num_labels the conditions are the labels; otherwise the texts, the labels, or nothing.
     """
 
     HELD_BYTES: ClassVar[int] = 2**31

@@ -1,30 +1,34 @@
-"""Two pipelines image by image: the same noises and conditions, and how far each is from the teacher's image of them."""
+"""Two pipelines image by image: same initial noise and conditions, and the distance of each to the teacher's image."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.generate import sample
+from fewstep.data.base import Condition
+from fewstep.evaluate.generate import Rounding, sample
 from fewstep.evaluate.models.features import ImageFeatures
-from fewstep.evaluate.models.view import View, look
+from fewstep.evaluate.models.view import View, apply_view
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A pipeline and how it is called."""
 
     name: str
-    pipeline: Any
+    pipeline: "DiffusionPipeline"
     steps: int
     guidance_scale: float | None = None
 
 
 def draw(
-    contestant: Contestant, conditions: Sequence[Any], *, seed: int, batch_size: int, uint8: Any = "round"
+    candidate: Candidate, conditions: Sequence[Condition], *, seed: int, batch_size: int, uint8: Rounding = "round"
 ) -> Tensor:
     """uint8 [N, 3, H, W], one image per condition; image i has the noise of (seed, i), whoever draws it."""
     parts = []
@@ -32,12 +36,12 @@ def draw(
         indices = range(start, min(start + batch_size, len(conditions)))
         parts.append(
             sample(
-                contestant.pipeline,
+                candidate.pipeline,
                 [conditions[i] for i in indices],
                 indices,
-                steps=contestant.steps,
+                steps=candidate.steps,
                 seed=seed,
-                guidance_scale=contestant.guidance_scale,
+                guidance_scale=candidate.guidance_scale,
                 uint8=uint8,
             )
         )
@@ -53,7 +57,7 @@ def distances(a: Tensor, b: Tensor, features: ImageFeatures, view: View, batch_s
         raise ValueError(f"images of {sizes} pixels are not compared pixel by pixel")
     pixels = (a.double() - b.double()).div(255).square().mean((1, 2, 3)).sqrt()
     gaps = [
-        (features(look(x, view)).double() - features(look(y, view)).double()).norm(dim=1).cpu()
+        (features(apply_view(x, view)).double() - features(apply_view(y, view)).double()).norm(dim=1).cpu()
         for x, y in zip(a.split(batch_size), b.split(batch_size), strict=True)
     ]
     return {"pixels": pixels, "features": torch.cat(gaps)}

@@ -2,23 +2,29 @@
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewstep import io
+from fewstep.data.base import Condition, ConditionKind
+from fewstep.errors import FewstepError
 from fewstep.teachers import NETWORKS
 
-ConditionKind = Literal["prompt", "label", "none"]
+Rounding = Literal["round", "truncate"]
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
 
 DIT_NULL_LABEL = 1000
 
 
-def network(pipeline: Any) -> nn.Module:
+def network(pipeline: "DiffusionPipeline") -> nn.Module:
     """The network that a pipeline evaluates at every step."""
     for name in NETWORKS:
         if isinstance(module := pipeline.components.get(name), nn.Module):
@@ -26,15 +32,14 @@ def network(pipeline: Any) -> nn.Module:
     raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
 
 
-def num_labels(pipeline: Any) -> int | None:
+def num_labels(pipeline: "DiffusionPipeline") -> int | None:
     """Number of classes of a class-conditional pipeline."""
-    config: Any = network(pipeline).config
+    config: Mapping[str, int | None] = network(pipeline).config  # type: ignore[assignment]  # of diffusers' ConfigMixin
     # DiT counts its classes under the name of the layer that embeds them.
-    labels: int | None = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
-    return labels
+    return config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
 
 
-def condition_kind(pipeline: Any) -> ConditionKind:
+def condition_kind(pipeline: "DiffusionPipeline") -> ConditionKind:
     """What the pipeline's call wants; ValueError for a call that takes no prompt, label or batch size."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" in parameters:
@@ -47,7 +52,7 @@ def condition_kind(pipeline: Any) -> ConditionKind:
     raise ValueError(f"{type(pipeline).__name__} takes neither prompt nor class_labels nor batch_size")
 
 
-def check_guidance_scale(pipeline: Any, guidance_scale: float | None) -> None:
+def check_guidance_scale(pipeline: "DiffusionPipeline", guidance_scale: float | None) -> None:
     """Raises ValueError for a scale that the pipeline's call does not take, or that it cannot guide by.
 
     DiTPipeline takes label 1000 for the unconditional one, whatever its network's is.
@@ -55,14 +60,15 @@ def check_guidance_scale(pipeline: Any, guidance_scale: float | None) -> None:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "guidance_scale" not in parameters:
         if guidance_scale is not None:
-            raise ValueError(f"guidance_scale: {type(pipeline).__name__} has none; leave it out")
+            raise FewstepError("guidance_scale", guidance_scale, f"none, for {type(pipeline).__name__} takes none")
         return
     scale = parameters["guidance_scale"].default if guidance_scale is None else guidance_scale
     labels = num_labels(pipeline) if type(pipeline).__name__ == "DiTPipeline" else DIT_NULL_LABEL
     if labels != DIT_NULL_LABEL and scale > 1:
-        raise ValueError(
-            f"guidance_scale: {scale:g}{' by default' if guidance_scale is None else ''}, but DiTPipeline guides away from label "
-            f"{DIT_NULL_LABEL}, and this network has {labels} labels, unconditional is {labels}: it can be called with 1 only"
+        raise FewstepError(
+            "guidance_scale",
+            f"{scale:g}{' by default' if guidance_scale is None else ''}",
+            f"1, for DiTPipeline guides away from label {DIT_NULL_LABEL}, and this network has {labels} labels",
         )
 
 
@@ -74,14 +80,14 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
 
 @torch.no_grad()
 def sample(
-    pipeline: Any,
-    conditions: Sequence[Any],
+    pipeline: "DiffusionPipeline",
+    conditions: Sequence[Condition],
     indices: Sequence[int],
     *,
     steps: int,
     seed: int,
     guidance_scale: float | None = None,
-    uint8: Literal["round", "truncate"] = "round",
+    uint8: Rounding = "round",
 ) -> Tensor:
     """One image per condition (prompt, label or None) as uint8 [B, 3, H, W] on the CPU.
 
@@ -90,12 +96,12 @@ def sample(
     """
     if len(conditions) != len(indices):
         raise ValueError(f"{len(conditions)} conditions but {len(indices)} indices")
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, object] = {}
     match condition_kind(pipeline):
         case "prompt":
             kwargs["prompt"] = list(conditions)
         case "label":
-            kwargs["class_labels"] = [int(label) for label in conditions]
+            kwargs["class_labels"] = [int(str(label)) for label in conditions]
             if "batch_size" in inspect.signature(type(pipeline).__call__).parameters:
                 kwargs["batch_size"] = len(indices)
         case "none":
@@ -115,7 +121,7 @@ def sample(
 
 
 @contextmanager
-def step_noise(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+def step_noise(scheduler: "SchedulerMixin", generators: list[torch.Generator]) -> Iterator[None]:
     """Inside the block a scheduler that draws noise draws it from the generators, also in pipelines that pass it none.
 
     DiT's, SD3's and Flux's pass none. A batch doubled for guidance draws twice from each; only its first half counts.
@@ -126,9 +132,9 @@ def step_noise(scheduler: Any, generators: list[torch.Generator]) -> Iterator[No
         return
 
     @functools.wraps(step)
-    def stepped(output: Tensor, *args: Any, **given: Any) -> Any:
+    def stepped(output: Tensor, *args: object, **options: object) -> object:
         own = generators * (len(output) // len(generators))
-        return step(output, *args, **{"generator": own} | given)
+        return step(output, *args, **{"generator": own} | options)
 
     scheduler.step = stepped
     try:
@@ -137,7 +143,7 @@ def step_noise(scheduler: Any, generators: list[torch.Generator]) -> Iterator[No
         del scheduler.step
 
 
-def _uint8(pixels: Tensor, how: Literal["round", "truncate"]) -> Tensor:
+def _uint8(pixels: Tensor, how: Rounding) -> Tensor:
     # diffusers rounds when it makes a PIL image; some papers' scripts truncate, which darkens by half a level.
     levels = (pixels * 255).round() if how == "round" else (pixels * 255).floor()
     return levels.clamp(0, 255).to(torch.uint8)
@@ -163,11 +169,11 @@ class Evaluations:
 
 
 @contextmanager
-def counted(pipeline: Any) -> Iterator[Evaluations]:
+def counted(pipeline: "DiffusionPipeline") -> Iterator[Evaluations]:
     """Counts the samples that go through the pipeline's network inside the block."""
     evaluations = Evaluations()
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:
         first = args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
         evaluations.count += len(first)
 

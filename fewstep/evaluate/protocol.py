@@ -4,6 +4,8 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -15,6 +17,7 @@ from fewstep import io
 from fewstep.config import Strict, yaml12
 from fewstep.config.problems import explain
 from fewstep.data.hub import DATA
+from fewstep.errors import FewstepError, MissingError
 
 FOLDER = Path(__file__).parent / "protocols"
 """The named protocols."""
@@ -28,7 +31,7 @@ NEED_REFERENCE = NEED_FEATURES | {"fid", "fid_infinity"}
 
 RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward", "mps"]
 REWARDS: tuple[RewardName, ...] = get_args(RewardName)
-"""Networks that predict what people like; see `fewstep.evaluate.rewards`."""
+"""Human-preference reward models; see `fewstep.evaluate.rewards`."""
 WORDLESS_REWARDS = {"aesthetic"}
 """Those that look at the image alone."""
 OWN_REWARD = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
@@ -50,13 +53,13 @@ class View(Strict):
     """PIL's filter of that resizing."""
 
 
-class Conditions(Strict):
+class ConditionSource(Strict):
     source: Literal["fashion", "prompts", "labels", "none"]
     """The first caption of each class of Fashion-MNIST in turn; a file of prompts; class labels; nothing."""
     file: str | None = None
     """Prompts in order: .txt with one a line, blank lines skipped, or .jsonl with a string or {"prompt": ...} a line."""
     file_from: str = ""
-    """Where that file comes from; told where it is missing."""
+    """Source of that file, for the error message where it is missing."""
     count: PositiveInt | None = None
     """Prompts that the file must hold; null = any number, repeated in order."""
     num_labels: PositiveInt | None = None
@@ -65,7 +68,7 @@ class Conditions(Strict):
     """Labels: 0, 1, 2, ... in turn, or independent and uniform, fixed by (seed, index)."""
 
     @model_validator(mode="after")
-    def _complete(self) -> "Conditions":
+    def _complete(self) -> "ConditionSource":
         if self.source != "labels" and (self.num_labels is not None or self.draw != "cycle"):
             raise ValueError(f"source {self.source!r} has no labels: leave out num_labels and draw")
         if self.source != "prompts" and (self.file is not None or self.count is not None):
@@ -88,7 +91,7 @@ class Comparison(Strict):
     reference: str | None = None
     """Statistics of the real images: `fashion`, a file, a folder of images, or owner/name[:split] of a data set of the hub."""
     reference_from: str = ""
-    """Where the reference comes from; told where it is missing."""
+    """Source of the reference, for the error message where it is missing."""
     nearest_k: PositiveInt = 5
     """Neighbours of precision, recall, density and coverage."""
     splits: PositiveInt = 10
@@ -133,23 +136,25 @@ class Protocol(Strict):
     """Side in pixels that generated images must have; null = any."""
     uint8: Literal["round", "truncate"] = "round"
     """How [0, 1] becomes 0 ... 255: round(255 x), or floor(255 x) as in ADM's and DMD2's scripts."""
-    conditions: Conditions
+    conditions: ConditionSource
     """What the images show."""
     comparisons: tuple[Comparison, ...] = ()
     """Scores against real images."""
     clip: ClipScoring | None = None
     """CLIP score; null = none."""
     rewards: tuple[RewardName | Annotated[str, Field(pattern=OWN_REWARD)], ...] = ()
-    """Means over all images of networks that predict what people like, whose weights are the user's to bring; or of the user's
+    """Means over all images of human-preference reward models, whose weights the user provides; or of the user's
     own reward, as package.module:callable."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Protocol":
         names = [f"{metric}_{c.name}".rstrip("_") for c in self.comparisons for metric in c.metrics]
         if twice := sorted({n for n in names if names.count(n) > 1}):
-            raise ValueError(f"comparisons: {', '.join(twice)} would stand twice; give one of them another name")
+            raise ValueError(
+                f"comparisons: duplicate score {', '.join(twice)}; expected distinct names. Give one comparison a `name`"
+            )
         if len(set(self.rewards)) < len(self.rewards):
-            raise ValueError(f"rewards: {', '.join(self.rewards)}: one stands twice")
+            raise ValueError(f"rewards: found {', '.join(self.rewards)}; expected each once")
         if not self.comparisons and self.clip is None and not self.rewards:
             raise ValueError("comparisons and rewards are empty and clip is null: nothing would be scored")
         return self
@@ -163,6 +168,22 @@ class Protocol(Strict):
         return io.sha256(json.dumps(settings, sort_keys=True), 12)
 
 
+@dataclass(frozen=True)
+class PathOverrides:
+    """Paths in place of a protocol's own: where data are on this machine, not what is measured.
+
+    references: by the comparison's name, "" for the unnamed. folder: the name of the protocol that was changed, by which its own
+    files are found; None for one that was not.
+    """
+
+    references: Mapping[str, str]
+    prompts: Path | None = None
+    folder: str | None = None
+
+
+NO_OVERRIDES = PathOverrides({})
+
+
 def names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
@@ -174,14 +195,14 @@ def load_protocol(name: str) -> tuple[str, Protocol]:
         file = Path(name)
         if not file.is_file():
             close = difflib.get_close_matches(name, names(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"protocol {name!r} is neither a file nor one of {', '.join(names())}{hint}")
+            hint = f"Did you mean {close[0]!r}?" if close else None
+            raise MissingError("protocol", repr(name), f"a file or one of {', '.join(names())}", hint)
     try:
         raw = yaml12.parse(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as e:
-        raise ValueError(f"{file}: not YAML: {' '.join(str(e).split())}") from None
+        raise FewstepError(str(file), " ".join(str(e).split()), "YAML") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{file}: a mapping of keys to values is wanted")
+        raise FewstepError(str(file), type(raw).__name__, "a mapping of keys to values")
     try:
         return file.stem, Protocol.model_validate(raw)
     except ValidationError as e:
@@ -190,7 +211,7 @@ def load_protocol(name: str) -> tuple[str, Protocol]:
 
 
 def find_data(protocol: str, file: str, comes_from: str, option: str) -> Path:
-    """A protocol's file or folder: as it stands, or under $FEWSTEP_DATA/<protocol>/; ValueError says how to get it."""
+    """A protocol's file or folder, as a path or under $FEWSTEP_DATA/<protocol>/; MissingError says how to get it."""
     root = os.environ.get(DATA)
     places = [Path(file).expanduser()] + ([Path(root) / protocol / file] if root else [])
     for place in places:
@@ -198,4 +219,5 @@ def find_data(protocol: str, file: str, comes_from: str, option: str) -> Path:
             return place
     where = f"{root}/{protocol}/" if root else f"a folder {protocol}/ under the one that ${DATA} names"
     source = f" ({comes_from})" if comes_from else ""
-    raise ValueError(f"protocol {protocol} needs {file}{source}: put it into {where}, or give {option} PATH")
+    hint = f"Put it into {where}, or give {option} PATH"
+    raise MissingError(f"protocol {protocol}", f"no {file}{source}", "it on this machine", hint)

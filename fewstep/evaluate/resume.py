@@ -1,9 +1,8 @@
-"""What an interrupted evaluation has done: the features of finished batches, by which it goes on without drawing them again."""
+"""Resume of an interrupted evaluation: the features of finished batches, which need not be sampled again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep import io
+from fewstep.errors import FewstepError
 
 COSTS = ("seconds", "evaluations")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredBatch:
     """One batch: whose images, what was measured of them ([B, ...] each), and what drawing them cost."""
 
     indices: list[int]
@@ -25,13 +25,13 @@ class Measured:
     evaluations: int
 
 
-class Keeper:
+class BatchStore:
     """The finished batches of one row, each in a file that is whole or absent.
 
-    Batches belong to no process: another number of processes, or another batch size, goes on from them as well.
+    Batches belong to no process: another number of processes, or another batch size, continues from them as well.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         """Raises ValueError for a folder that holds the batches of other settings."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,23 +41,25 @@ class Keeper:
         found = io.read_json(file)
         other = [key for key in settings if found.get(key) != settings[key]]
         if other:
-            raise ValueError(
-                f"{folder} keeps images of another evaluation ({', '.join(f'{k}: {found.get(k)}' for k in other)}): "
-                "name another folder, or remove it"
+            raise FewstepError(
+                "keep",
+                f"images of another evaluation ({', '.join(f'{k}: {found.get(k)}' for k in other)}) in {folder}",
+                "those of this one",
+                "Name another folder, or remove it",
             )
 
     def files(self) -> list[Path]:
-        """The finished batches, in order; the same on every process, if asked before any of them goes on."""
+        """The finished batches, in order; the same on every process, if read before any of them saves another."""
         return sorted(self.folder.glob("batch_*.safetensors"))
 
-    def save(self, batch: Measured) -> None:
+    def save(self, batch: MeasuredBatch) -> None:
         tensors = {key: value.cpu().contiguous() for key, value in batch.values.items()}
         tensors["indices"] = torch.tensor(batch.indices)
         tensors |= {
             "seconds": torch.tensor(batch.seconds).double(),
             "evaluations": torch.tensor(batch.evaluations),
         }
-        # By the clock of indices, not of processes: two processes never write one name.
+        # Named by image indices, so two ranks never write the same file.
         name = f"batch_{batch.indices[0]:08d}_{batch.indices[-1]:08d}.safetensors"
         with io.atomic(self.folder / name) as partial:
             save_file(tensors, partial)
@@ -71,11 +73,13 @@ class Keeper:
                 found: list[int] = f.get_tensor("indices").tolist()
                 return found
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file} is broken ({e}); remove it, and its images are drawn again") from None
+            raise FewstepError(
+                "keep", f"{file}, which is broken ({e})", "a finished batch", "Remove it to sample its images again"
+            ) from None
 
     @staticmethod
-    def load(file: Path) -> Measured:
+    def load(file: Path) -> MeasuredBatch:
         tensors = load_file(file)
         indices: list[int] = tensors.pop("indices").tolist()
         seconds, evaluations = (tensors.pop(key).item() for key in COSTS)
-        return Measured(indices, tensors, float(seconds), int(evaluations))
+        return MeasuredBatch(indices, tensors, float(seconds), int(evaluations))

@@ -5,7 +5,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,31 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep import io
-from fewstep.evaluate.metrics.frechet import Moments, moments
+from fewstep.errors import FewstepError
 
 SUFFIXES = (".npz", ".safetensors")
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Mean [D] and covariance [D, D] in float64 (divided by count - 1); count is None where a file does not say."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int | None
+
+
+def moments(features: Tensor) -> Moments:
+    """Moments of features [N, D]; ValueError for fewer than two."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+    features = features.double()
+    return Moments(features.mean(0), features.T.cov().reshape(features.shape[1], -1), len(features))
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """What a file knows of the real images.
+    """The content of a file about real images.
 
     moments: of their features; None where the file holds images only.
     features: [N, D], where it keeps them.
@@ -49,13 +65,13 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
         with io.atomic(file) as partial:
             save_file(tensors, partial, metadata=metadata)
     elif file.suffix == ".npz":
-        arrays: dict[str, Any] = {"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()}
+        arrays: dict[str, NDArray[np.float64]] = {"mu": m.mean.cpu().numpy(), "sigma": m.covariance.cpu().numpy()}
         if statistics.features is not None:
             arrays["features"] = statistics.features.cpu().numpy()
         with io.atomic(file) as partial, partial.open("wb") as f:  # of a name, numpy would change the end
-            np.savez(f, **arrays, metadata=np.array(json.dumps(metadata)))
+            np.savez(f, allow_pickle=False, **arrays, metadata=np.array(json.dumps(metadata)))
     else:
-        raise ValueError(f"{file}: a file of statistics ends in {' or '.join(SUFFIXES)}")
+        raise FewstepError("reference", repr(str(file)), f"a file of statistics, ending in {' or '.join(SUFFIXES)}")
 
 
 def load_statistics(file: Path) -> Statistics:
@@ -69,15 +85,31 @@ def load_statistics(file: Path) -> Statistics:
         if file.suffix == ".safetensors":
             return _safetensors(file)
     except (OSError, SafetensorError, zipfile.BadZipFile, EOFError) as e:
-        raise ValueError(f"{file} cannot be read as a file of statistics: {e}") from None
-    raise ValueError(f"{file}: a file of statistics ends in {' or '.join(SUFFIXES)}")
+        raise FewstepError("reference", f"{file}, which cannot be read ({e})", "a file of statistics") from None
+    raise FewstepError("reference", repr(str(file)), f"a file of statistics, ending in {' or '.join(SUFFIXES)}")
+
+
+def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes safetensors with mean, covariance and, as metadata, count and ddof, whatever the file's name."""
+    tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
+    count = {} if m.count is None else {"count": str(m.count)}
+    with io.atomic(file) as partial:
+        save_file(tensors, partial, metadata={**(metadata or {}), "ddof": "1", **count})
+
+
+def load_moments(file: Path) -> Moments:
+    """Moments of a file of statistics; ValueError for one that holds none."""
+    m = load_statistics(file).moments
+    if m is None:
+        raise FewstepError("reference", f"images in {file}", "statistics", "Make them with `fewstep reference`")
+    return m
 
 
 def _safetensors(file: Path) -> Statistics:
     with safe_open(file, "pt") as f:
         names, metadata = set(f.keys()), f.metadata() or {}
         if not {"mean", "covariance"} <= names:
-            raise ValueError(f"{file}: needs the tensors mean and covariance, has {', '.join(sorted(names))}")
+            raise FewstepError("reference", f"tensors {', '.join(sorted(names))} in {file}", "mean and covariance")
         features = f.get_tensor("features") if "features" in names else None
         m = _moments(f.get_tensor("mean"), f.get_tensor("covariance"), metadata, file)
     return Statistics(m, features, None, metadata)
@@ -85,11 +117,13 @@ def _safetensors(file: Path) -> Statistics:
 
 def _npz(file: Path) -> Statistics:
     if not zipfile.is_zipfile(file):  # which numpy would take for a pickle
-        raise ValueError(f"{file} cannot be read as a file of statistics: it is no archive of arrays")
+        raise FewstepError("reference", f"{file}, which cannot be read (no archive of arrays)", "a file of statistics")
     with np.load(file, allow_pickle=False) as arrays:
         names = set(arrays.files)
         if not ({"mu", "sigma"} <= names or "feats" in names or "arr_0" in names):
-            raise ValueError(f"{file}: needs the arrays mu and sigma, feats, or arr_0; has {', '.join(arrays.files)}")
+            raise FewstepError(
+                "reference", f"arrays {', '.join(arrays.files)} in {file}", "mu and sigma, feats, or arr_0"
+            )
         try:
             metadata = json.loads(str(arrays["metadata"])) if "metadata" in names else {}
             features = next((torch.from_numpy(arrays[k]) for k in ("features", "feats") if k in names), None)
@@ -105,7 +139,7 @@ def _npz(file: Path) -> Statistics:
     return Statistics(m, features, images, metadata)
 
 
-def _images(array: NDArray[Any], file: Path) -> NDArray[np.uint8]:
+def _images(array: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise ValueError(f"arr_0 must be images, uint8 [N, H, W, 3], and is {array.dtype} {list(array.shape)}")
     return array
@@ -114,7 +148,7 @@ def _images(array: NDArray[Any], file: Path) -> NDArray[np.uint8]:
 def _moments(mean: Tensor, covariance: Tensor, metadata: Mapping[str, str], file: Path) -> Moments:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(
-            f"{file}: a mean [D] and a covariance [D, D] are wanted, not {list(mean.shape)} and {list(covariance.shape)}"
+            f"{file}: found shapes {list(mean.shape)} and {list(covariance.shape)}; expected a mean [D] and a covariance [D, D]"
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise ValueError(f"{file}: its statistics are not finite")
@@ -122,13 +156,15 @@ def _moments(mean: Tensor, covariance: Tensor, metadata: Mapping[str, str], file
     return Moments(mean.double(), covariance.double(), count)
 
 
-def check_metadata(metadata: Mapping[str, str], wanted: Mapping[str, str], where: str) -> None:
-    """ValueError unless every key that both know has one value; statistics of others say nothing and pass."""
-    for key, value in wanted.items():
+def check_metadata(metadata: Mapping[str, str], expected: Mapping[str, str], where: str) -> None:
+    """FewstepError unless every key that both have has one value; statistics of other libraries have none and pass."""
+    for key, value in expected.items():
         if metadata.get(key, value) != value:
-            raise ValueError(
-                f"{where} was made with {key} {_short(metadata[key])}, and this evaluation has {_short(value)}: "
-                "such scores would mean nothing; make it anew with `fewstep reference`"
+            raise FewstepError(
+                "reference",
+                f"{where} of {key} {_short(metadata[key])}",
+                f"{_short(value)}, as in this evaluation",
+                "Scores would mean nothing; make the file again with `fewstep reference`",
             )
 
 

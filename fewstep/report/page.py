@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from fewstep import io
 from fewstep._version import __version__
+from fewstep.evaluate.report import Row
 from fewstep.evaluate.tables import COLUMNS, score_columns
 from fewstep.report.chart import Line, chart
 from fewstep.report.runs import Run, read_run
-from fewstep.report.style import STYLE
 
 SLOTS = 6
 """Colours of the page beside the teacher's."""
@@ -23,7 +22,7 @@ NO_CURVE = ("iteration", "images", "warning", "time")
 
 
 def write_page(paths: Sequence[Path], output: Path, title: str | None = None) -> None:
-    """Writes the page, aside first. ValueError for a path that is no run."""
+    """Write the page. Raises FewstepError for a path that is no run."""
     runs = _distinct([read_run(path) for path in paths])
     text = page(runs, title or ", ".join(run.name for run in runs))
     io.write_text(text, output)
@@ -50,10 +49,14 @@ def page(runs: Sequence[Run], title: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{_style()}</style></head><body>"
         f"<h1>{escape(title)}</h1>{_warnings(runs)}{body}"
         f"<footer>fewstep {__version__}</footer></body></html>\n"
     )
+
+
+def _style() -> str:
+    return (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 def _warnings(runs: Sequence[Run]) -> str:
@@ -76,12 +79,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -
     )
 
 
-def _cell(value: Any, digits: int | None = None) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.{digits}f}" if digits is not None else f"{value:.4g}"
-    return str(value)
+def _cell(value: object, digits: int | None = None) -> str:
+    return io.cell(value, digits, missing="–")
 
 
 def _scores(runs: Sequence[Run]) -> str:
@@ -110,7 +109,7 @@ def _slot(i: int) -> int:
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    """Of lines that stand in several charts; those of one name once."""
+    """The legend of lines in several charts; those of one name once."""
     seen = {line.name: line for line in lines}
     if len(seen) < 2:
         return ""
@@ -175,7 +174,7 @@ def _student_name(runs: Sequence[Run], run: Run, model: str) -> str:
     return run.name if model == "student" else f"{run.name}: {model}"
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+def _points(rows: Sequence[Row], key: str) -> list[tuple[float, float]]:
     found = [(float(r["steps"]), float(r[key])) for r in rows if r.get("steps") and r.get(key) is not None]
     return sorted(found)
 
@@ -244,7 +243,7 @@ def _samples(run: Run) -> str:
     return "".join(figures)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def _flat(value: object, prefix: str = "") -> dict[str, str]:
     if isinstance(value, Mapping):
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
     words = "–" if value is None else json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)

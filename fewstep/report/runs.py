@@ -1,32 +1,35 @@
-"""What `fewstep report` reads of a run: its log, scores, pictures and settings."""
+"""The log, scores, pictures and settings of a run, as `fewstep report` reads them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from fewstep import io
+from fewstep.errors import FewstepError
+from fewstep.evaluate.report import Row
 
 
 @dataclass(frozen=True)
 class Run:
-    """What stands in a run's folder, or in one report of scores."""
+    """The content of a run's folder, or of one report of scores."""
 
     name: str
-    log: Sequence[Mapping[str, Any]]
+    log: Sequence[Row]
     warnings: Sequence[str]
-    protocol: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+    protocol: Row
+    rows: Sequence[Row]
     pictures: Sequence[tuple[str, Path]]
-    config: Mapping[str, Any]
+    config: Row
 
     @property
-    def students(self) -> list[Mapping[str, Any]]:
+    def students(self) -> list[Row]:
         return [row for row in self.rows if row["model"] != "teacher"]
 
     @property
-    def teachers(self) -> list[Mapping[str, Any]]:
+    def teachers(self) -> list[Row]:
         return [row for row in self.rows if row["model"] == "teacher"]
 
 
@@ -42,15 +45,15 @@ def read_run(path: Path) -> Run:
     report = _json(path / "evaluation.json") if (path / "evaluation.json").is_file() else {}
     pictures = _pictures(path / "samples")
     if not (log or report or pictures):
-        raise ValueError(
-            f"{path} is neither the folder of a run (log.jsonl, evaluation.json, samples/) nor a report of scores"
+        raise FewstepError(
+            "RUN", repr(str(path)), "the folder of a run (log.jsonl, evaluation.json, samples/) or a report of scores"
         )
-    config: Any = {}
+    config: object = {}
     if (path / "config.yaml").is_file():
         try:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ValueError(f"{path / 'config.yaml'} cannot be read: {e}") from None
+            raise FewstepError(str(path / "config.yaml"), f"what cannot be read ({e})", "YAML") from None
     rows = _rows(report, path / "evaluation.json") if report else []
     name = path.resolve().name
     return Run(
@@ -58,24 +61,24 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path) -> Row:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = io.read_json(file)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{file} cannot be read as a report of scores: {e}") from None
+        raise FewstepError(str(file), f"what cannot be read ({e})", "a report of scores") from None
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
-        raise ValueError(f"{file} is not a report of scores: it has no list of results")
+        raise FewstepError(str(file), "no list of results", "a report of scores")
     return found
 
 
-def _rows(report: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = report["results"]
+def _rows(report: Row, file: Path) -> list[Row]:
+    rows: list[Row] = report["results"]
     if not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise ValueError(f"{file} is not a report of scores: a result without a model")
+        raise FewstepError(str(file), "a result without a model", "a report of scores")
     return rows
 
 
-def _log(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _log(file: Path) -> tuple[list[Row], list[str]]:
     if not file.is_file():
         return [], []
     records, warnings = [], []
@@ -93,7 +96,7 @@ def _log(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _pictures(folder: Path) -> list[tuple[str, Path]]:
     """The comparison after training, and the last grid during it."""
-    found = [("After training, teacher and student from the same noises", folder / "comparison.png")]
+    found = [("After training, teacher and student from the same initial noise", folder / "comparison.png")]
     during = sorted((f for f in folder.glob("*.png") if f.stem.isdigit()), key=lambda f: int(f.stem))
     found += [(f"At iteration {int(f.stem):,}", f) for f in during[-1:]]
     return [(caption, file) for caption, file in found if file.is_file()]

@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline
 
 from fewstep.config import EvaluateConfig, MethodConfig, RunConfig
 from fewstep.evaluate import (
-    MEASURED_ANEW,
-    Earlier,
+    REMEASURED,
+    EarlierScores,
     earlier_rows,
     evaluate,
     fingerprints,
@@ -19,7 +19,7 @@ from fewstep.evaluate import (
     protocol,
     write_report,
 )
-from fewstep.export.pipeline import update_card
+from fewstep.export.card import update_card
 from fewstep.teachers import Teacher, quiet
 from fewstep.training.validation import student_guidance_scale, teacher_guidance_scale
 
@@ -54,7 +54,7 @@ class Scoring:
     config: RunConfig[MethodConfig]
     settings: EvaluateConfig
     fingerprints: dict[str, str]
-    earlier: Earlier
+    earlier: EarlierScores
 
     @classmethod
     def of(cls, config: RunConfig[MethodConfig], teacher: Teacher) -> "Scoring":
@@ -62,7 +62,7 @@ class Scoring:
         settings = config.evaluate
         if settings is None:
             raise ValueError("evaluate is null: nothing would be scored")
-        scoring = cls(config, settings, fingerprints(teacher.pipeline), Earlier({}, ""))
+        scoring = cls(config, settings, fingerprints(teacher.pipeline), EarlierScores({}, ""))
         if settings.teacher_from is None:
             return scoring
         wanted, scale = protocol(**scoring.asked), teacher_guidance_scale(config)
@@ -124,7 +124,7 @@ class Scoring:
                 )  # fmt: skip
                 rows |= {row["steps"]: row for row in drawn}
         for n, row in known.items():
-            rows[n] = row | {"model": "teacher"} | {key: rows[n][key] for key in MEASURED_ANEW}
+            rows[n] = row | {"model": "teacher"} | {key: rows[n][key] for key in REMEASURED}
         return [rows[n] | {"fingerprints": self.fingerprints} for n in e.teacher_steps]
 
     def _picture(self, teacher: Teacher, student: DiffusionPipeline, scale: float | None, own: float | None) -> None:

@@ -63,15 +63,16 @@ def _check_steps(config: RunConfig[MethodConfig], method: "Method") -> None:
 
 def _check_conditions(config: RunConfig[MethodConfig], pipeline: "DiffusionPipeline") -> None:
     """Raises ValueError where a score has no prompts for a pipeline that wants them, or labels of no known number."""
+    from fewstep.evaluate.conditions import load_conditions
     from fewstep.evaluate.generate import condition_kind, num_labels
-    from fewstep.evaluate.references import protocol_of, resolve, subjects
+    from fewstep.evaluate.references import protocol_of, resolve
 
     for key, asked in (("score", config.score if config.score.every else None), ("evaluate", config.evaluate)):
         if asked is None:
             continue
         sources = resolve(asked.reference, asked.features, asked.clip, asked.prompts)
         try:
-            subjects(protocol_of(sources, num_images=2, seed=0), condition_kind(pipeline), num_labels(pipeline))
+            load_conditions(protocol_of(sources, num_images=2, seed=0), condition_kind(pipeline), num_labels(pipeline))
         except ValueError as e:
             raise ValueError(f"{key}.prompts: {e}") from None
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from fewstep.evaluate.metrics.distances import diversity, inception_score
 
 
-class Kept(Metric):
+class AllFeatures(Metric):
     """All features, each in the row of its image: [num_images, D].
 
     States of torchmetrics that are lists would hang where processes have different numbers of batches, and could not tell

@@ -5,34 +5,15 @@ Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a 
 
 import functools
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics import Metric
 
 from fewstep.evaluate.models.features import ImageFeatures
+from fewstep.evaluate.statistics import Moments, moments
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean [D] and covariance [D, D] in float64 (divided by count - 1); count is None where a file does not say."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int | None
-
-
-def moments(features: Tensor) -> Moments:
-    """Moments of features [N, D]; ValueError for fewer than two."""
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
-    features = features.double()
-    return Moments(features.mean(0), features.T.cov().reshape(features.shape[1], -1), len(features))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -163,23 +144,6 @@ def _warn_rank(rank: int, dimensions: int) -> None:
     )
 
 
-def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors with mean, covariance and, as metadata, count and ddof, whatever the file's name."""
-    tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
-    count = {} if m.count is None else {"count": str(m.count)}
-    save_file(tensors, file, metadata={**(metadata or {}), "ddof": "1", **count})
-
-
-def load_moments(file: Path) -> Moments:
-    """Moments of a file of statistics; ValueError for one that holds none."""
-    from fewstep.evaluate.statistics import load_statistics
-
-    m = load_statistics(file).moments
-    if m is None:
-        raise ValueError(f"{file} holds images and no statistics; `fewstep reference` makes them")
-    return m
-
-
 def check_width(name: str, features: int, reference: int) -> None:
     """ValueError for features that cannot be those of the reference."""
     if features != reference:
@@ -212,7 +176,7 @@ class FrechetDistance(Metric):
         self.add_state("outer", torch.zeros(d, d, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor) -> None:
-        """uint8 images [B, 3, H, W], or their features [B, D] where these are at hand.
+        """uint8 images [B, 3, H, W], or their features [B, D] where they are known.
 
         Raises ValueError for features of another width than the reference's, or that are not finite.
         """

@@ -1,9 +1,9 @@
 """CLIP score: how well images fit their prompts (Hessel et al. 2021, without the paper's factor 2.5)."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,16 @@ from torchmetrics import Metric
 
 from fewstep.assets import ASSETS, asset_path
 from fewstep.evaluate.models.features import Preprocess, load_preprocess, model_folder
-from fewstep.evaluate.models.view import look
+from fewstep.evaluate.models.view import apply_view
 from fewstep.evaluate.protocol import ClipScoring
 
 if TYPE_CHECKING:
+    from open_clip import CLIP
     from transformers import CLIPModel, CLIPTokenizer
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-def _embedding(output: Any) -> Tensor:
+def _embedding(output: "Tensor | BaseModelOutputWithPooling") -> Tensor:
     # transformers 4 returns the projected embedding, transformers 5 an output that holds it as its pooled output.
     embedding: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return F.normalize(embedding if embedding.dtype == torch.float64 else embedding.float(), dim=-1)
@@ -73,7 +75,13 @@ class Clip(ClipModule):
 class OpenClip(ClipModule):
     """A model of open_clip with its own tokenizer and, image by image, its own preprocessing of PIL images."""
 
-    def __init__(self, name: str, model: nn.Module, tokenizer: Any, preprocess: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: "CLIP",
+        tokenizer: "Callable[[list[str]], Tensor]",
+        preprocess: "Callable[[Image.Image], Tensor]",
+    ) -> None:
         super().__init__()
         self.name, self.model, self.tokenizer, self.preprocess = name, model, tokenizer, preprocess
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
@@ -85,11 +93,11 @@ class OpenClip(ClipModule):
     def image_embeddings(self, images: Tensor) -> Tensor:
         pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images.cpu()]
         pixels = torch.stack([self.preprocess(picture) for picture in pictures]).to(self.anchor)
-        return _embedding(self.model.encode_image(pixels))  # type: ignore[operator]
+        return _embedding(self.model.encode_image(pixels))
 
     @torch.no_grad()
     def text_embeddings(self, texts: Sequence[str]) -> Tensor:
-        return _embedding(self.model.encode_text(self.tokenizer(list(texts)).to(self.anchor.device)))  # type: ignore[operator]
+        return _embedding(self.model.encode_text(self.tokenizer(list(texts)).to(self.anchor.device)))
 
 
 def clip_folder(name: str) -> Path:
@@ -160,7 +168,7 @@ class ClipScore(Metric):
         self.add_state("sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, images: Tensor, prompts: Sequence[str] = ()) -> None:
-        """uint8 images [B, 3, H, W] and their B prompts; or the cosines [B] of both, where these are at hand."""
+        """uint8 images [B, 3, H, W] and their B prompts; or the cosines [B] of both, where they are known."""
         cosines = (self.cosines(images, prompts) if images.dtype == torch.uint8 else images).double()
         if cosines.ndim != 1:
             raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
@@ -174,7 +182,7 @@ class ClipScore(Metric):
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         texts = [self.scoring.prefix + prompt for prompt in prompts]
-        seen = self.clip.image_embeddings(look(images, self.scoring.view))
+        seen = self.clip.image_embeddings(apply_view(images, self.scoring.view))
         return (seen * self.clip.text_embeddings(texts)).sum(1)
 
     def compute(self) -> Tensor:

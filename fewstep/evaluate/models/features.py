@@ -1,9 +1,8 @@
 """Image features: networks behind their own preprocessing, done in torch and in float32, or after `.double()` in float64."""
 
 import importlib
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that torch has too."""
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | Mapping[str, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size["height"], size["width"])
 
 
@@ -33,7 +32,7 @@ class Preprocess(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.size = config["size"] if config.get("do_resize", True) else None
         self.crop = _pair(config["crop_size"]) if config.get("do_center_crop", False) else None
@@ -81,9 +80,9 @@ def load_preprocess(folder: Path) -> Preprocess:
     """The preprocessing of a folder: preprocessor_config.json, or transformers 5's processor_config.json."""
     old, new = folder / "preprocessor_config.json", folder / "processor_config.json"
     if old.exists():
-        return Preprocess(json.loads(old.read_text()))
+        return Preprocess(io.read_json(old))
     if new.exists():
-        return Preprocess(json.loads(new.read_text())["image_processor"])
+        return Preprocess(io.read_json(new)["image_processor"])
     raise ValueError(f"{folder} has no preprocessor_config.json, which says how images are resized and normalised")
 
 
@@ -157,7 +156,7 @@ def features_weights(name: str) -> Path | None:
 
 
 def features_identity(name: str) -> dict[str, str]:
-    """What tells one kind of features from another: its kind, and the SHA-256 of its weights where a file holds them."""
+    """The identity of features: their kind, and the SHA-256 of the weights where a file holds them."""
     base, file = name.partition("@")[0], features_weights(name)
     fixed = base in ("inception", "inception-clean", "efficientnet-lite0") or _is_function(name)
     kind = base if fixed else "transformers"

@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class Inception(nn.Module):
         self.resize = resize
         # torch-fidelity's modules in the order in which its forward calls them; the last one is `fc`.
         modules = list(net.children())
+        assert isinstance(modules[-1], nn.Linear)
         self.layers, self.head = nn.Sequential(*modules[:-1]), modules[-1]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ class Inception(nn.Module):
         return features, features @ self.head.weight.T
 
 
-def _network(weights: Path) -> Any:
+def _network(weights: Path) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:

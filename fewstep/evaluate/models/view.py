@@ -1,4 +1,4 @@
-"""What becomes of an image before a network sees it: a central part, resized by PIL and rounded, as the papers' scripts do."""
+"""Views of images before a network sees them: a central part, resized by PIL and rounded, as in the papers' scripts."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ FILTERS = {
 }
 
 
-def look(images: Tensor, view: View) -> Tensor:
+def apply_view(images: Tensor, view: View) -> Tensor:
     """uint8 [B, 3, H, W] -> uint8 [B, 3, h, w]; ValueError for a crop that is larger than the images."""
     height, width = images.shape[-2:]
     if view.crop is not None:

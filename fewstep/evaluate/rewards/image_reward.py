@@ -3,12 +3,15 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.evaluate.rewards.files import part_of, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """By which its authors standardise the output."""
@@ -32,7 +35,9 @@ VISION_NAMES = (
 class ImageRewardNet(nn.Module):
     """The prompt's first token after BERT with attention to the image, through linear layers: [B]."""
 
-    def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Sequential, tokenizer: Any, side: int) -> None:
+    def __init__(
+        self, vision: nn.Module, text: nn.Module, head: nn.Sequential, tokenizer: "BertTokenizer", side: int
+    ) -> None:
         super().__init__()
         self.vision, self.text, self.head, self.tokenizer, self.side = vision, text, head, tokenizer, side
 
@@ -78,7 +83,7 @@ def _layers(state: dict[str, Tensor], pattern: str) -> int:
     return len({m[1] for key in state if (m := re.match(pattern, key))})
 
 
-def build(state: dict[str, Tensor], tokenizer: Any) -> ImageRewardNet:
+def build(state: dict[str, Tensor], tokenizer: "BertTokenizer") -> ImageRewardNet:
     """The network whose sizes and weights are those of the file `ImageReward.pt`; KeyError or RuntimeError for another's."""
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 

@@ -1,11 +1,11 @@
-"""What people like, as networks predict it: rewards of images, to score with and to train with."""
+"""Human-preference reward models, to score with and to train with."""
 
 import importlib
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from fewstep.evaluate.rewards.files import (
 )
 from fewstep.evaluate.rewards.image_reward import ImageRewardNet, linear_stack, load_image_reward
 from fewstep.evaluate.rewards.mps import MpsNet, load_mps
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 CLIP_PREPROCESSING = {
     "resample": 3,
@@ -107,16 +110,18 @@ class Aesthetic(Reward):
 class Hps(Reward):
     """Human Preference Score v2 (Wu et al. 2023): the bare cosine of an open_clip ViT-H-14 that learned people's choices."""
 
-    def __init__(self, name: str, model: nn.Module, tokenizer: object, preprocess: Preprocess) -> None:
+    def __init__(
+        self, name: str, model: "CLIP", tokenizer: "Callable[[list[str]], Tensor]", preprocess: Preprocess
+    ) -> None:
         super().__init__(name)
         self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
         self.eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         device = self.preprocess.mean.device
-        tokens = self.tokenizer(list(prompts)).to(device)  # type: ignore[operator]
-        seen = self.model.encode_image(self.preprocess(images.to(device)), normalize=True)  # type: ignore[operator]
-        return (seen * self.model.encode_text(tokens, normalize=True)).sum(1)  # type: ignore[operator]
+        tokens = self.tokenizer(list(prompts)).to(device)
+        seen = self.model.encode_image(self.preprocess(images.to(device)), normalize=True)
+        return (seen * self.model.encode_text(tokens, normalize=True)).sum(1)
 
 
 class Reader(Reward):
@@ -144,7 +149,7 @@ class OwnReward(Reward):
 
     white = 1.0
 
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: Callable[..., object]) -> None:
         super().__init__(name)
         self.function = function
         self.eval().requires_grad_(False)
@@ -170,7 +175,7 @@ class OwnReward(Reward):
             raise ValueError(f"reward {self.name!r} returned a result without a gradient to the images")
 
 
-def own_function(name: str) -> Callable[..., Any]:
+def own_function(name: str) -> Callable[..., object]:
     """What package.module:callable names on Python's path; ValueError, in one sentence, where there is no such callable."""
     module, _, attribute = name.partition(":")
     try:
@@ -180,7 +185,7 @@ def own_function(name: str) -> Callable[..., Any]:
         hint = "; is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else ""
         raise ValueError(f"reward {name!r}: {module} cannot be imported, {told}{hint}") from None
     try:
-        function: Callable[..., Any] = getattr(found, attribute)
+        function: Callable[..., object] = getattr(found, attribute)
     except AttributeError:
         raise ValueError(f"reward {name!r}: {found.__name__}, of {found.__file__}, has no {attribute!r}") from None
     if not callable(function):
@@ -189,7 +194,7 @@ def own_function(name: str) -> Callable[..., Any]:
 
 
 def load_reward(name: str) -> Reward:
-    """A reward by name; @PATH names its folder or file of weights, which is else looked for as `reward_files` says.
+    """A reward by name; @PATH names its folder or file of weights, which is otherwise looked for as `reward_files` says.
 
     clip@FOLDER: 100 * cosine of `fashion`'s CLIP or of a transformers CLIPModel. pickscore: PickScore v1. aesthetic: LAION's
     improved-aesthetic-predictor. hpsv2, hpsv2.1: HPS, by open_clip. image_reward: ImageReward v1.0. mps: MPS, overall.

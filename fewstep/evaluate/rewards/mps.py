@@ -1,4 +1,4 @@
-"""The network of the Multi-dimensional Preference Score (Zhang et al. 2024), written anew around transformers' CLIP.
+"""The network of the Multi-dimensional Preference Score (Zhang et al. 2024), around transformers' CLIP.
 
 A CLIP ViT-H-14 gives tokens of the image and words of the prompt, both projected to one width. Layers of attention let the
 image's tokens look at those words that have to do with a condition, a list of what people judge images by. The score is the
@@ -8,13 +8,16 @@ cosine between the first token, as it then is, and the prompt's embedding, times
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.evaluate.rewards.files import MPS_CONVERSION, part_of, read_tensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, "
@@ -127,7 +130,7 @@ class Cross(nn.ModuleList):
 class MpsNet(nn.Module):
     """Preprocessed pixels [B, 3, side, side] and B prompts -> [B], differentiable in the pixels."""
 
-    def __init__(self, clip: Any, cross: Cross, tokenizer: Any) -> None:
+    def __init__(self, clip: "CLIPModel", cross: Cross, tokenizer: "CLIPTokenizer") -> None:
         super().__init__()
         self.clip, self.cross, self.tokenizer = clip, cross, tokenizer
 
@@ -157,7 +160,7 @@ class MpsNet(nn.Module):
         return words, ends[:-1], nearest / nearest.amax(1, keepdim=True) > THRESHOLD
 
 
-def build(state: dict[str, Tensor], config: Any, tokenizer: Any) -> MpsNet:
+def build(state: dict[str, Tensor], config: "CLIPConfig", tokenizer: "CLIPTokenizer") -> MpsNet:
     """The network of a state dict with a CLIP of this CLIPConfig; KeyError or RuntimeError for another network's weights."""
     from transformers import CLIPModel
 

@@ -17,7 +17,7 @@ def sources(tmp_path: Path) -> list[str]:
 
     from fewstep.data.fashion import load_embedded
     from fewstep.evaluate import load_features, save_moments
-    from fewstep.evaluate.metrics.frechet import moments
+    from fewstep.evaluate.statistics import moments
 
     images = torch.from_numpy(load_embedded()[0])[::10].contiguous()
     save_moments(moments(load_features("fashion")(images)), tmp_path / "real.safetensors")
@@ -46,7 +46,7 @@ def test_sample_writes_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="reference 'coco' is neither bundled"):
+    with pytest.raises(SystemExit, match="reference: found 'coco'; expected fashion, a path"):
         main(["evaluate", "fashion", "--reference", "coco", "--features", "fashion"])
     with pytest.raises(SystemExit, match=r"pipeline '.*nowhere' is neither a folder nor to be had"):
         main(

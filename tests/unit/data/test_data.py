@@ -254,7 +254,7 @@ def test_training_reads_prompts_as_scoring_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_scoring_reads_the_images_that_training_reads(tmp_path: Path, suffix: str) -> None:
-    from fewstep.evaluate.references import count_images, real_images
+    from fewstep.evaluate.real_images import count_images, real_images
 
     save(tmp_path / f"1{suffix}", size=(8, 8))
     save(tmp_path / f"2{suffix.upper()}", size=(8, 8))

@@ -17,7 +17,8 @@ from fewstep.data import load_source
 from fewstep.data.fashion import load_embedded
 from fewstep.data.hub import dataset_files, is_dataset
 from fewstep.evaluate import load_features, load_moments
-from fewstep.evaluate.references import collect, count_images, real_images, resolve
+from fewstep.evaluate.real_images import count_images, real_images
+from fewstep.evaluate.references import collect, resolve
 
 Add = Callable[[str, Mapping[str, bytes]], Path]
 
@@ -159,7 +160,7 @@ def test_folders_of_images(add: Add, images: Tensor, tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"expected a/whole\. The data set has no splits"):
         count_images("a/whole:train")
     add("a/words", {"README.md": b"# words"})
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="images: found none in"):
         list(real_images("a/words"))
     # What lies under $FEWSTEP_DATA/datasets, or as it stands, comes first.
     monkeypatch.setenv("FEWSTEP_DATA", str(tmp_path))
@@ -193,7 +194,7 @@ def test_what_is_not_here_or_not_whole_is_told_with_the_command_that_brings_it(
     assert count_images("somebody/clothes:test") == 2
     for name in ("nothing", "a/b/c", "./a/b", "/a/b", "a/b.npz", str(tmp_path)):
         assert not is_dataset(name)
-    with pytest.raises(ValueError, match="needs features"):
+    with pytest.raises(ValueError, match="features: found none for"):
         resolve("somebody/clothes:test")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.evaluate.metrics.accumulate import Diversity, InceptionScore, Kept
+from fewstep.evaluate.metrics.accumulate import AllFeatures, Diversity, InceptionScore
 from fewstep.evaluate.metrics.distances import (
     cmmd,
     density_coverage,
@@ -17,7 +17,8 @@ from fewstep.evaluate.metrics.distances import (
     kernel_distance,
     precision_recall,
 )
-from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, moments, warn_few
+from fewstep.evaluate.metrics.frechet import frechet_distance, warn_few
+from fewstep.evaluate.statistics import Moments, moments
 
 
 def draw(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -163,7 +164,7 @@ def test_diversity_is_the_mean_over_pairs_of_one_prompt() -> None:
 
 def test_kept_features_stand_in_the_rows_of_their_images_and_are_counted() -> None:
     features = draw(7, 3, 0).float()
-    shares = [Kept(7, 3) for _ in range(2)]
+    shares = [AllFeatures(7, 3) for _ in range(2)]
     shares[0].update(features[[6, 0, 2]], [6, 0, 2])
     shares[1].update(features[[1, 5, 4]], [1, 5, 4])
     shares[0].merge_state(shares[1])

@@ -29,10 +29,11 @@ from fewstep.evaluate import (
     save_moments,
     write_report,
 )
+from fewstep.evaluate.conditions import load_conditions
 from fewstep.evaluate.generate import batches, condition_kind, counted, noise_generator
-from fewstep.evaluate.metrics.frechet import moments
-from fewstep.evaluate.references import folder_moments, protocol_of, resolve, subjects
-from fewstep.evaluate.run import check_indices
+from fewstep.evaluate.references import folder_moments, protocol_of, resolve
+from fewstep.evaluate.rows import check_indices
+from fewstep.evaluate.statistics import moments
 
 EMBEDDED_REFERENCE = asset_path("fashion") / "reference.safetensors"
 needs_reference = pytest.mark.skipif(not EMBEDDED_REFERENCE.exists(), reason="the asset has no reference yet")
@@ -330,19 +331,19 @@ def test_a_folder_of_images_is_a_reference(features: Any, images: Tensor, tmp_pa
     torch.testing.assert_close(got.covariance, wanted.covariance)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="images: found none in"):
         folder_moments(empty, features)
 
 
 def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nor a path: give that of its statistics"):
         resolve("coco")
-    with pytest.raises(ValueError, match="needs features"):
+    with pytest.raises(ValueError, match="features: found none for"):
         resolve(str(reference_file))
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match=r"prompts: found .*; expected a file"):
         resolve(str(reference_file), "fashion", prompts=tmp_path / "none.txt")
     with pytest.raises(ValueError, match="brings no prompts"):
-        subjects(protocol_of(resolve(str(reference_file), "fashion"), num_images=4, seed=0), "prompt", None)
+        load_conditions(protocol_of(resolve(str(reference_file), "fashion"), num_images=4, seed=0), "prompt", None)
     with pytest.raises(ValueError, match="features 'nowhere'"):
         load_features("nowhere")
     with pytest.raises(ValueError, match="clip 'nowhere'"):
@@ -352,10 +353,10 @@ def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: 
 @needs_reference
 def test_fashion_is_balanced_over_its_classes() -> None:
     fashion = protocol_of(resolve("fashion"), num_images=20, seed=0)
-    what = subjects(fashion, "prompt", None)
+    what = load_conditions(fashion, "prompt", None)
     assert what.conditions == what.prompts == [caption(i % 10) for i in range(20)]
-    assert subjects(fashion, "label", 1000).conditions == [i % 10 for i in range(20)]
-    assert subjects(fashion, "none", None).prompts is None
+    assert load_conditions(fashion, "label", 1000).conditions == [i % 10 for i in range(20)]
+    assert load_conditions(fashion, "none", None).prompts is None
     assert protocol(reference="fashion", num_images=20)["clip"] == "fashion"
 
 

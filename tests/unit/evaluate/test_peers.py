@@ -12,9 +12,10 @@ from fewstep.assets import asset_path
 from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import ClipScore, load_clip
 from fewstep.evaluate.metrics.distances import kernel_distance
-from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, frechet_infinity, moments
+from fewstep.evaluate.metrics.frechet import frechet_distance, frechet_infinity
 from fewstep.evaluate.models.inception import clean_resize
 from fewstep.evaluate.protocol import ClipScoring
+from fewstep.evaluate.statistics import Moments, moments
 
 
 def features(n: int, d: int, seed: int, decay: float = 1.0) -> Tensor:

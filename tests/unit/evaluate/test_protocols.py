@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from builders import ROOT
-from fewstep.evaluate.models.view import look
-from fewstep.evaluate.protocol import FOLDER, Protocol, View, find_data, load_protocol, names
-from fewstep.evaluate.references import Given, random_label, reference_path, subjects
+from fewstep.evaluate.conditions import load_conditions, random_label
+from fewstep.evaluate.models.view import apply_view
+from fewstep.evaluate.protocol import FOLDER, PathOverrides, Protocol, View, find_data, load_protocol, names
+from fewstep.evaluate.references import reference_path
 
 NAMED = {
     "fashion_10k": 10_000,
@@ -88,7 +89,9 @@ def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, changes: dict[str, A
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
-    with pytest.raises(ValueError, match=r"neither a file nor one of .*; did you mean 'fashion_10k'\?"):
+    with pytest.raises(
+        ValueError, match=r"protocol: found .*; expected a file or one of .*\. Did you mean 'fashion_10k'\?"
+    ):
         load_protocol("fashion_1k")
 
 
@@ -98,15 +101,15 @@ def test_missing_data_say_what_to_get_and_where_to_put_it(tmp_path: Path, monkey
     with pytest.raises(
         ValueError, match=r"needs captions\.txt \(the 30,000 captions .* \$FEWSTEP_DATA .* --prompts PATH"
     ):
-        subjects(protocol, "prompt", None, name)
+        load_conditions(protocol, "prompt", None, name)
     with pytest.raises(ValueError, match=r"needs val2014\.npz .* or give --reference PATH"):
-        reference_path(name, protocol.comparisons[0], Given({}))
+        reference_path(name, protocol.comparisons[0], PathOverrides({}))
     monkeypatch.setenv("FEWSTEP_DATA", str(tmp_path))
     (tmp_path / name).mkdir()
     (tmp_path / name / "captions.txt").write_text("one\ntwo\n")
     assert find_data(name, "captions.txt", "", "--prompts") == tmp_path / name / "captions.txt"
-    with pytest.raises(ValueError, match=r"wants 30000 prompts, and .* holds 2"):
-        subjects(protocol, "prompt", None, name)
+    with pytest.raises(ValueError, match=r"prompts: found 2 in .*; expected 30000"):
+        load_conditions(protocol, "prompt", None, name)
 
 
 def test_random_labels_are_uniform_and_fixed_by_seed_and_index() -> None:
@@ -116,21 +119,21 @@ def test_random_labels_are_uniform_and_fixed_by_seed_and_index() -> None:
     assert float(((counts - 500) ** 2 / 500).sum()) < 27.9
     assert labels[:20] == [random_label(0, i, 10) for i in range(20)] != [random_label(1, i, 10) for i in range(20)]
     protocol = Protocol.model_validate({**SMALL, "images": 20, "conditions": {"source": "labels", "draw": "random"}})
-    assert subjects(protocol, "label", 10).conditions == labels[:20]
+    assert load_conditions(protocol, "label", 10).conditions == labels[:20]
 
 
 def test_views_are_pils_resizing_of_the_central_square() -> None:
     from PIL import Image
 
     images = torch.randint(0, 256, (2, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = look(images, View(crop="square", size=8, filter="lanczos"))
+    seen = apply_view(images, View(crop="square", size=8, filter="lanczos"))
     for image, got in zip(images, seen, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((5, 0, 25, 20))
         wanted = torch.frombuffer(
             bytearray(picture.resize((8, 8), Image.Resampling.LANCZOS).tobytes()), dtype=torch.uint8
         )
         assert torch.equal(got.permute(1, 2, 0).flatten(), wanted)
-    assert torch.equal(look(images, View(crop=10)), images[..., 5:15, 10:20])
-    assert look(images, View()) is images
+    assert torch.equal(apply_view(images, View(crop=10)), images[..., 5:15, 10:20])
+    assert apply_view(images, View()) is images
     with pytest.raises(ValueError, match=r"view\.crop 21 is larger"):
-        look(images, View(crop=21))
+        apply_view(images, View(crop=21))

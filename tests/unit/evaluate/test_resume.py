@@ -17,10 +17,10 @@ from builders.rewards import small_rewards
 from fewstep.assets import asset_path
 from fewstep.cli.main import main
 from fewstep.data.fashion import load_embedded
-from fewstep.evaluate import Given, Protocol, evaluate_protocol, load_features, load_protocol, sample
+from fewstep.evaluate import PathOverrides, Protocol, evaluate_protocol, load_features, load_protocol, sample
 from fewstep.evaluate.generate import batches, remaining_batches
 from fewstep.evaluate.references import collect
-from fewstep.evaluate.resume import Keeper
+from fewstep.evaluate.resume import BatchStore
 from fewstep.evaluate.statistics import save_statistics
 
 PROMPTS = ["a bag", "", "ein Kleid, rot 👗", 'a "quoted", dress', "a coat"]
@@ -112,7 +112,7 @@ def test_the_command_in_fp64_gives_the_same_scores_for_every_batch_size(folder: 
         main(["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), *options])
         report = json.loads(output.read_text())
         rows.append({key: value for key, value in report["results"][0].items() if key not in NOT_SCORES})
-        values = Keeper.load(next((keep / "1_steps").glob("batch_*"))).values
+        values = BatchStore.load(next((keep / "1_steps").glob("batch_*"))).values
         assert {value.dtype for value in values.values()} == {torch.float64}
     assert rows[0]["fid"] > 0 and rows[0]["kid"] != 0 and rows[0]["pickscore"] != 0
     for row in rows[1:]:
@@ -124,7 +124,7 @@ def test_what_was_kept_in_fp32_is_not_gone_on_with_in_fp64(folder: Path, tmp_pat
     command = ["evaluate", "fashion", "--protocol", str(folder / "tiny.yaml"), "--steps", "1", "--keep", str(tmp_path)]
     command += ["--output", str(tmp_path / "evaluation.json")]
     main(command)
-    with pytest.raises(SystemExit, match="keeps images of another evaluation"):
+    with pytest.raises(SystemExit, match="keep: found images of another evaluation"):
         main([*command, "--dtype", "fp64"])
 
 
@@ -140,11 +140,11 @@ def test_an_interrupted_evaluation_goes_on_to_identical_scores(
             raise KeyboardInterrupt
         return sample(pipeline, conditions, indices, **options)
 
-    monkeypatch.setattr("fewstep.evaluate.run.sample", interrupted)
+    monkeypatch.setattr("fewstep.evaluate.rows.sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         score(pipeline, protocol, 4, tmp_path)
     drawn.clear()
-    monkeypatch.setattr("fewstep.evaluate.run.sample", lambda *a, **k: drawn.extend(a[2]) or sample(*a, **k))  # type: ignore[func-returns-value]
+    monkeypatch.setattr("fewstep.evaluate.rows.sample", lambda *a, **k: drawn.extend(a[2]) or sample(*a, **k))  # type: ignore[func-returns-value]
     again = score(pipeline, protocol, 4, tmp_path)
     assert drawn == [0, *range(8, 13)]
     assert again == whole
@@ -169,12 +169,12 @@ def test_what_was_kept_of_another_evaluation_is_refused(
     pipeline: Any, protocol: Protocol, tmp_path: Path, folder: Path
 ) -> None:
     score(pipeline, protocol, 13, tmp_path)
-    with pytest.raises(ValueError, match="keeps images of another evaluation \\(protocol: "):
+    with pytest.raises(ValueError, match="found images of another evaluation \\(protocol: "):
         score(pipeline, protocol.model_copy(update={"seed": 1}), 13, tmp_path)
     other = folder / "other.jsonl"
     other.write_text('"a"\n')
     with pytest.raises(ValueError, match=r"\(conditions: "):
-        score(pipeline, protocol, 13, tmp_path, given=Given({}, other))
+        score(pipeline, protocol, 13, tmp_path, overrides=PathOverrides({}, other))
     changed = open_pipeline()
     with torch.no_grad():
         next(changed.unet.parameters()).add_(1e-3)
@@ -182,7 +182,7 @@ def test_what_was_kept_of_another_evaluation_is_refused(
         score(changed, protocol, 13, tmp_path)
     (file,) = (tmp_path / "1_steps").glob("batch_*")
     file.write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"is broken .* remove it, and its images are drawn again"):
+    with pytest.raises(ValueError, match=r"which is broken .*\. Remove it to sample its images again"):
         score(pipeline, protocol, 13, tmp_path)
 
 
@@ -259,7 +259,7 @@ def exact_scores(folder: Path, **options: Any) -> list[dict[str, Any]]:
     rows = []
     for size in SIZES:
         row = score(open_pipeline(torch.float64), protocol, size, folder / f"kept_{size}", **options)
-        files = [Keeper.load(file) for file in sorted((folder / f"kept_{size}" / "1_steps").glob("batch_*"))]
+        files = [BatchStore.load(file) for file in sorted((folder / f"kept_{size}" / "1_steps").glob("batch_*"))]
         order = torch.tensor([i for file in files for i in file.indices]).argsort()
         kept = torch.cat([file.values["0.features"] for file in files])[order]
         rows.append({**row, "sha256": hashlib.sha256(kept.numpy().tobytes()).hexdigest()})
@@ -325,10 +325,10 @@ def test_every_batch_size_and_number_of_processes_gives_the_same_images_and_scor
 
 
 def test_a_file_of_a_batch_is_whole_or_absent(tmp_path: Path) -> None:
-    keeper = Keeper(tmp_path / "k", {"a": 1})
-    from fewstep.evaluate.resume import Measured
+    keeper = BatchStore(tmp_path / "k", {"a": 1})
+    from fewstep.evaluate.resume import MeasuredBatch
 
-    batch = Measured([3, 1], {"0.features": torch.ones(2, 4)}, 0.5, 7)
+    batch = MeasuredBatch([3, 1], {"0.features": torch.ones(2, 4)}, 0.5, 7)
     keeper.save(batch)
     assert [f.name for f in sorted((tmp_path / "k").iterdir())] == [
         "batch_00000003_00000001.safetensors",

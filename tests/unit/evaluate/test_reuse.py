@@ -80,9 +80,9 @@ def test_what_scores_depend_on_must_be_the_same(tiny_sd: Path, report: Path) -> 
 
     words(2)
     words(2, batch_size=7)
-    assert "has images 3, and 4 is wanted" in words(0, num_images=4)
-    assert "has seed 0, and 1 is wanted" in words(0, seed=1)
-    assert "has guidance 1.5, and None is wanted" in words(0, scale=None)
+    assert "found images 3; expected 4" in words(0, num_images=4)
+    assert "found seed 0; expected 1" in words(0, seed=1)
+    assert "found guidance 1.5; expected None" in words(0, scale=None)
     words(2, {key: value for key, value in own.items() if key != "text_encoder"})  # behind a cache
     assert "no scores of this pipeline" in words(0, {key: value for key, value in own.items() if key != "unet"})
     pipeline.scheduler.register_to_config(timestep_spacing="leading")
@@ -99,8 +99,8 @@ def test_what_is_no_report_is_told_before_the_training(content: str | None, tiny
     file = tmp_path / "earlier.json"
     if content is not None:
         file.write_text(content)
-    said = "cannot be read: No such file" if content is None else "is no report of scores"
-    with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: {file} {said}"):
+    said = r"found what cannot be read \(No such file" if content is None else "expected a report of scores"
+    with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: {file}: .*{said}"):
         run(_config(tiny_sd, tmp_path / "run", file), Consistency)
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -126,7 +126,7 @@ def test_a_run_without_scores_and_a_report_without_a_run(tmp_path: Path) -> None
 
 
 def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="is neither the folder of a run"):
+    with pytest.raises(SystemExit, match="expected the folder of a run"):
         main(["report", str(tmp_path)])
     (tmp_path / "x.json").write_text("[1]")
     with pytest.raises(SystemExit, match="has no list of results"):
