@@ -1,145 +1,138 @@
-"""The model card of an exported pipeline: what it is, the exact call, and its scores."""
+"""The model card of an exported folder: front matter, the exact call, details and scores. Its text is in templates/."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import TYPE_CHECKING
 
 import yaml
 
 from fewstep import io
+from fewstep.errors import FewstepError
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 BEGIN, END = "<!-- scores -->", "<!-- /scores -->"
 COLUMNS = ("model", "steps", "guidance_scale", "fid", "clip_score", "images")
 KNOWN = ("method", "paper", "teacher", "data", "license", "prompt", "scores", "versions")
 
+Card = Mapping[str, object]
+"""method, paper, teacher, data, license, prompt, scores (rows), versions; every other entry becomes a detail."""
+Scored = Mapping[str, object]
+"""A row of evaluation.json."""
 
-def render(
-    card: Mapping[str, Any],
-    *,
-    allowed_steps: Sequence[int],
-    guidance: str,
-    arguments: Sequence[Any],
-    dtype: str,
-    timesteps: str,
-    options: Mapping[str, Any] | None = None,
-    refuses: bool = True,
-) -> str:
-    """The text of README.md.
 
-    card: method, paper, teacher, data, license, scores (rows), versions; every other entry becomes a detail.
-    refuses: whether more steps than the largest count raise.
-    arguments, options: what the pipeline's call is given beside num_inference_steps. guidance: one paragraph.
-    timesteps: what `timesteps_text` says.
+@dataclass(frozen=True)
+class Call:
+    """The call of an exported pipeline, beside its step count.
+
+    Attributes:
+        steps: counts that were trained.
+        arguments: by position: a prompt, or nothing.
+        options: by name: a label, and the guidance scale that its class needs.
     """
-    method, teacher = card.get("method", "distillation"), str(card.get("teacher", "unknown"))
-    if Path(teacher).is_dir():
-        teacher = Path(teacher).resolve().name  # where it lies on this machine concerns no reader
-    tag = "text-to-image" if arguments and isinstance(arguments[0], str) else "unconditional-image-generation"
+
+    steps: Sequence[int]
+    arguments: Sequence[object] = ()
+    options: Mapping[str, object] | None = None
+
+    def text(self) -> str:
+        """The arguments of the card's example, as Python."""
+        steps = 4 if 4 in self.steps else max(self.steps)
+        inputs = "".join(f"{argument!r}, " for argument in self.arguments)
+        options = "".join(f", {key}={value!r}" for key, value in (self.options or {}).items())
+        return f"{inputs}num_inference_steps={steps}{options}"
+
+
+def filled(template: str, **values: object) -> str:
+    """The content of templates/<template>.md with its $names replaced, without the last line feed."""
+    text = (Path(__file__).parent / "templates" / f"{template}.md").read_text(encoding="utf-8")
+    return Template(text).substitute(values).removesuffix("\n")
+
+
+def render(card: Card, call: Call, *, guidance: str, dtype: str, timesteps: str, refuses: bool = True) -> str:
+    """The text of README.md of a pipeline.
+
+    refuses: whether more steps than the largest count raise. guidance: one paragraph. timesteps: of `timesteps_text`.
+    """
+    method, teacher = card.get("method", "distillation"), teacher_name(card)
+    text_to_image = bool(call.arguments) and isinstance(call.arguments[0], str)
     front = {
         "license": card.get("license", "other"),
         "library_name": "diffusers",
         "base_model": teacher,
-        "pipeline_tag": tag,
+        "pipeline_tag": "text-to-image" if text_to_image else "unconditional-image-generation",
         "tags": ["diffusers", "few-step", "distillation", str(method)],
     }
     details = {"Method": method, "Paper": card.get("paper"), "Teacher": teacher, "Data": card.get("data")}
     details |= {key.replace("_", " "): value for key, value in card.items() if key not in KNOWN}
-    counts, most = ", ".join(str(n) for n in allowed_steps), max(allowed_steps)
-    others = f"more than {most} raise an error" if refuses else "others run without an error and draw badly"
-    return "\n".join(
-        [
-            "---",
-            yaml.safe_dump(front, sort_keys=False).strip(),
-            "---",
-            "",
-            f"# Few-step student of {teacher}",
-            "",
-            f"Run in the folder of this card, with plain diffusers and {'no other option' if not options else 'as here'}:",
-            "",
-            "```python",
-            call_text(arguments, allowed_steps, dtype, options),
-            "```",
-            "",
-            f"`num_inference_steps`: {counts}. The student was trained for these counts; {others}. Each step is one "
-            "evaluation of the network.",
-            "",
-            guidance,
-            "",
-            *[f"- {key}: {value}" for key, value in details.items() if value is not None],
-            f"- Weights: {io.DTYPES[dtype]}",
-            f"- Versions: {', '.join(f'{name} {number}' for name, number in card.get('versions', io.versions()).items())}",
-            "",
-            timesteps,
-            "",
-            "## Scores",
-            "",
-            scores_text(card.get("scores") or []),
-            "",
-        ]
+    versions, rows = card.get("versions", io.versions()), card.get("scores") or []
+    assert isinstance(versions, Mapping) and isinstance(rows, Sequence)
+    text = filled(
+        "pipeline",
+        front=front_matter(front),
+        teacher=teacher,
+        options="as here" if call.options else "no other option",
+        code=filled("pipeline_code", call=call.text(), **dtype_words(None if dtype == "fp32" else io.DTYPES[dtype])),
+        counts=", ".join(str(n) for n in call.steps),
+        others=(
+            f"more than {max(call.steps)} raise an error" if refuses else "others run without an error and draw badly"
+        ),
+        guidance=guidance,
+        details="\n".join(f"- {key}: {value}" for key, value in details.items() if value is not None),
+        weights=io.DTYPES[dtype],
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        timesteps=timesteps,
+        scores=scores_text(rows),
     )
+    return text + "\n"
 
 
-def call_text(
-    arguments: Sequence[Any], allowed_steps: Sequence[int], dtype: str, options: Mapping[str, Any] | None = None
-) -> str:
-    """The card's code: loads "." and calls it with a step count and, where its class cannot do without, options."""
-    lines = ["from diffusers import DiffusionPipeline"]
-    given = ""
-    if dtype != "fp32":
-        lines.insert(0, "import torch")
-        given = f", dtype=torch.{io.DTYPES[dtype]}"
-    steps = 4 if 4 in allowed_steps else max(allowed_steps)
-    inputs = "".join(f"{argument!r}, " for argument in arguments)
-    more = "".join(f", {key}={value!r}" for key, value in (options or {}).items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f'pipeline = DiffusionPipeline.from_pretrained("."{given})',
-            f"image = pipeline({inputs}num_inference_steps={steps}{more}).images[0]",
-        ]
-    )
+def teacher_name(card: Card) -> str:
+    """The teacher as the card's reader knows it: of a folder on this machine, the last part."""
+    teacher = str(card.get("teacher", "unknown"))
+    return Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
 
 
-def timesteps_text(scheduler: Any, run: Mapping[int, Sequence[float]]) -> str:
-    """A Markdown table of the timesteps that the stock scheduler ran, by step count, under what its grid comes from."""
-    own = scheduler.config.get("original_inference_steps")
-    grid = "" if own is None else f" with `original_inference_steps` {own}"
-    rows = [f"| {count} | {', '.join(f'{t:.6g}' for t in told)} |" for count, told in run.items()]
-    return "\n".join(
-        [
-            f"`{type(scheduler).__name__}`{grid} runs",
-            "",
-            "| `num_inference_steps` | timesteps |",
-            "| --- | --- |",
-            *rows,
-        ]
-    )
+def front_matter(values: Mapping[str, object]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False).strip()
 
 
-def scores_text(rows: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any] | None = None) -> str:
+def dtype_words(torch_name: str | None) -> dict[str, str]:
+    """`torch` and `dtype` of the code templates; None, for float32, needs neither."""
+    if torch_name is None:
+        return {"torch": "", "dtype": ""}
+    return {"torch": "import torch\n", "dtype": f", dtype=torch.{torch_name}"}
+
+
+def timesteps_text(scheduler: "SchedulerMixin", run: Mapping[int, Sequence[float]]) -> str:
+    """A Markdown table of the timesteps that the stock scheduler ran, by step count, under the source of its grid."""
+    original = scheduler.config.get("original_inference_steps")
+    grid = "" if original is None else f" with `original_inference_steps` {original}"
+    rows = [f"| {count} | {', '.join(f'{t:.6g}' for t in timesteps)} |" for count, timesteps in run.items()]
+    head = [f"`{type(scheduler).__name__}`{grid} runs", "", "| `num_inference_steps` | timesteps |", "| --- | --- |"]
+    return "\n".join([*head, *rows])
+
+
+def scores_text(rows: Sequence[Scored], protocol: Mapping[str, object] | None = None) -> str:
     """A Markdown table of the rows of evaluation.json between two marks, by which `update_card` finds it again."""
     if not rows:
         return f"{BEGIN}\nNot scored yet.\n{END}"
     columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(io.cell(row.get(c), missing="") for c in columns) + " |" for row in rows]
     if protocol:
         lines += ["", "Protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()) + "."]
     return "\n".join([BEGIN, *lines, END])
 
 
-def update_card(path: Path, scores: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any] | None = None) -> None:
-    """Rewrite the scores in the card of the pipeline at `path`. Raises ValueError for a card without their marks."""
+def update_card(path: Path, scores: Sequence[Scored], protocol: Mapping[str, object] | None = None) -> None:
+    """Rewrite the scores in the card of the pipeline at `path`. Raises FewstepError for a card without their marks."""
     readme = path / "README.md"
-    head, begin, rest = readme.read_text().partition(BEGIN)
+    head, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{readme} has no {BEGIN} ... {END} in which to write scores")
+        raise FewstepError(str(readme), "no place for scores", f"a card with {BEGIN} ... {END}")
     io.write_text(head + scores_text(scores, protocol) + tail, readme)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

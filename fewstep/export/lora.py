@@ -1,34 +1,23 @@
 """A student's adapters as files for the teacher's own pipeline: diffusers' layout, and kohya's, which ComfyUI reads.
 
-They are loaded by a stranger and compared with the student in memory before they count as written, as pipelines are.
+They are loaded in a process without fewstep and compared with the student in memory before they count as written.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.export.card import timesteps_text
-from fewstep.export.pipeline import (
-    LIVE_GUIDANCE,
-    TOLERANCES,
-    arguments_of,
-    compare,
-    draw,
-    options_of,
-    own_copies,
-    refuses,
-    scale_text,
-    timesteps_of,
-    tolerance_of,
-)
-from fewstep.export.verify import ExportError, ask_stranger
+from fewstep.errors import FewstepError
+from fewstep.export.card import Call, Card, dtype_words, filled, front_matter, teacher_name
+from fewstep.export.guidance_text import LIVE_GUIDANCE, adapter_guidance
+from fewstep.export.pipeline import Opened, check_settings, open_student, with_scale
+from fewstep.export.verify import TOLERANCES, ExportError, Sampled, run_isolated, tolerance_of
 from fewstep.io import DTYPES, atomic, torch_dtype
 from fewstep.teachers import Denoiser, Teacher
 from fewstep.teachers.denoiser import Scale, own_tensors
@@ -98,9 +87,11 @@ def update_of(teacher: Teacher, student: Denoiser, guidance_scale: Scale | None 
     changed = [name for name in changed if name in before or after[name].any()]
     wrong = [name for name in changed if name not in before or not name.endswith(".bias")]
     if wrong:
-        raise ValueError(
-            f"the student's {wrong[0]} has no place in a file of adapters: set method.export_guidance_scale, which becomes a "
-            "part of the biases"
+        raise FewstepError(
+            "lora",
+            f"{wrong[0]}, which changed",
+            "changes of adapted weights and of biases only",
+            "Set method.export_guidance_scale, which becomes a part of the biases",
         )
     shift = {k.removesuffix(".bias"): after[k].float() - before[k].float() for k in changed}
     rank = first.r[NAME]
@@ -122,51 +113,55 @@ def export_lora(
     guidance_scale: Scale | None = None,
     keeps_guidance: bool = False,
     dtype: str = "fp32",
-    card: dict[str, Any],
+    card: Card,
 ) -> Path:
     """Write a student's adapters in both layouts, with its scheduler and a card, and return `path`.
 
-    base: the teacher's folder or hub id. The other arguments are those of `fewstep.export.export`. The adapters are rounded
-    to `dtype`; the comparison with the student in memory, rounded likewise, is in float32.
+    base: the teacher's folder or hub id. The other arguments are those of `fewstep.export.pipeline.export`. The adapters
+    are rounded to `dtype`; the comparison with the student in memory, rounded likewise, is in float32.
     Raises ExportError where the two differ, in pixels, timesteps or the number of adapted modules; `path` stays as it was.
     """
+    check_settings(dtype, allowed_steps)
     path = path.resolve()
     part = "unet" if "unet" in teacher.pipeline.components else "transformer"
     rounded = _rounded(student, torch_dtype(dtype))
     update = update_of(teacher, rounded, guidance_scale)
-    if keeps_guidance:
-        pipeline = teacher.students.guided_pipeline(rounded, scheduler)
-        passed = plain = None  # what the pipeline's class guides by is what its caller gets
-    else:
-        pipeline = teacher.students.pipeline(rounded, scheduler, guidance_scale)
-        passed, plain = teacher.guidance.scale_to_pass, teacher.guidance.scale_to_pass_with_adapters
-    own_copies(pipeline, torch.float32)
-    arguments = arguments_of(teacher, card)
-    drawn = draw(pipeline, allowed_steps, arguments, options_of(teacher, passed), refuses(scheduler))
-    options = options_of(teacher, plain)
+    opened = open_student(
+        teacher, rounded, scheduler, allowed_steps=allowed_steps, guidance_scale=guidance_scale,
+        keeps_guidance=keeps_guidance, dtype=torch.float32, card=card,
+    )  # fmt: skip
+    # What the pipeline's class guides by, where guidance is kept, is what its caller gets.
+    call = with_scale(opened.call, teacher, None if keeps_guidance else teacher.guidance.scale_to_pass_with_adapters)
+    guidance = LIVE_GUIDANCE if keeps_guidance else adapter_guidance(guidance_scale)
     with atomic(path) as partial:
         partial.mkdir()
         tensors, metadata = update.diffusers(part, torch_dtype(dtype))
         save_file(tensors, partial / FILE, metadata=metadata)
         save_file(update.kohya(part, torch_dtype(dtype)), partial / KOHYA_FILE, metadata={"format": "pt"})
         scheduler.save_pretrained(partial / "scheduler")
-        code = _code(teacher, type(scheduler).__name__, base, part, arguments, allowed_steps, options)
-        guidance = LIVE_GUIDANCE if keeps_guidance else _guidance_text(guidance_scale)
-        timesteps = timesteps_text(scheduler, timesteps_of(drawn, allowed_steps))
-        (partial / "README.md").write_text(_card(card, update, code, allowed_steps, dtype, guidance, timesteps))
-        found = ask_stranger(partial, allowed_steps, arguments, options, adapted=part, merges=not update.shift)
-        if (count := int(found["adapted"])) != len(update.up):
-            raise ExportError(f"plain diffusers loads {count} of the {len(update.up)} adapted modules")
-        tolerance = ROUNDING * tolerance_of(student, teacher.num_train_timesteps - 1, "fp32")
-        if teacher.denoiser.net.dtype != torch.float32:
-            tolerance = max(tolerance, TOLERANCES["bf16"])  # merging rounds to the base's type
-        for prefix in ("", *(() if update.shift else ("merged_",))):
-            own = {
-                f"{kind}_{n}": found[f"{prefix}{kind}_{n}"] for kind in ("timesteps", "images") for n in allowed_steps
-            }
-            own["too_many_raised"] = found["too_many_raised"]
-            compare(drawn, own, allowed_steps, tolerance, refuses(scheduler))
+        code = code_text(teacher, type(scheduler).__name__, base, part, call)
+        text = card_text(card, update, code, call, dtype=dtype, guidance=guidance, timesteps=opened.timesteps_text)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+        found = run_isolated(partial, call, adapted=part, merges=not update.shift)
+        _check(opened, found, update, _tolerance(teacher, student))
     return path
+
+
+def _tolerance(teacher: Teacher, student: Denoiser) -> float:
+    tolerance = ROUNDING * tolerance_of(student, teacher.num_train_timesteps - 1, "fp32")
+    if teacher.denoiser.net.dtype != torch.float32:
+        tolerance = max(tolerance, TOLERANCES["bf16"])  # merging rounds to the base's type
+    return tolerance
+
+
+def _check(opened: Opened, found: Sampled, update: Update, tolerance: float) -> None:
+    """Compare samples beside the base's weights, and merged into them where they can be."""
+    if (count := int(found["adapted"])) != len(update.up):
+        raise ExportError(f"plain diffusers loads {count} of the {len(update.up)} adapted modules")
+    for prefix in ("", *(() if update.shift else ("merged_",))):
+        kinds, steps = ("timesteps", "images"), opened.call.steps
+        reloaded = {f"{kind}_{n}": found[f"{prefix}{kind}_{n}"] for kind in kinds for n in steps}
+        opened.check(reloaded | {"too_many_raised": found["too_many_raised"]}, tolerance)
 
 
 def _stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -182,91 +177,49 @@ def _rounded(student: Denoiser, dtype: torch.dtype) -> Denoiser:
     return copied
 
 
-def _code(
-    teacher: Teacher,
-    scheduler: str,
-    base: str,
-    part: str,
-    arguments: Sequence[Any],
-    allowed_steps: Sequence[int],
-    options: dict[str, Any],
-) -> str:
-    """The card's code: adapters into the teacher's pipeline, by its own loader where its class has one, else by peft's."""
+def code_text(teacher: Teacher, scheduler: str, base: str, part: str, call: Call) -> str:
+    """The card's code: adapters into the teacher's pipeline, by its own loader where its class has one, otherwise by peft's."""
     from diffusers.loaders.lora_base import LoraBaseMixin
 
-    kind, dtype = type(teacher.pipeline), str(teacher.denoiser.net.dtype)
-    loads = issubclass(kind, LoraBaseMixin)
-    given = "" if dtype == "torch.float32" else f", dtype={dtype}"
-    inputs = "".join(f"{argument!r}, " for argument in arguments)
-    more = "".join(f", {key}={value!r}" for key, value in options.items())
-    steps = 4 if 4 in allowed_steps else max(allowed_steps)
-    return "\n".join(
-        [
-            *(["import torch"] if given else []),
-            f"from diffusers import DiffusionPipeline, {scheduler}",
-            *([] if loads else _PEFT_IMPORTS),
-            "",
-            f"pipeline = DiffusionPipeline.from_pretrained({base!r}{given})",
-            f'pipeline.scheduler = {scheduler}.from_pretrained("scheduler")',
-            *([f'pipeline.load_lora_weights(".", weight_name="{FILE}")'] if loads else _by_peft(part)),
-            f"image = pipeline({inputs}num_inference_steps={steps}{more}).images[0]",
-        ]
+    dtype = str(teacher.denoiser.net.dtype).removeprefix("torch.")
+    return filled(
+        "lora_code" if issubclass(type(teacher.pipeline), LoraBaseMixin) else "lora_code_peft",
+        **dtype_words(None if dtype == "float32" else dtype),
+        scheduler=scheduler,
+        base=repr(base),
+        file=FILE,
+        part=part,
+        call=call.text(),
     )
 
 
-_PEFT_IMPORTS = [
-    "import json",
-    "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
-    "from safetensors import safe_open",
-]
-
-
-def _by_peft(part: str) -> list[str]:
-    return [
-        f'with safe_open("{FILE}", "pt") as file:',
-        f'    tensors = {{key.removeprefix("{part}."): file.get_tensor(key) for key in file.keys()}}',
-        '    settings = json.loads(file.metadata()["lora_adapter_metadata"])',
-        f'config = LoraConfig(**{{key.removeprefix("{part}."): value for key, value in settings.items()}})',
-        f'inject_adapter_in_model(config, pipeline.{part}, "default")',
-        f"set_peft_model_state_dict(pipeline.{part}, tensors)",
-    ]
-
-
-def _guidance_text(guidance_scale: Scale | None) -> str:
-    scale = "" if guidance_scale is None else f" {scale_text(guidance_scale).capitalize()} is part of the adapters."
-    return f"Guidance: the student needs none.{scale}"
-
-
-def _card(
-    card: dict[str, Any],
-    update: Update,
-    code: str,
-    allowed_steps: Sequence[int],
-    dtype: str,
-    guidance: str,
-    timesteps: str,
-) -> str:
-    teacher = str(card.get("teacher", "unknown"))
-    teacher = Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
+def card_text(card: Card, update: Update, code: str, call: Call, *, dtype: str, guidance: str, timesteps: str) -> str:
+    """The text of README.md of adapters."""
+    teacher, method = teacher_name(card), card.get("method", "distillation")
     front = {
         "license": card.get("license", "other"),
         "library_name": "diffusers",
         "base_model": teacher,
-        "tags": ["diffusers", "lora", "few-step", "distillation", str(card.get("method", "distillation"))],
+        "tags": ["diffusers", "lora", "few-step", "distillation", str(method)],
     }
     merging = (
         "They can be merged (`fuse_lora`)." if not update.shift else "They also shift biases, and so cannot be merged."
     )
-    return "\n".join(
-        [
-            "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
-            f"# Few-step adapters for {teacher}", "",
-            "Run in the folder of this card:", "", "```python", code, "```", "",
-            f"`num_inference_steps`: {', '.join(map(str, allowed_steps))}. {merging}", "",
-            guidance, "",
-            f"`{KOHYA_FILE}` has the same adapters in kohya's layout, for ComfyUI.", "",
-            f"- Rank {update.rank}, alpha {update.alpha:g}, {len(update.up)} modules, {DTYPES[dtype]}",
-            f"- Method: {card.get('method', 'distillation')}", f"- Paper: {card.get('paper')}", "",
-            timesteps, "",
-        ]
-    )  # fmt: skip
+    text = filled(
+        "lora",
+        front=front_matter(front),
+        teacher=teacher,
+        code=code,
+        counts=", ".join(map(str, call.steps)),
+        merging=merging,
+        guidance=guidance,
+        kohya=KOHYA_FILE,
+        rank=update.rank,
+        alpha=f"{update.alpha:g}",
+        modules=len(update.up),
+        weights=DTYPES[dtype],
+        method=method,
+        paper=card.get("paper"),
+        timesteps=timesteps,
+    )
+    return text + "\n"

@@ -1,91 +1,62 @@
-"""A stranger's process: it cannot import fewstep, runs the code of a folder's card, and draws with nothing but a step count."""
+"""Check of an export: a process that cannot import fewstep runs the card's code, and its images are compared."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+from fewstep.export.card import Call
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from numpy.typing import NDArray
+
+    from fewstep.teachers import Denoiser
+
+Sampled = dict[str, "NDArray[np.float64]"]
+"""Timesteps and pixels [1, H, W, C], as timesteps_<steps> and images_<steps>, and further findings of `run_isolated`."""
+
+PROGRAM = Path(__file__).parent / "_isolated.py"
+TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+"""Largest difference between reloaded and in-memory pixels in [0, 1]: rounding of the dtype, no more."""
+
+_TOO_MANY = (
+    "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
+    "allowed_steps do not belong together"
+)
 
 
 class ExportError(RuntimeError):
     """The exported folder does not do in plain diffusers what the student does in memory."""
 
 
-PROGRAM = """
-import json, os, re, sys
-sys.modules["fewstep"] = None  # from here on `import fewstep` fails
-import numpy as np, torch
-task = json.loads(sys.argv[1])
-torch.set_num_threads(task["threads"])
-os.chdir(task["folder"])
-code = re.search(r"```python\\n(.*?)```", open("README.md").read(), re.S).group(1)
-scope = {}
-exec(code, scope)
-scope["image"].size  # the card's code must end in a PIL image
-pipeline, found, layers = scope["pipeline"], {}, []
-if task["adapted"] is not None:
-    from peft.tuners.lora import LoraLayer
-    pipeline = pipeline.to(torch.float32)
-    layers = [module for module in getattr(pipeline, task["adapted"]).modules() if isinstance(module, LoraLayer)]
-    found["adapted"] = np.asarray(len(layers))
-def draw(name):
-    for steps in task["steps"]:
-        generator = torch.Generator().manual_seed(steps)
-        torch.manual_seed(steps)  # some pipelines draw a step's noise from here
-        images = pipeline(
-            *task["arguments"], num_inference_steps=steps, generator=generator, output_type="np", **task["options"]
-        ).images
-        found[f"{name}timesteps_{steps}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
-        found[f"{name}images_{steps}"] = np.asarray(images, dtype=np.float32)
-draw("")
-try:
-    pipeline(*task["arguments"], num_inference_steps=max(task["steps"]) + 1, **task["options"])
-    found["too_many_raised"] = np.asarray(False)
-except Exception:
-    found["too_many_raised"] = np.asarray(True)
-if task["merges"]:
-    for layer in layers:
-        layer.merge()
-    draw("merged_")
-np.savez(task["result"], **found)
-"""
-"""What the process does: no fewstep, the card's own code, a step count and nothing else that the card does not ask for."""
+def run_isolated(folder: Path, call: Call, adapted: str | None = None, merges: bool = False) -> Sampled:
+    """Sample from a folder by its card's code in a process without fewstep; `too_many_raised`: whether one step more raised.
 
-
-def ask_stranger(
-    folder: Path,
-    steps: Sequence[int],
-    arguments: list[Any],
-    options: dict[str, Any],
-    adapted: str | None = None,
-    merges: bool = False,
-) -> dict[str, np.ndarray]:
-    """Timesteps and pixels [1, H, W, C] of the folder, each under its name and step count, and whether one step more raised.
-
-    adapted: the part of the pipeline whose adapters are counted; drawn in float32 then.
-    merges: whether to draw again with the adapters merged, under names that begin with merged_.
+    adapted: the part of the pipeline whose adapters are counted, as "adapted"; sampling is in float32 then.
+    merges: whether to sample again with the adapters merged, under names that begin with merged_.
     Raises ExportError where the process fails.
     """
     with tempfile.TemporaryDirectory() as elsewhere:
         result = Path(elsewhere) / "result.npz"
         task = {
             "folder": str(folder),
-            "steps": list(steps),
-            "arguments": arguments,
-            "options": options,
+            "steps": list(call.steps),
+            "arguments": list(call.arguments),
+            "options": dict(call.options or {}),
             "adapted": adapted,
             "merges": merges,
-            "result": str(result),
             "threads": torch.get_num_threads(),
         }
         run = subprocess.run(
-            [sys.executable, "-I", "-c", PROGRAM, json.dumps(task)],
+            [sys.executable, "-I", str(PROGRAM), json.dumps(task), str(result)],
             cwd=elsewhere,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
@@ -95,3 +66,64 @@ def ask_stranger(
             raise ExportError(f"the exported pipeline does not run in plain diffusers:\n{run.stderr.strip()[-2000:]}")
         with np.load(result) as found:
             return dict(found)
+
+
+def sample_in_memory(pipeline: "DiffusionPipeline", call: Call, refuses: bool) -> Sampled:
+    """The same of the student in memory, under the names that `run_isolated` gives.
+
+    refuses: whether its scheduler has to refuse one step more than the largest count.
+    Raises ExportError for a count that does not run, and where one step more runs though it should not.
+    """
+    sampled: Sampled = {}
+    options = call.options or {}
+    for count in call.steps:
+        generator = torch.Generator().manual_seed(count)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(count)
+                images = pipeline(
+                    *call.arguments, num_inference_steps=count, generator=generator, output_type="np", **options
+                ).images
+        except ValueError as error:
+            raise ExportError(f"num_inference_steps={count} does not run: {error}") from error
+        sampled[f"timesteps_{count}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
+        sampled[f"images_{count}"] = np.asarray(images, dtype=np.float32)
+    if not refuses:
+        return sampled
+    try:
+        pipeline(*call.arguments, num_inference_steps=max(call.steps) + 1, **options)
+    except ValueError:
+        return sampled
+    raise ExportError(_TOO_MANY.format(max(call.steps) + 1, max(call.steps)))
+
+
+def timesteps_of(sampled: Mapping[str, "NDArray[np.float64]"], steps: Sequence[int]) -> dict[int, list[float]]:
+    """The timesteps that the stock scheduler ran, by step count."""
+    return {count: sampled[f"timesteps_{count}"].tolist() for count in steps}
+
+
+def compare(memory: Sampled, reloaded: Sampled, steps: Sequence[int], tolerance: float, refuses: bool) -> None:
+    """Raises ExportError where timesteps or pixels differ, or where more steps than the largest count do not raise."""
+    for count in steps:
+        expected, found = memory[f"timesteps_{count}"].tolist(), reloaded[f"timesteps_{count}"].tolist()
+        if expected != found:
+            raise ExportError(
+                f"num_inference_steps={count} runs timesteps {found} in plain diffusers, {expected} in memory"
+            )
+        difference = float(np.abs(memory[f"images_{count}"] - reloaded[f"images_{count}"]).max())
+        # Not `>`: a NaN must fail too.
+        if not difference <= tolerance:
+            raise ExportError(
+                f"num_inference_steps={count} gives other pixels in plain diffusers than in memory: largest difference "
+                f"{difference:.2g}, allowed {tolerance:.2g}"
+            )
+    if refuses and not reloaded["too_many_raised"]:
+        raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
+
+
+def tolerance_of(student: "Denoiser", last_timestep: int, dtype: str) -> float:
+    """The dtype's; for epsilon, times a tenth of sigma / alpha at pure noise, by which x0 enlarges rounding of eps."""
+    if student.prediction_type != "epsilon":
+        return TOLERANCES[dtype]
+    alpha, sigma = student.schedule(torch.tensor([last_timestep]))
+    return TOLERANCES[dtype] * max(1.0, 0.1 * float(sigma / alpha))

@@ -23,8 +23,10 @@ from builders.trainer import environment
 from fewstep import io
 from fewstep.config import LoraConfig, OptimConfig, RunConfig
 from fewstep.data import load_source
+from fewstep.export.card import Call
 from fewstep.export.lora import FILE, KOHYA_FILE, export_lora, update_of
-from fewstep.export.pipeline import draw, export
+from fewstep.export.pipeline import export
+from fewstep.export.verify import sample_in_memory
 from fewstep.methods.discriminator import Noised, features, named_layers
 from fewstep.methods.distribution_matching.dmd2 import DMD2Config
 from fewstep.teachers import Denoiser, load_teacher
@@ -256,7 +258,7 @@ def by_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("sd", "here"),
         pytest.param("sdxl", "here", marks=pytest.mark.slow),
-        pytest.param("sd", "stranger", marks=pytest.mark.slow),
+        pytest.param("sd", "isolated", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_that_keep_guidance_are_guided(
@@ -264,17 +266,17 @@ def test_adapters_that_keep_guidance_are_guided(
 ) -> None:
     """The card's own call guides, as the export compared; so do a scale and a negative prompt of the caller's.
 
-    here: what the export asks a process without fewstep is asked in this one, beside the weights only, to save its start.
+    here: what a process without fewstep does for the export is done in this one, beside the weights only, to save its start.
     """
 
-    def here(folder: Path, steps: Any, arguments: Any, options: Any, adapted: str, merges: bool) -> dict[str, Any]:
+    def here(folder: Path, call: Call, adapted: str, merges: bool) -> dict[str, Any]:
         pipeline = by_card(folder, monkeypatch)
         count = sum(isinstance(module, LoraLayer) for module in getattr(pipeline, adapted).modules())
-        found = draw(pipeline, steps, arguments, options, True)
+        found = sample_in_memory(pipeline, call, True)
         return found | {f"merged_{key}": v for key, v in found.items()} | {"adapted": count, "too_many_raised": True}
 
     if process == "here":
-        monkeypatch.setattr("fewstep.export.lora.ask_stranger", here)
+        monkeypatch.setattr("fewstep.export.lora.run_isolated", here)
     trainer = make(folders(family), tmp_path / "run", "consistency", more=KEPT)
     assert trainer.fit() and trainer.method.keeps_guidance
     teacher, own = trainer.teacher, trainer.method

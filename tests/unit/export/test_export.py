@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from builders.teachers import perturbed
-from fewstep.export.pipeline import ExportError, export, update_card
+from fewstep.export import ExportError, export, update_card
 from fewstep.io import torch_dtype
 from fewstep.teachers import load_teacher
 
@@ -102,7 +102,7 @@ def test_a_failed_export_keeps_the_old_one(tiny_sd: Path, exported: Path, tmp_pa
 def test_arguments_are_checked_first(tiny_sd: Path, tmp_path: Path) -> None:
     teacher = load_teacher(str(tiny_sd))
     arguments = (teacher, teacher.students.new(), teacher.samplers.renoise(4), tmp_path / "pipeline")
-    with pytest.raises(ValueError, match="export_dtype is 'fp8'"):
+    with pytest.raises(ValueError, match="export_dtype: found 'fp8'"):
         export(*arguments, allowed_steps=(4,), dtype="fp8", card=CARD)
     with pytest.raises(ValueError, match="allowed_steps"):
         export(*arguments, allowed_steps=(), card=CARD)
