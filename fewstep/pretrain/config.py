@@ -1,4 +1,4 @@
-"""The config of a teacher training: one section per stage."""
+"""The configs of teacher trainings: a union by `kind`, the pipeline that is trained, with a section for each stage."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import PositiveFloat, PositiveInt
 
 from fewstep.config import RecipeConfig, Strict, check, read
+from fewstep.errors import FewstepError
 
 
 class StageConfig(Strict):
@@ -61,10 +62,12 @@ class _Training(Strict):
 
 
 class TeacherTraining(_Training):
+    kind: Literal["sd"] = "sd"
+    """A StableDiffusionPipeline with all its parts, on captions."""
     dataset: Literal["fashion"] = "fashion"
     """Images to train on."""
     output_dir: Path = Path("runs/teachers/fashion")
-    """Folder of the stages' outputs and checkpoints; the same command goes on from what lies there."""
+    """Folder of the stages' outputs and checkpoints; the same command continues from them."""
     seed: int = 0
     """Seed of every stage."""
     limit_images: int | None = None
@@ -74,7 +77,7 @@ class TeacherTraining(_Training):
     classifier: StageConfig
     """Feature network of FID."""
     clip: StageConfig
-    """Text encoder of the pipeline and judge of the CLIP score."""
+    """Text encoder of the pipeline and scorer of the CLIP score."""
     autoencoder: AutoencoderConfig
     """VAE of the pipeline."""
     denoiser: DenoiserConfig
@@ -84,10 +87,12 @@ class TeacherTraining(_Training):
 
 
 class DigitsTraining(_Training):
+    kind: Literal["ddpm"] = "ddpm"
+    """A DDPMPipeline on pixels, unconditional."""
     dataset: Literal["digits"] = "digits"
     """Images to train on: scikit-learn's digits."""
     output_dir: Path = Path("runs/teachers/digits")
-    """Folder of the pipeline and of the images; the same command goes on from what lies there."""
+    """Folder of the pipeline and of the images; the same command continues from them."""
     seed: int = 0
     """Seed of weights and noise."""
     checkpoint_seconds: float = 60.0
@@ -105,10 +110,10 @@ class DigitsTraining(_Training):
 
 
 class TransformerTraining(_Training):
-    """A transformer on the latents of the embedded teacher `fashion`, whose VAE, text encoder and scorers are taken over."""
+    """A transformer on the latents of the embedded teacher `fashion`, with its VAE, text encoder and scorers."""
 
     output_dir: Path
-    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    """Folder of the pipeline, its figures and its checkpoints; the same command continues from them."""
     seed: int = 0
     """Seed of weights and noise."""
     limit_images: int | None = None
@@ -136,41 +141,46 @@ class TransformerTraining(_Training):
 
 
 class DiTTraining(TransformerTraining):
-    network: Literal["dit"]
+    kind: Literal["dit"] = "dit"
     """A DiTPipeline on class labels."""
     output_dir: Path = Path("runs/teachers/fashion_dit")
-    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    """Folder of the pipeline, its figures and its checkpoints; the same command continues from them."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """What the transformer predicts."""
 
 
 class SD3Training(TransformerTraining):
-    network: Literal["sd3"]
+    kind: Literal["sd3"] = "sd3"
     """A StableDiffusion3Pipeline, a rectified flow, on captions."""
     output_dir: Path = Path("runs/teachers/fashion_flow")
-    """Folder of the pipeline, its figures and its checkpoints; the same command goes on from what lies there."""
+    """Folder of the pipeline, its figures and its checkpoints; the same command continues from them."""
     shift: PositiveFloat = 1.0
     """Shift of the timesteps at which the pipeline samples; 1 = none."""
 
 
 Training = TeacherTraining | DigitsTraining | DiTTraining | SD3Training
 
-_BY_KEY: Mapping[tuple[str, str], type[Training]] = {
-    ("dataset", "digits"): DigitsTraining,
-    ("network", "dit"): DiTTraining,
-    ("network", "sd3"): SD3Training,
+KINDS: Mapping[str, type[Training]] = {
+    "sd": TeacherTraining,
+    "ddpm": DigitsTraining,
+    "dit": DiTTraining,
+    "sd3": SD3Training,
 }
-"""A key of a config and its value -> the settings that it means; without any of them, the embedded teacher's."""
+"""The settings of each kind of pipeline, by the key `kind` of a config."""
 
 
 def is_training(raw: Mapping[str, object]) -> bool:
     """Whether a config trains a teacher, not a student."""
-    return "method" not in raw and ("dataset" in raw or "network" in raw)
+    return "method" not in raw and "kind" in raw
 
 
 def training_class(raw: Mapping[str, object]) -> type[Training]:
-    """The settings of a teacher's config, by its `dataset` or `network`."""
-    return next((cls for (key, value), cls in _BY_KEY.items() if raw.get(key) == value), TeacherTraining)
+    """The settings class of a teacher's config. Raises FewstepError where its `kind` is missing or unknown."""
+    kind = raw.get("kind")
+    if kind not in KINDS:
+        found = "nothing" if "kind" not in raw else repr(kind)
+        raise FewstepError("kind", found, f"one of {', '.join(KINDS)}")
+    return KINDS[str(kind)]
 
 
 def load_training(file: str | Path, overrides: Sequence[str] = ()) -> Training:

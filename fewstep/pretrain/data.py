@@ -21,8 +21,7 @@ class Data:
 def load_data(limit: int | None = None) -> Data:
     """The whole data set, or its first `limit` training and test images."""
     parts: list[Tensor] = []
-    for split in ("train", "test"):
-        images, labels = fashion.load_idx(split)  # type: ignore[arg-type]
+    for images, labels in (fashion.load_idx("train"), fashion.load_idx("test")):
         parts += [torch.from_numpy(x[:limit]) for x in (images, labels)]
     return Data(*parts)
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ResNetForImageClassification
 
+from fewstep import io
 from fewstep.data.fashion import CLASSES, caption
-from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, load_moments, moments
-from fewstep.io import atomic
+from fewstep.evaluate.metrics.frechet import frechet_distance
+from fewstep.evaluate.statistics import Moments, load_moments, moments
 from fewstep.pretrain.autoencoder import decode, encode, load_autoencoder
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.clip import clip_scores, load_clip
@@ -97,7 +97,7 @@ class Judges:
         return judge(self.classifier, self.reference, images, labels)
 
 
-def scorer_figures(j: Judges) -> dict[str, Any]:
+def scorer_figures(j: Judges) -> dict[str, object]:
     """What the scorers say of real, reconstructed, blurred and noised test images."""
     test, labels, seed = j.test, j.labels, j.config.seed
     similarity = clip_scores(j.clip, j.tokenizer, test, [caption(label) for label in range(len(CLASSES))])
@@ -140,7 +140,7 @@ def recommended(sweep: dict[str, dict[str, float]], class_accuracy: float) -> fl
     return float(max(sweep, key=lambda scale: sweep[scale]["class_accuracy"]))
 
 
-def teacher_figures(j: Judges, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def teacher_figures(j: Judges, images: Tensor, labels: Tensor) -> dict[str, object]:
     """The teacher's samples beside as many balanced test images, for FID falls with number and balance."""
     fid, accuracy = j.judge(images, labels)
     matched = balanced_subset(j.labels, len(labels))
@@ -181,5 +181,4 @@ def measure(config: TeacherTraining, data: Data, folder: Path) -> None:
         | {"guidance_sweep": {"samples": settings.sweep_samples, **sweep}}
         | teacher_figures(j, images, labels),
     }
-    with atomic(folder / "asset.json") as unfinished:
-        unfinished.write_text(json.dumps(asset, indent=2) + "\n")
+    io.write_json(asset, folder / "asset.json")

@@ -1,10 +1,8 @@
 """Copies a finished run into an asset folder and writes its data card."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from fewstep import io
 
@@ -61,8 +59,8 @@ FID is measured in the classifier's features against all training images; it com
 """
 
 
-def flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def flat(figures: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
     for key, value in figures.items():
         name = f"{prefix}{key}"
         rows += flat(value, f"{name} / ") if isinstance(value, dict) else [(name, value)]
@@ -77,11 +75,12 @@ def checksums(folder: Path) -> dict[str, str]:
 
 def write_card(folder: Path) -> None:
     """An optional `note` in asset.json says where the weights differ from what the command gives."""
-    asset = json.loads((folder / "asset.json").read_text())
+    asset = io.read_json(folder / "asset.json")
     figures = [f"| {name} | {value} |" for name, value in flat(asset["figures"])]
     sums = [f"| {f} | {(folder / f).stat().st_size} | `{s}` |" for f, s in checksums(folder).items()]
     table = "\n".join(["| figure | value |", "|---|---|", *figures])
-    (folder / "README.md").write_text(CARD.format(note=asset.get("note", ""), figures=table, checksums="\n".join(sums)))
+    text = CARD.format(note=asset.get("note", ""), figures=table, checksums="\n".join(sums))
+    io.write_text(text, folder / "README.md")
 
 
 def publish(run_folder: Path, asset_folder: Path) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from fewstep.data.fashion import CLASSES, caption
-from fewstep.evaluate.metrics.frechet import moments, save_moments
+from fewstep.evaluate.statistics import moments, save_moments
 from fewstep.io import atomic
 from fewstep.pretrain.classifier import features_and_logits, load_classifier
 from fewstep.pretrain.config import TeacherTraining
@@ -25,8 +25,7 @@ def write_reference(config: TeacherTraining, data: Data, folder: Path) -> None:
         "resolution": "32",
         "dataset": f"{config.dataset}, training split",
     }
-    with atomic(folder / "reference.safetensors") as part:
-        save_moments(moments(features), part, metadata)
+    save_moments(moments(features), folder / "reference.safetensors", metadata)
 
 
 def write_images(config: TeacherTraining, data: Data, folder: Path) -> None:

@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -105,7 +105,7 @@ class LastTextToken:
         self.count = count
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object
     ) -> tuple[Tensor, Tensor]:
         """Image tokens [B, N, C] and text tokens [B, M, C] to what the block adds to each."""
         image, text = hidden_states, encoder_hidden_states

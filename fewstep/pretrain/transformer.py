@@ -4,18 +4,20 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fewstep import io
 from fewstep.assets import asset_path
+from fewstep.data.base import Condition
 from fewstep.data.fashion import CLASSES, caption
 from fewstep.evaluate import sample
 from fewstep.evaluate.generate import condition_kind
-from fewstep.evaluate.metrics.frechet import load_moments
+from fewstep.evaluate.statistics import load_moments
 from fewstep.io import atomic
 from fewstep.pretrain.classifier import load_classifier
 from fewstep.pretrain.config import TransformerTraining
@@ -26,6 +28,7 @@ from fewstep.pretrain.measure import balanced, grid, judge, recommended
 
 ASSET = asset_path("fashion")
 IMAGES_PER_CALL = 250
+C = TypeVar("C", bound=TransformerTraining)
 
 
 def load_vae() -> AutoencoderKL:
@@ -50,15 +53,15 @@ class Latents:
 def load_latents(config: TransformerTraining, vae: AutoencoderKL, folder: Path, centred: bool = False) -> Latents:
     """Encoded once per run; centred: their mean becomes the `shift_factor` of `vae`."""
     data = load_data(config.limit_images)
-    mean, std = cached_latents(vae.to(best_device()), data, folder)  # type: ignore[arg-type]
-    vae.to("cpu")  # type: ignore[arg-type]
+    mean, std = cached_latents(vae.to(best_device()), data, folder)
+    vae.to("cpu")
     if centred:
         vae.register_to_config(shift_factor=float(mean.mean()))
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
     return Latents((mean - shift) * scale, std * scale, data.train_labels)
 
 
-def start_at_zero(layers: Iterable[Any]) -> None:
+def start_at_zero(layers: Iterable[nn.Linear]) -> None:
     """Modulations and last layer at zero make each block the identity at first, as in DiT (Peebles & Xie 2023)."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
@@ -86,7 +89,7 @@ def train(
 def samples(pipeline: DiffusionPipeline, labels: Tensor, guidance_scale: float, steps: int, seed: int) -> Tensor:
     """uint8 images [N, 3, 32, 32] of labels [N], or of their first caption, by the pipeline's own call."""
     prompts = condition_kind(pipeline) == "prompt"
-    conditions: list[Any] = [caption(label) for label in labels.tolist()] if prompts else labels.tolist()
+    conditions: list[Condition] = [caption(label) for label in labels.tolist()] if prompts else labels.tolist()
     parts = torch.arange(len(labels)).split(IMAGES_PER_CALL)
     return torch.cat(
         [
@@ -131,15 +134,14 @@ def measure(config: TransformerTraining, folder: Path) -> None:
     print(json.dumps(result, indent=2))
     rows = [images[labels == label][:16] for label in range(len(CLASSES))]
     grid(torch.cat(rows), len(rows[0])).save(folder / "samples.png")
-    with atomic(folder / "figures.json") as part:
-        part.write_text(json.dumps(result, indent=2) + "\n")
+    io.write_json(result, folder / "figures.json")
 
 
-def run_stages(config: TransformerTraining, train_stage: Callable[[Any, Path], None]) -> None:
+def run_stages(config: C, train_stage: Callable[[C, Path], None]) -> None:
     """Write the trained pipeline to output_dir/pipeline, then its figures and its samples beside it."""
     folder = config.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    stages: dict[str, Callable[[Any, Path], None]] = {"pipeline": train_stage, "figures.json": measure}
+    stages: dict[str, Callable[[C, Path], None]] = {"pipeline": train_stage, "figures.json": measure}
     for output, stage in stages.items():
         if (folder / output).exists():
             print(f"{output}: already there")

@@ -6,7 +6,8 @@ import torch
 
 from builders import ROOT
 from builders.pretrain import read_few_images
-from fewstep.evaluate.metrics.frechet import Moments, frechet_distance, moments
+from fewstep.evaluate.metrics.frechet import frechet_distance
+from fewstep.evaluate.statistics import Moments, moments
 from fewstep.pretrain.config import (
     AutoencoderConfig,
     DenoiserConfig,
@@ -108,13 +109,17 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digits_teacher(tmp_path: Path) -> None:
     """A few iterations from the command line's config to a pipeline that the teachers' loader takes."""
     from fewstep.config import read
+    from fewstep.errors import FewstepError
     from fewstep.pretrain import digits
     from fewstep.pretrain.config import DigitsTraining, load_training, training_class
     from fewstep.teachers import load_teacher
 
     path = ROOT / "configs" / "teachers" / "digits.yaml"
     assert training_class(read(path)) is DigitsTraining
-    assert training_class(read(path.with_stem("fashion"))) is TeacherTraining is training_class({})
+    assert training_class(read(path.with_stem("fashion"))) is TeacherTraining
+    for raw in ({}, {"kind": "flux"}):
+        with pytest.raises(FewstepError, match=r"kind: found .*; expected one of sd, ddpm, dit, sd3"):
+            training_class(raw)
     config = load_training(
         path, [f"output_dir={tmp_path}", "denoiser.iterations=2", "denoiser.batch_size=4", "channels=[16,16]"]
     )
