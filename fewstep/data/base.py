@@ -1,4 +1,4 @@
-"""What a source of samples is: images and conditions under indices, each always the same."""
+"""Sources of samples: images and conditions under indices; an index is always the same sample."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

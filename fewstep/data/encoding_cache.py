@@ -70,7 +70,7 @@ class EncodingCache:
         return self.texts.read(keys)
 
     def latents(self, indices: Sequence[int]) -> Posterior:
-        """Of the images at indices of the source that `open` returned, on the CPU."""
+        """Latents of the images at indices of the source that `open` returned, on the CPU."""
         rows = self.images.read([self.image_keys[i] for i in indices])
         return Posterior(rows["mean"], rows["std"])
 

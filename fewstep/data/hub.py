@@ -12,7 +12,7 @@ DATA = "FEWSTEP_DATA"
 
 DATASET = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
 SHARD = re.compile(r"(?:^|[-_])(?:\d+-of-(?P<total>\d+)(?:-[0-9a-f]{16})?|\d{5,})$|^\d+$")
-"""How names of parts end, as in train-00000-of-00004; older ones with a hash after it."""
+"""End of the names of parts, as in train-00000-of-00004; older ones with a hash after it."""
 SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 """Folders of images that are splits."""
 FILES = (".npz", ".safetensors", ".parquet")

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from fewstep.errors import FewstepError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Of the files that count as images in a folder, for training and for scoring."""
+"""Suffixes of image files in a folder, for training and for scoring."""
 PROGRESS_FROM = 10_000
 """Number of images from which on a check of them shows its progress."""
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError)
-"""What PIL raises, according to the format and to what is broken."""
+"""Exceptions of PIL, which depend on the format and on what is broken."""
 
 
 def unreadable(where: str, error: Exception) -> FewstepError:
@@ -58,9 +58,9 @@ def decode(content: Path | bytes | None, where: str, size: int) -> NDArray[np.ui
 
 
 def check_whole(content: Path | bytes | None, where: str) -> None:
-    """Raises FewstepError, as `decode`, for what is not an image or is cut short. Little is read: the header and the end.
+    """Check that an image is complete by its header and its end. Raises FewstepError, as `decode`, for any other content.
 
-    Whether what lies between is sound, only decoding would tell; it is done where a format has no end to look at.
+    Only decoding shows whether the bytes between are sound; it is done for formats without an end mark.
     """
     try:
         if content is None:

@@ -70,7 +70,7 @@ class InMemory(Source):
         return [self._condition(i, {} if self.values is not None else self.items[i]) for i in indices]
 
     def image_key(self, index: int) -> str:
-        """Of a file, its path and size in bytes; of an image in memory, the digest of its content."""
+        """Path and size in bytes of a file; digest of the content of an image in memory."""
         if not self.has_images:
             raise no_images(self.conditions)
         image = self.items[index]["image"]

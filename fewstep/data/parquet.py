@@ -127,7 +127,7 @@ class Parquet(Source):
         return ["" if v is None else v for v in values] if self.conditions == "prompt" else values
 
     def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
-        """Where the images are more than HELD_BYTES, only if `thorough`: the training would read them once more."""
+        """The broken images; those of more than HELD_BYTES are read only if `thorough`, for training reads them again."""
         if self.images is None or (self.images.compressed_bytes > self.HELD_BYTES and not thorough):
             return {}
         found = (problem_of(*self._content(i)) for i in indices)

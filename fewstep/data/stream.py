@@ -43,7 +43,7 @@ class Stream(Iterator[Raw]):
         return {"position": self.position, "seed": self.seed, "length": len(self.source)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises FewstepError for another seed or another number of samples: the order could not go on."""
+        """Continue from a state. Raises FewstepError for another seed or another number of samples."""
         for name, value in (("seed", self.seed), ("length", len(self.source))):
             if state[name] != value:
                 raise FewstepError("resume", f"{name} {value} of the data", f"{state[name]}, as in the checkpoint")

@@ -19,7 +19,7 @@ from fewstep.evaluate.statistics import Moments, Statistics
 
 @dataclass(frozen=True)
 class Comparator:
-    """What one comparison needs, loaded once for all rows.
+    """The features and reference of one comparison, loaded once for all rows.
 
     Attributes:
         comparison: settings of the protocol.
@@ -47,7 +47,7 @@ class Comparator:
         return values[f"{self.prefix}.features"]
 
     def logits(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Raises ValueError for features without class logits."""
+        """Class logits. Raises ValueError for features without them."""
         found = values.get(f"{self.prefix}.logits")
         if found is None:
             raise ValueError(f"inception_score needs class logits, and features {self.comparison.features!r} have none")

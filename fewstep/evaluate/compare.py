@@ -49,7 +49,7 @@ def draw(
 
 
 def distances(a: Tensor, b: Tensor, features: ImageFeatures, view: View, batch_size: int = 64) -> dict[str, Tensor]:
-    """Of each pair of images, uint8 [N, 3, H, W]: `pixels`, the root of the mean squared difference in [0, 1], and `features`,
+    """Distances of pairs of images, uint8 [N, 3, H, W]: `pixels`, the root mean squared difference in [0, 1], and `features`,
     the Euclidean distance of their features; float64 [N] each. ValueError for images of two sizes.
     """
     if a.shape != b.shape:

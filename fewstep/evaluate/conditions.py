@@ -1,4 +1,4 @@
-"""What the images of a protocol show: the condition of each for the pipeline, and its prompt for the scores."""
+"""Conditions of a protocol's images for the pipeline, and their prompts for the scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -61,7 +61,7 @@ def _reference(name: str, c: Comparison, overrides: PathOverrides) -> dict[str, 
         "reference": path,
         "reference_images": None if statistics.moments is None else statistics.moments.count,
         "reference_sha256": io.sha256_of_file(file),
-        # Statistics that others wrote do not say with which network.
+        # Statistics of other libraries do not name their network.
         "reference_features": "those of this evaluation" if known else "not recorded in the file",
     }
 
@@ -69,7 +69,7 @@ def _reference(name: str, c: Comparison, overrides: PathOverrides) -> dict[str, 
 def describe_protocol(
     protocol: Protocol, *, name: str = "custom", batch_size: int = 100, overrides: PathOverrides = NO_OVERRIDES
 ) -> dict[str, object]:
-    """What must be equal before two scores may be compared: the protocol's name, hash and settings, and the hashes of its files.
+    """The description of a protocol, equal for scores that may be compared: its name, hash, settings, and digests of its files.
 
     Settings of all comparisons are under `definition`; those of the first are flat beside it. A reward of the user's own
     has no file to hash, and is there under its qualified name.

@@ -40,7 +40,7 @@ def num_labels(pipeline: "DiffusionPipeline") -> int | None:
 
 
 def condition_kind(pipeline: "DiffusionPipeline") -> ConditionKind:
-    """What the pipeline's call wants; ValueError for a call that takes no prompt, label or batch size."""
+    """Kind of condition of a pipeline's call; ValueError for a call that takes no prompt, label or batch size."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" in parameters:
         return "prompt"
@@ -53,7 +53,7 @@ def condition_kind(pipeline: "DiffusionPipeline") -> ConditionKind:
 
 
 def check_guidance_scale(pipeline: "DiffusionPipeline", guidance_scale: float | None) -> None:
-    """Raises ValueError for a scale that the pipeline's call does not take, or that it cannot guide by.
+    """Check a guidance scale. Raises FewstepError for one that the pipeline's call does not take, or cannot guide by.
 
     DiTPipeline takes label 1000 for the unconditional one, whatever its network's is.
     """
@@ -170,7 +170,7 @@ class Evaluations:
 
 @contextmanager
 def counted(pipeline: "DiffusionPipeline") -> Iterator[Evaluations]:
-    """Counts the samples that go through the pipeline's network inside the block."""
+    """Count the samples that go through the pipeline's network inside the block."""
     evaluations = Evaluations()
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: object) -> None:

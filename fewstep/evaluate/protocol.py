@@ -43,7 +43,7 @@ def is_own_reward(name: str) -> bool:
 
 
 class View(Strict):
-    """What becomes of an image, generated or real, before a network sees it."""
+    """Crop and resizing of an image, generated or real, before a network sees it."""
 
     crop: Literal["square"] | PositiveInt | None = None
     """Its largest central square, or the central square of this many pixels; null = the whole."""
@@ -85,9 +85,9 @@ class Comparison(Strict):
     """`fashion`, `inception`, `inception-clean`, `efficientnet-lite0`, a folder or cached hub id of a transformers model,
     or module:function of Python's path."""
     view: View = View()
-    """What the features are taken of."""
+    """View of the images of which the features are taken."""
     metrics: tuple[Metric, ...]
-    """Which scores."""
+    """The scores."""
     reference: str | None = None
     """Statistics of the real images: `fashion`, a file, a folder of images, or owner/name[:split] of a data set of the hub."""
     reference_from: str = ""
@@ -107,7 +107,7 @@ class Comparison(Strict):
 
 
 class ClipScoring(Strict):
-    """How well each image fits its prompt: the mean of scale * cosine."""
+    """Agreement of images with their prompts: the mean of scale * cosine."""
 
     backend: Literal["transformers", "open_clip"] = "transformers"
     """Library that holds the model."""
@@ -122,12 +122,12 @@ class ClipScoring(Strict):
     clamp: bool = True
     """Negative cosines count as 0."""
     view: View = View()
-    """What the image embedding is taken of, before the model's own preprocessing."""
+    """View of the images before the model's own preprocessing."""
 
 
 class Protocol(Strict):
     about: str
-    """What it measures, and whose published numbers it follows."""
+    """Purpose, and the published numbers that it follows."""
     images: Annotated[int, Ge(2)]
     """Generated images."""
     seed: NonNegativeInt = 0
@@ -135,9 +135,9 @@ class Protocol(Strict):
     resolution: PositiveInt | None = None
     """Side in pixels that generated images must have; null = any."""
     uint8: Literal["round", "truncate"] = "round"
-    """How [0, 1] becomes 0 ... 255: round(255 x), or floor(255 x) as in ADM's and DMD2's scripts."""
+    """Conversion of [0, 1] to 0 ... 255: round(255 x), or floor(255 x) as in ADM's and DMD2's scripts."""
     conditions: ConditionSource
-    """What the images show."""
+    """Source of the images' prompts or labels."""
     comparisons: tuple[Comparison, ...] = ()
     """Scores against real images."""
     clip: ClipScoring | None = None

@@ -62,7 +62,7 @@ EVERY = range(sys.maxsize)
 
 
 def count_images(source: str) -> int:
-    """How many images `real_images` gives. Few are read."""
+    """Number of images of `real_images`. Few are read."""
     images, shards = ([], []) if source in ASSETS else _files(source)
     if shards and shards[0].exists():
         import pyarrow.parquet as pq

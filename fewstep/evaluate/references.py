@@ -40,7 +40,7 @@ from fewstep.evaluate.statistics import (
 
 @dataclass(frozen=True)
 class Sources:
-    """What a comparison is made of, by name: resolved and checked, nothing loaded yet.
+    """Reference, features and CLIP of an evaluation by name: resolved and checked, nothing loaded yet.
 
     reference: `fashion`, or a .safetensors or .npz file of moments, or a folder of images, or a data set of the hub.
     features, clip: `fashion` or a folder; clip is None for no CLIP score.
@@ -56,7 +56,7 @@ class Sources:
 def resolve(
     reference: str, features: str | None = None, clip: str | None = None, prompts: Path | str | None = None
 ) -> Sources:
-    """Fills in what the asset's reference implies; ValueError, in one sentence, for what is missing.
+    """Complete the names by those that an asset's reference implies. Raises FewstepError for missing ones.
 
     clip: "none" turns the CLIP score off; None is the asset's own CLIP, or off for any other reference.
     """
@@ -156,7 +156,7 @@ def folder_moments(folder: Path, features: ImageFeatures) -> Moments:
 
 
 def reference_path(protocol: str, c: Comparison, overrides: PathOverrides) -> str | None:
-    """Where a comparison's reference lies; None for one that needs none; ValueError says what to get and where to put it."""
+    """The path of a comparison's reference; None for one that needs none. MissingError says what to get and where to put it."""
     if not NEED_REFERENCE & set(c.metrics):
         return None
     path = overrides.references.get(c.name, c.reference)

@@ -32,7 +32,7 @@ class BatchStore:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        """Raises ValueError for a folder that holds the batches of other settings."""
+        """Open or create the folder. Raises FewstepError for one with the batches of other settings."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "settings.json"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Costs:
-    """What sampling some images cost.
+    """Costs of sampling some images.
 
     Attributes:
         indices: of the images.
@@ -58,7 +58,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class RowRunner:
-    """What all rows of one evaluation share.
+    """Samples and scores the images of one evaluation, a row for each step count.
 
     Attributes:
         pipeline: on its device.

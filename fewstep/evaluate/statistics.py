@@ -53,7 +53,7 @@ class Statistics:
 
 
 def save_statistics(statistics: Statistics, file: Path) -> None:
-    """Writes .npz (mu, sigma and, as others ignore, features and metadata) or .safetensors; aside first, no pickles."""
+    """Write .npz (mu, sigma and, which other libraries ignore, features and metadata) or .safetensors; no pickles."""
     m = statistics.moments
     if m is None:
         raise ValueError("statistics without moments are not written")
@@ -75,7 +75,7 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
 
 
 def load_statistics(file: Path) -> Statistics:
-    """Reads what `save_statistics` writes, and .npz with mu and sigma (pytorch-fid, clean-fid, EDM), feats or arr_0 (ADM).
+    """Read what `save_statistics` writes, and .npz with mu and sigma (pytorch-fid, clean-fid, EDM), feats or arr_0 (ADM).
 
     Raises ValueError, in one sentence, for anything else.
     """
@@ -90,7 +90,7 @@ def load_statistics(file: Path) -> Statistics:
 
 
 def save_moments(m: Moments, file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors with mean, covariance and, as metadata, count and ddof, whatever the file's name."""
+    """Write safetensors with mean, covariance and, as metadata, count and ddof, whatever the file's name."""
     tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
     count = {} if m.count is None else {"count": str(m.count)}
     with io.atomic(file) as partial:

@@ -31,12 +31,12 @@ FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "kohya_lora.safetensors"
 
 ROUNDING = 10
-"""How much more than a reloaded pipeline adapters may differ: beside a weight they round otherwise than merged into it."""
+"""Tolerance of adapters in units of a pipeline's: beside a weight they round otherwise than merged into it."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a student has beyond its teacher, by names of modules: alpha / rank up @ down, and what is added to biases."""
+    """The difference between a student and its teacher, by names of modules: alpha / rank up @ down, and shifts of biases."""
 
     rank: int
     alpha: float
@@ -72,7 +72,7 @@ class Update:
 
 
 def update_of(teacher: Teacher, student: Denoiser, guidance_scale: Scale | None = None) -> Update:
-    """What the student's adapters, and what is folded for export, change of the teacher.
+    """The changes of the teacher by the student's adapters and by what is folded for export.
 
     Raises ValueError where that is more than weights of rank r and biases: a guidance embedding that is left live.
     """

@@ -50,7 +50,7 @@ class Opened:
         return model_card.timesteps_text(self.pipeline.scheduler, timesteps_of(self.sampled, self.call.steps))
 
     def check(self, reloaded: Sampled, tolerance: float) -> None:
-        """Raises ExportError where a reloaded student differs."""
+        """Compare with a reloaded student. Raises ExportError where it differs."""
         compare(self.sampled, reloaded, self.call.steps, tolerance, self.refuses)
 
 
@@ -130,7 +130,7 @@ def export(
 
 
 def check_settings(dtype: str, allowed_steps: Sequence[int]) -> None:
-    """Raises FewstepError for a dtype or step counts that no export has."""
+    """Check dtype and step counts. Raises FewstepError for those that no export has."""
     if dtype not in TOLERANCES:
         raise FewstepError("export_dtype", repr(dtype), f"one of {', '.join(TOLERANCES)}")
     if not allowed_steps or min(allowed_steps) < 1:

@@ -103,7 +103,7 @@ def timesteps_of(sampled: Mapping[str, "NDArray[np.float64]"], steps: Sequence[i
 
 
 def compare(memory: Sampled, reloaded: Sampled, steps: Sequence[int], tolerance: float, refuses: bool) -> None:
-    """Raises ExportError where timesteps or pixels differ, or where more steps than the largest count do not raise."""
+    """Compare samples. Raises ExportError where timesteps or pixels differ, or where a step too many does not raise."""
     for count in steps:
         expected, found = memory[f"timesteps_{count}"].tolist(), reloaded[f"timesteps_{count}"].tolist()
         if expected != found:

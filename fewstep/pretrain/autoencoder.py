@@ -43,8 +43,8 @@ def train_autoencoder(config: TeacherTraining, data: Data, folder: Path) -> None
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = model.decode(posterior.mean + posterior.std * noise).sample
         with torch.no_grad():
-            wanted = feature_maps(pixels)
-        features = torch.stack([F.l1_loss(a, b) for a, b in zip(feature_maps(decoded), wanted, strict=True)]).sum()
+            target = feature_maps(pixels)
+        features = torch.stack([F.l1_loss(a, b) for a, b in zip(feature_maps(decoded), target, strict=True)]).sum()
         kl = posterior.kl().mean()
         return F.l1_loss(decoded, pixels) + settings.feature_weight * features + settings.kl_weight * kl
 

@@ -32,7 +32,7 @@ class AutoencoderConfig(StageConfig):
 
 class DenoiserConfig(StageConfig):
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
-    """What the UNet predicts."""
+    """Prediction type of the UNet."""
     empty_prompts: float = 0.1
     """Share of captions replaced by the empty prompt, for classifier-free guidance."""
     ema_decay: float = 0.999
@@ -102,7 +102,7 @@ class DigitsTraining(_Training):
     channels: tuple[int, ...] = (32, 64)
     """Width of each UNet level."""
     prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
-    """What the UNet predicts."""
+    """Prediction type of the UNet."""
     ema_decay: float = 0.995
     """Decay of the weight average that is saved."""
     denoiser: StageConfig
@@ -146,7 +146,7 @@ class DiTTraining(TransformerTraining):
     output_dir: Path = Path("runs/teachers/fashion_dit")
     """Folder of the pipeline, its figures and its checkpoints; the same command continues from them."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the transformer predicts."""
+    """Prediction type of the transformer."""
 
 
 class SD3Training(TransformerTraining):

@@ -105,11 +105,11 @@ def train_denoiser(config: TeacherTraining, data: Data, folder: Path) -> None:
         timesteps = (stratified(n, generator) * 1000).long()
         noise = torch.randn(latents.shape, generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        wanted = noise
+        target = noise
         if settings.prediction_type == "v_prediction":
-            wanted = scheduler.get_velocity(latents, noise, timesteps)
-        noisy, wanted, timesteps, texts = (x.to(device, non_blocking=True) for x in (noisy, wanted, timesteps, texts))
-        return F.mse_loss(network(noisy, timesteps, states[texts]).sample, wanted)
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        noisy, target, timesteps, texts = (x.to(device, non_blocking=True) for x in (noisy, target, timesteps, texts))
+        return F.mse_loss(network(noisy, timesteps, states[texts]).sample, target)
 
     fit(
         "denoiser",

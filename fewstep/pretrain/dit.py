@@ -13,7 +13,7 @@ from fewstep.pretrain.loop import best_device, stratified
 from fewstep.pretrain.transformer import load_latents, load_vae, run_stages, start_at_zero, train
 
 NULL_LABEL = 1000
-"""What DiTPipeline takes for unconditional, whatever the network: so it has 1,000 classes, of which ten are used."""
+"""The unconditional label of DiTPipeline, fixed by its code: so the network has 1,000 classes, of which ten are used."""
 
 
 def build_dit(config: DiTTraining) -> DiTTransformer2DModel:
@@ -62,9 +62,9 @@ def train_dit(config: DiTTraining, folder: Path) -> None:
         t = (stratified(n, generator) * 1000).long()
         noise = torch.randn(x0.shape, generator=generator)
         noisy = scheduler.add_noise(x0, noise, t)
-        wanted = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
-        noisy, wanted, t, labels = (x.to(device, non_blocking=True) for x in (noisy, wanted, t, labels))
-        return F.mse_loss(network(noisy, timestep=t, class_labels=labels).sample, wanted)
+        target = noise if config.prediction_type == "epsilon" else scheduler.get_velocity(x0, noise, t)
+        noisy, target, t, labels = (x.to(device, non_blocking=True) for x in (noisy, target, t, labels))
+        return F.mse_loss(network(noisy, timestep=t, class_labels=labels).sample, target)
 
     names = dict(enumerate(CLASSES))
     pipeline = DiTPipeline(transformer=net, vae=vae, scheduler=scheduler, id2label=names)

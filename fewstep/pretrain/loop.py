@@ -60,7 +60,7 @@ def fit(
     checkpoint_seconds: float,
     ema_decay: float | None = None,
 ) -> None:
-    """Minimises `loss`, going on from a checkpoint in `folder`; leaves the EMA weights in `model` if asked.
+    """Minimise `loss`, from a checkpoint in `folder` if there is one; with `ema_decay`, the model ends with averaged weights.
 
     The model trains on the device it is given on. Every random draw comes from the generator given to `loss`, which is on
     the CPU, so that the draws are the same on every device, and whose state is part of the checkpoint.
@@ -127,7 +127,7 @@ def _state(
 def _load(
     file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: list[Tensor], generator: torch.Generator
 ) -> int:
-    """Fills everything from a checkpoint; the number of iterations that lie behind it."""
+    """Load everything from a checkpoint and return its number of iterations."""
     tensors = load_file(file)
 
     def part(name: str) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class Judges:
 
 
 def scorer_figures(j: Judges) -> dict[str, object]:
-    """What the scorers say of real, reconstructed, blurred and noised test images."""
+    """Scores of real, reconstructed, blurred and noised test images."""
     test, labels, seed = j.test, j.labels, j.config.seed
     similarity = clip_scores(j.clip, j.tokenizer, test, [caption(label) for label in range(len(CLASSES))])
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]

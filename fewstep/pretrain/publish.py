@@ -1,4 +1,4 @@
-"""Copies a finished run into an asset folder and writes its data card."""
+"""Copy a finished run into an asset folder and write its data card."""
 
 import shutil
 import sys
@@ -84,7 +84,7 @@ def write_card(folder: Path) -> None:
 
 
 def publish(run_folder: Path, asset_folder: Path) -> None:
-    """What the run has finished so far replaces its namesake in the asset."""
+    """Replace parts of the asset by those that the run has finished."""
     asset_folder.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:
         if (run_folder / name).exists():

@@ -24,9 +24,9 @@ from fewstep.pretrain.loop import best_device, stratified
 from fewstep.pretrain.transformer import ASSET, load_latents, load_vae, run_stages, start_at_zero, train
 
 WIDTH = 128
-"""Of the text's tokens: SD3 sets those of two CLIP encoders side by side, here twice the one that there is."""
+"""Width of text tokens: SD3 concatenates those of two CLIP encoders, here twice the same one."""
 T5_TOKENS = 256
-"""What the pipeline's call takes of its third encoder."""
+"""Tokens of the third encoder in the pipeline's call."""
 
 
 def build_sd3(config: SD3Training) -> SD3Transformer2DModel:
@@ -140,9 +140,9 @@ def train_sd3(config: SD3Training, folder: Path) -> None:
         sigma = torch.special.ndtri(stratified(n, generator).clamp(1e-5, 1 - 1e-5)).sigmoid()
         noise = torch.randn(x0.shape, generator=generator)
         noisy = x0.lerp(noise, sigma[:, None, None, None])
-        noisy, wanted, t, texts = (x.to(device, non_blocking=True) for x in (noisy, noise - x0, 1000 * sigma, texts))
+        noisy, target, t, texts = (x.to(device, non_blocking=True) for x in (noisy, noise - x0, 1000 * sigma, texts))
         text = {"encoder_hidden_states": states[texts], "pooled_projections": pooled[texts]}
-        return F.mse_loss(network(noisy, timestep=t, **text).sample, wanted)
+        return F.mse_loss(network(noisy, timestep=t, **text).sample, target)
 
     train(config, pipeline, loss, folder)
 

@@ -107,7 +107,7 @@ def samples(pipeline: DiffusionPipeline, labels: Tensor, guidance_scale: float, 
 
 
 def measure(config: TransformerTraining, folder: Path) -> None:
-    """Writes figures.json, FID and class accuracy at each guidance scale and at the best of them, and samples.png."""
+    """Write figures.json, FID and class accuracy at each guidance scale and at the best of them, and samples.png."""
     settings = config.measure
     pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline").to(best_device())
     classifier, reference = load_classifier(ASSET), load_moments(ASSET / "reference.safetensors")

@@ -219,7 +219,7 @@ def _log_lines(runs: Sequence[Run], key: str) -> list[Line]:
 
 
 def _place_lines(runs: Sequence[Run], key: str) -> list[Line]:
-    """Of each run the figures against their places, as they were at the end and, dashed, in the beginning."""
+    """Lines of figures against their places, for each run at its end and, dashed, in the beginning."""
     lines = []
     for i, run in enumerate(runs):
         records = [r for r in run.log if isinstance(r.get(key), Mapping)]

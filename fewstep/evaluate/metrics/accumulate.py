@@ -35,7 +35,7 @@ class AllFeatures(Metric):
         self.seen.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
 
     def compute(self) -> Tensor:
-        """Raises RuntimeError unless every image came once."""
+        """All features. Raises RuntimeError unless every image came once."""
         if bool((self.seen != 1).any()):
             missing, twice = int((self.seen == 0).sum()), int((self.seen > 1).sum())
             raise RuntimeError(f"of {len(self.seen)} images, {missing} are missing and {twice} came more than once")
@@ -104,7 +104,7 @@ class InceptionScore(Metric):
 
 
 class Diversity(Metric):
-    """How different the images of one prompt are: the mean over prompts of the mean 1 - cosine of its pairs of features."""
+    """Diversity of the images of one prompt: the mean over prompts of the mean 1 - cosine of its pairs of features."""
 
     full_state_update = False
     is_differentiable = False

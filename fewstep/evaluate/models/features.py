@@ -24,7 +24,7 @@ def _pair(size: int | Mapping[str, int]) -> tuple[int, int]:
 
 
 class Preprocess(nn.Module):
-    """What a folder's image processor does, batched: uint8 or float [B, 3, H, W] -> float32, or its own float64, [B, 3, h, w].
+    """The image processor of a folder, batched: uint8 or float [B, 3, H, W] -> float32, or its own float64, [B, 3, h, w].
 
     Resizing is PIL's, but not rounded to uint8 afterwards.
     """
@@ -233,7 +233,7 @@ def _efficientnet() -> ImageFeatures:
 
 
 def _transformers(name: str) -> ImageFeatures:
-    """Raises ValueError where the folder lacks weights of the backbone, which transformers would otherwise fill at random."""
+    """Features of a transformers model. Raises ValueError for missing weights, which transformers would fill at random."""
     from transformers import AutoModel
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Where the weights of image rewards lie: named by the caller, under $FEWSTEP_DATA, or where their libraries put them."""
+"""Paths of the weights of image rewards: named by the caller, under $FEWSTEP_DATA, or where their libraries put them."""
 
 import os
 from dataclasses import dataclass

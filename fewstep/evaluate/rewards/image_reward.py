@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import BertTokenizer
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""By which its authors standardise the output."""
+"""Mean and deviation by which its authors standardise the output."""
 WORDS = 35
 """Tokens of a prompt, longer ones cut."""
 HEAD_WIDTH = 64
-"""Of every attention head, in BERT and in the ViTs."""
+"""Width of every attention head, in BERT and in the ViTs."""
 VISION_NAMES = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
     (r"^cls_token$", "embeddings.class_embedding"),

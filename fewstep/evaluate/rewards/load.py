@@ -71,7 +71,7 @@ class Reward(nn.Module):
         return images if images.dtype == torch.float64 else images.float()
 
     def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
-        """Raises ValueError, before any training, where such images and prompts would not teach."""
+        """Check a reward before training. Raises ValueError where it gives no gradient to such images and prompts."""
         self.checked(images, prompts)
 
     @abstractmethod
@@ -176,14 +176,14 @@ class OwnReward(Reward):
 
 
 def own_function(name: str) -> Callable[..., object]:
-    """What package.module:callable names on Python's path; ValueError, in one sentence, where there is no such callable."""
+    """The callable that package.module:callable names; ValueError, in one sentence, where there is none."""
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)
     except Exception as e:  # whatever the module does while it is imported
-        told = f"{type(e).__name__}: {' '.join(str(e).split())}"
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
         hint = "; is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else ""
-        raise ValueError(f"reward {name!r}: {module} cannot be imported, {told}{hint}") from None
+        raise ValueError(f"reward {name!r}: {module} cannot be imported, {reason}{hint}") from None
     try:
         function: Callable[..., object] = getattr(found, attribute)
     except AttributeError:
@@ -246,7 +246,7 @@ def qualified_name(name: str) -> str:
 
 
 def reward_weights(name: str) -> Path | None:
-    """The file by which two rewards of one name are told apart, None for the user's own; ValueError where it is missing."""
+    """The file that identifies a reward, None for the user's own; ValueError where it is missing."""
     if is_own_reward(name):
         own_function(name)
         return None

@@ -313,11 +313,11 @@ def test_references_of_other_features_views_or_sizes_are_refused(images: Tensor,
     save_statistics(collect(images, local()), file)
     c = Comparison(features=f"{__name__}:pooled", reference="x", metrics=("fid",))
     assert load_reference(str(file), c, local(), 32).moments is not None
-    with pytest.raises(ValueError, match="made with resolution 32, and this evaluation has 64"):
+    with pytest.raises(ValueError, match="of resolution 32; expected 64, as in this evaluation"):
         load_reference(str(file), c, local(), 64)
-    with pytest.raises(ValueError, match=r"made with features .*pooled, and this evaluation has transformers"):
+    with pytest.raises(ValueError, match=r"of features .*pooled; expected transformers"):
         load_reference(str(file), c, load_features("fashion"), 32)
-    with pytest.raises(ValueError, match=r"made with view {}, and this evaluation has"):
+    with pytest.raises(ValueError, match=r"of view {}; expected"):
         load_reference(str(file), c.model_copy(update={"view": View(size=16)}), local(), 32)
 
 

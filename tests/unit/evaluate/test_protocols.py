@@ -78,7 +78,7 @@ def test_the_hash_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> N
         ({"uint8": "rund"}, "did you mean 'round'"),
         ({"comparisons": []}, "nothing would be scored"),
         ({"comparisons": [{"features": "fashion", "metrics": ["kid"]}]}, "kid need a reference, which is null"),
-        ({"comparisons": SMALL["comparisons"] * 2}, "fid would stand twice; give one of them another name"),
+        ({"comparisons": SMALL["comparisons"] * 2}, "duplicate score fid; expected distinct names"),
         ({"conditions": {"source": "fashion", "draw": "random"}}, "'fashion' has no labels"),
         ({"conditions": {"source": "labels", "file": "x.txt"}}, "'labels' reads no file"),
     ],
@@ -99,10 +99,10 @@ def test_missing_data_say_what_to_get_and_where_to_put_it(tmp_path: Path, monkey
     monkeypatch.delenv("FEWSTEP_DATA", raising=False)
     name, protocol = load_protocol("coco2014_30k")
     with pytest.raises(
-        ValueError, match=r"needs captions\.txt \(the 30,000 captions .* \$FEWSTEP_DATA .* --prompts PATH"
+        ValueError, match=r"found no captions\.txt \(the 30,000 captions .* \$FEWSTEP_DATA .* --prompts PATH"
     ):
         load_conditions(protocol, "prompt", None, name)
-    with pytest.raises(ValueError, match=r"needs val2014\.npz .* or give --reference PATH"):
+    with pytest.raises(ValueError, match=r"found no val2014\.npz .* or give --reference PATH"):
         reference_path(name, protocol.comparisons[0], PathOverrides({}))
     monkeypatch.setenv("FEWSTEP_DATA", str(tmp_path))
     (tmp_path / name).mkdir()

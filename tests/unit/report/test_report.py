@@ -129,7 +129,7 @@ def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="expected the folder of a run"):
         main(["report", str(tmp_path)])
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(SystemExit, match="has no list of results"):
+    with pytest.raises(SystemExit, match="found no list of results"):
         main(["report", str(tmp_path / "x.json")])
     (tmp_path / "x.json").write_text('{"results": [{"fid": 1}]}')
     with pytest.raises(SystemExit, match="a result without a model"):
