@@ -23,6 +23,10 @@ class FewstepError(ValueError):
     def __str__(self) -> str:
         return self.message
 
+    def under(self, section: str) -> "FewstepError":
+        """The same error about a key of a section."""
+        return type(self)(f"{section}.{self.key}", self.found, self.expected, self.hint)
+
     def __reduce__(self) -> tuple[type["FewstepError"], tuple[object, ...]]:
         """Make it survive the way from one process to another."""
         return type(self), (self.key, self.found, self.expected, self.hint)

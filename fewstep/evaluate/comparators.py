@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.metrics.accumulate import AllFeatures, Diversity, InceptionScore
 from fewstep.evaluate.metrics.distances import cmmd, density_coverage, kernel_distance, precision_recall
 from fewstep.evaluate.metrics.frechet import FrechetDistance, check_width, frechet_infinity, warn_few
@@ -50,7 +51,11 @@ class Comparator:
         """Class logits. Raises ValueError for features without them."""
         found = values.get(f"{self.prefix}.logits")
         if found is None:
-            raise ValueError(f"inception_score needs class logits, and features {self.comparison.features!r} have none")
+            raise FewstepError(
+                "features",
+                f"{self.comparison.features!r} without class logits",
+                "features with them, for inception_score",
+            )
         return found
 
     @property

@@ -73,8 +73,8 @@ def _check_conditions(config: RunConfig[MethodConfig], pipeline: "DiffusionPipel
         sources = resolve(asked.reference, asked.features, asked.clip, asked.prompts)
         try:
             load_conditions(protocol_of(sources, num_images=2, seed=0), condition_kind(pipeline), num_labels(pipeline))
-        except ValueError as e:
-            raise ValueError(f"{key}.prompts: {e}") from None
+        except FewstepError as e:
+            raise e.under(key) from None
 
 
 def _check_guidance(config: RunConfig[MethodConfig], method: "Method") -> None:
@@ -86,8 +86,9 @@ def _check_guidance(config: RunConfig[MethodConfig], method: "Method") -> None:
     if config.evaluate or config.log.samples_every:
         try:
             check_guidance_scale(method.teacher.pipeline, teacher_guidance_scale(config))
-        except ValueError as e:
-            raise ValueError(f"evaluate.teacher_{e}; set evaluate.teacher_guidance_scale to 1") from None
+        except FewstepError as e:
+            key = "evaluate.teacher_guidance_scale"
+            raise FewstepError(key, e.found, e.expected, f"Set {key} to 1") from None
     if isinstance(method.export_guidance_scale, Mapping) and config.train.lora is not None:
         raise FewstepError(
             "method.export_guidance_scale",
@@ -124,5 +125,5 @@ def _check_reference(key: str, asked: ReferenceConfig) -> None:
 
     try:
         resolve(asked.reference, asked.features, asked.clip, asked.prompts)
-    except ValueError as e:
-        raise ValueError(f"{key}.reference: {e}") from None
+    except FewstepError as e:
+        raise e.under(key) from None

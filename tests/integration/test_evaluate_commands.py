@@ -198,7 +198,9 @@ def test_inception_score_and_cmmd_by_a_protocol(folder: Path, tmp_path: Path) ->
     assert row["fid_clip"] == pytest.approx(wanted, rel=1e-3)
     settings["comparisons"][0]["features"] = "fashion"
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(SystemExit, match="inception_score needs class logits, and features 'fashion' have none"):
+    with pytest.raises(
+        SystemExit, match="found 'fashion' without class logits; expected features with them, for inception_score"
+    ):
         main(arguments)
 
 

@@ -151,6 +151,7 @@ def test_errors_say_what_was_found_and_what_was_expected():
     assert str(error) == "data.path: found 'x'; expected a folder. Create it"
     assert (error.key, error.found, error.expected, error.hint) == ("data.path", "'x'", "a folder", "Create it")
     assert str(FewstepError("steps", "", "at least one")) == "steps: expected at least one"
+    assert str(error.under("train")) == "train.data.path: found 'x'; expected a folder. Create it"
     missing = MissingError("teacher", "'x'", "a folder")
     assert isinstance(missing, ValueError) and isinstance(missing, FileNotFoundError)
     copied = pickle.loads(pickle.dumps(missing))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.models.features import ImageFeatures
 from fewstep.evaluate.statistics import Moments, moments
 
@@ -145,11 +146,13 @@ def _warn_rank(rank: int, dimensions: int) -> None:
 
 
 def check_width(name: str, features: int, reference: int) -> None:
-    """ValueError for features that cannot be those of the reference."""
+    """Check a number of dimensions. Raises FewstepError for features that cannot be those of the reference."""
     if features != reference:
-        raise ValueError(
-            f"features {name!r} have {features} dimensions, the reference has {reference}: "
-            "give the extractor that it was made with"
+        raise FewstepError(
+            "features",
+            f"{features} dimensions of {name!r}",
+            f"{reference}, those of the reference",
+            "Give the features that it was made with",
         )
 
 

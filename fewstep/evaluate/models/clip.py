@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fewstep.assets import ASSETS, asset_path
+from fewstep.errors import FewstepError, MissingError
 from fewstep.evaluate.models.features import Preprocess, load_preprocess, model_folder
 from fewstep.evaluate.models.view import apply_view
 from fewstep.evaluate.protocol import ClipScoring
@@ -119,7 +120,8 @@ def load_clip_folder(name: str, folder: Path, processor: Path) -> Clip:
         model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(processor, local_files_only=True)
     except (OSError, ValueError) as e:
-        raise ValueError(f"clip {name!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+        reason = str(e).strip().splitlines()[0]
+        raise FewstepError("clip", f"{name!r}, which cannot be loaded ({reason})", "a transformers CLIPModel") from None
     return Clip(name, model, tokenizer, load_preprocess(processor))
 
 
@@ -128,25 +130,24 @@ def load_open_clip(name: str, pretrained: str | None) -> OpenClip:
     try:
         import open_clip
     except ImportError:
-        raise ValueError("clip.backend open_clip needs the extra: pip install 'fewstep[open_clip]'") from None
+        raise MissingError("clip.backend", "open_clip", "its package", "pip install 'fewstep[open_clip]'") from None
     if pretrained is None:  # open_clip would warn and score with random ones
-        raise ValueError(f"clip {name!r} needs weights: clip.pretrained is null")
+        raise FewstepError("clip.pretrained", "null", f"weights of {name!r}")
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained, weights_only=True)
     except Exception as e:  # its reasons: an unknown name or tag, no network, a broken file
         reason = str(e).strip().splitlines()[0].rstrip(".")
         source = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/")
-        where = f"; `hf download {source}` puts them into the hub's cache" if source.count("/") == 1 else ""
-        raise ValueError(
-            f"clip {name!r} with weights {pretrained!r} cannot be loaded by open_clip: {reason}{where}"
-        ) from None
+        where = f"`hf download {source}` puts them into the hub's cache" if source.count("/") == 1 else None
+        found = f"{name!r} with weights {pretrained!r}, which cannot be loaded by open_clip ({reason})"
+        raise FewstepError("clip", found, "a model of open_clip and a tag or file of its weights", where) from None
     return OpenClip(f"{name}, {pretrained}", model, open_clip.get_tokenizer(name), preprocess)
 
 
 def load_scoring(scoring: ClipScoring) -> ClipModule:
     """The model of a protocol's CLIP score; ValueError where the protocol leaves the choice open."""
     if scoring.model is None:
-        raise ValueError("the protocol leaves the CLIP model open: choose one with --clip FOLDER, or --clip none")
+        raise FewstepError("clip", "no model in the protocol", "one", "Choose it with --clip FOLDER, or --clip none")
     if scoring.backend == "open_clip":
         return load_open_clip(scoring.model, scoring.pretrained)
     return load_clip(scoring.model)

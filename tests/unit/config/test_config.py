@@ -255,7 +255,7 @@ def test_no_heavy_import() -> None:
 @pytest.mark.parametrize("script", sorted((ROOT / "train").glob("*.py")), ids=lambda path: path.name)
 @pytest.mark.parametrize("words", [["--config", "a.yaml"], ["--help"]], ids=["typo", "help"])
 def test_a_trainer_answers_before_torch_is_loaded(script: Path, words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("sede: 1\n")
+    (tmp_path / "a.yaml").write_text("kind: sd\nsede: 1\n" if script.stem == "teacher" else "sede: 1\n")
     code = f"""
 import runpy, sys
 sys.argv = {[str(script), *words]!r}

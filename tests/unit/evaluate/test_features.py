@@ -107,19 +107,19 @@ def test_inception_is_found_in_the_librarys_cache_or_by_the_variable(
 ) -> None:
     monkeypatch.delenv("FEWSTEP_INCEPTION", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"need {FILES[0]} \(a release file .*put it into {tmp_path}"):
+    with pytest.raises(ValueError, match=rf"expected {FILES[0]} \(a release file .*Put it into {tmp_path}"):
         load_features("inception")
     monkeypatch.setenv("FEWSTEP_INCEPTION", str(inception_file))
     assert len(features_identity("inception")["features_sha256"]) == 64
     monkeypatch.setenv("FEWSTEP_INCEPTION", str(tmp_path / "none.pth"))
-    with pytest.raises(ValueError, match=r"none\.pth does not exist"):
+    with pytest.raises(ValueError, match=r"found .*none\.pth, which does not exist"):
         load_features("inception")
     monkeypatch.delenv("FEWSTEP_INCEPTION")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(inception_file.parents[1]))
     assert features_identity("inception")["features"] == "inception"
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"broken\.pth does not hold the weights"):
+    with pytest.raises(ValueError, match=r"found .*broken\.pth .*; expected the weights"):
         load_features(f"inception@{broken}")
 
 
@@ -262,7 +262,7 @@ def test_open_clips_missing_weights_are_told_with_the_command_that_brings_them(m
     open_clip: Any = pytest.importorskip("open_clip")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "laion2b_s12b_b42k" in open_clip.list_pretrained_tags_by_model("ViT-g-14")
-    with pytest.raises(ValueError, match=r"; `hf download laion/CLIP-ViT-g-14-laion2B-s12B-b42K` puts them into"):
+    with pytest.raises(ValueError, match=r"\. `hf download laion/CLIP-ViT-g-14-laion2B-s12B-b42K` puts them into"):
         load_open_clip("ViT-g-14", "laion2b_s12b_b42k")
 
 

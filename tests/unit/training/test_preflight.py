@@ -41,20 +41,29 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
         ),
         ({"log": {"tracker": "wandbb"}}, "log.tracker: found 'wandbb', unknown to accelerate; expected 'wandb'"),
         ({"log": {"tracker": "xyz"}}, "log.tracker: found 'xyz', unknown to accelerate; expected one of aim, "),
-        ({"evaluate": {"reference": "coco"}}, "evaluate.reference: reference 'coco' is neither bundled"),
+        (
+            {"evaluate": {"reference": "coco"}},
+            "evaluate.reference: found 'coco'; expected fashion, a path of statistics",
+        ),
         ({"evaluate": {"steps": (4, 16, 32)}}, "evaluate.steps: found 16, 32; expected some of 1, 2, 3, "),
-        ({"score": {"every": 1, "reference": "coco"}}, "score.reference: reference 'coco' is neither bundled"),
+        (
+            {"score": {"every": 1, "reference": "coco"}},
+            "score.reference: found 'coco'; expected fashion, a path of statistics",
+        ),
         ({"score": {"every": 1, "steps": 9}}, "score.steps: found 9; expected some of 1, 2, 3, "),
-        ({"evaluate": {"reference": "."}}, "evaluate.reference: reference '.' needs features"),
+        (
+            {"evaluate": {"reference": "."}},
+            "evaluate.features: found none for reference '.'; expected those that it was made in",
+        ),
         (
             {"evaluate": {"reference": ".", "features": "fashion"}},
-            "evaluate.prompts: the pipeline wants prompts, and the reference brings no prompts",
+            "evaluate.prompts: found none (the protocol's conditions are labels); expected prompts for this pipeline",
         ),
         (
             {"score": {"every": 1, "reference": ".", "features": "fashion", "prompts": "nowhere.txt"}},
-            "score.reference: prompts 'nowhere.txt' is not a file",
+            "score.prompts: found 'nowhere.txt'; expected a file",
         ),
-        ({"data": {"source": "folder", "path": "x"}}, "data.path: found 'x', which is not a folder"),
+        ({"data": {"source": "folder", "path": "x"}}, "data.path: found 'x'; expected a folder of images"),
     ],
 )
 def test_told_before_the_training(changes: Any, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
@@ -70,9 +79,9 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
     for more in ({"evaluate": {"prompts": None}}, {"log": {"samples_every": 1}}):
         text = message(folder, tmp_path, data=data, method=method, **more)
         assert text.startswith(
-            "evaluate.teacher_guidance_scale: 4 by default, but DiTPipeline guides away from label 1000"
+            "evaluate.teacher_guidance_scale: found 4 by default; expected 1, for DiTPipeline guides away from label 1000"
         )
-        assert text.endswith("set evaluate.teacher_guidance_scale to 1")
+        assert text.endswith("Set evaluate.teacher_guidance_scale to 1")
 
 
 def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
