@@ -26,8 +26,8 @@ from fewstep.data import load_source
 from fewstep.diffusion.guidance import concatenate
 from fewstep.methods.boot.method import Boot
 from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.discriminator import Noised
 from fewstep.methods.distribution_matching.dmd2 import DMD2
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.methods.registry import load_run
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
@@ -151,16 +151,16 @@ def _bare_dmd2(trainer: Trainer, method: DMD2) -> Callable[[], None]:
                     student(x, t, cond)
             if learns:
                 with torch.no_grad():
-                    teacher(*(twice if c.guidance_scale != 1 else (x, t)), both if c.guidance_scale != 1 else cond)
-                    critic(Noised(x, t, cond))
+                    teacher(*(twice if c.guidance.scale != 1 else (x, t)), both if c.guidance.scale != 1 else cond)
+                    critic(NoisyBatch(x, t, cond))
                 x0 = student(x, t, cond).x0
                 loss = x0.square().mean()
-                if c.gan_weight:
-                    loss = loss + critic(judge=Noised(x0, t, cond))[1].mean()
+                if c.adversarial:
+                    loss = loss + critic(discriminate=NoisyBatch(x0, t, cond))[1].mean()
                 loss.backward()
             student.requires_grad_(False)
             critic.requires_grad_(True)
-            prediction, logits = critic(Noised(x, t, cond), Noised(*twice, conds) if c.gan_weight else None)
+            prediction, logits = critic(NoisyBatch(x, t, cond), NoisyBatch(*twice, conds) if c.adversarial else None)
             loss = prediction.x0.square().mean()
             (loss if logits is None else loss + logits.mean()).backward()
             student.zero_grad()

@@ -1,8 +1,8 @@
-"""Parts of distribution matching: noised samples, backward simulation, and the critic with its heads on features."""
+"""Discriminators on features of a denoiser, and the critic of distribution matching, which is both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from fewstep.diffusion.prediction import Denoise, Prediction, add_noise
 from fewstep.diffusion.rollout import renoise_as, rollout
 from fewstep.diffusion.schedule import Schedule
-from fewstep.methods.distribution_matching.config import Range
+from fewstep.errors import FewstepError
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, Denoiser
 
@@ -18,32 +19,29 @@ CHANNELS_PER_GROUP = 16
 """Fewest channels that a head normalises together: on a 1x1 map, groups of one or two would keep nothing but signs."""
 
 
-class Noised(NamedTuple):
-    """What a denoiser is asked about: x_t [B, ...], t [B] and the conditions."""
-
-    x_t: Tensor
-    t: Tensor
-    cond: Cond
-
-
-class _Heard(Exception):
-    """All features are there; the rest of the network need not run."""
+class _StopForward(Exception):
+    """All features are recorded; the rest of the network need not run."""
 
 
 def noised(
-    teacher: Teacher, x0: Tensor, span: Range, cond: Cond, t: Tensor | None = None, noise: Tensor | None = None
-) -> Noised:
+    teacher: Teacher,
+    x0: Tensor,
+    span: tuple[float, float],
+    cond: Cond,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> NoisyBatch:
     """x0 [B, ...] with noise at timesteps t [B], drawn uniformly from a range (fractions of the teacher's) if None."""
     if t is None:
         total = teacher.num_train_timesteps
         low, high = (round(fraction * total) for fraction in span)
         t = torch.randint(min(low, total - 1), min(high + 1, total), (len(x0),), device=x0.device)
     noise = torch.randn_like(x0) if noise is None else noise
-    return Noised(add_noise(teacher.schedule, x0, noise, t), t, cond)
+    return NoisyBatch(add_noise(teacher.schedule, x0, noise, t), t, cond)
 
 
 def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: Tensor, stop: int, noise: Tensor) -> Tensor:
-    """What a student sees at timesteps[stop] when it samples: backward simulation, without gradient (DMD2).
+    """The student's input at timesteps[stop] when it samples: backward simulation, without gradient (DMD2).
 
     Args:
         denoise: the student with its conditions.
@@ -61,45 +59,48 @@ def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: Tensor, sto
     return x_t
 
 
-def features(denoiser: Denoiser, names: Sequence[str], at: Noised) -> list[Tensor]:
+def features(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> list[Tensor]:
     """Outputs [B, C, h, w] of the denoiser's modules of these names, in float32; what follows the last does not run."""
-    with _listening(denoiser, names, leave=True) as heard, suppress(_Heard):
-        denoiser(*at)
-    return heard
+    with _record_features(denoiser, names, stop=True) as recorded, suppress(_StopForward):
+        denoiser(noisy.x, noisy.t, noisy.cond)
+    return recorded
 
 
-def denoised(denoiser: Denoiser, names: Sequence[str], at: Noised) -> tuple[Prediction, list[Tensor]]:
-    """The denoiser's prediction, and the same features on its way."""
-    with _listening(denoiser, names) as heard:
-        prediction = denoiser(*at)
-    return prediction, heard
+def denoised(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> tuple[Prediction, list[Tensor]]:
+    """The denoiser's prediction, and the same features from the same forward."""
+    with _record_features(denoiser, names) as recorded:
+        prediction = denoiser(noisy.x, noisy.t, noisy.cond)
+    return prediction, recorded
 
 
 @contextmanager
-def _listening(denoiser: Denoiser, names: Sequence[str], leave: bool = False) -> Iterator[list[Tensor]]:
-    """A list that has the modules' outputs, in the order of the names, after the block; `leave`: _Heard once all are there."""
-    heard: dict[int, Tensor] = {}
+def _record_features(denoiser: Denoiser, names: Sequence[str], stop: bool = False) -> Iterator[list[Tensor]]:
+    """A list that has the modules' outputs, in the order of the names, after the block.
+
+    stop: raise _StopForward once all are recorded.
+    """
+    by_index: dict[int, Tensor] = {}
     found: list[Tensor] = []
 
-    def listen(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            heard[index] = denoiser.feature_map(output)
-            if leave and len(heard) == len(names):
-                raise _Heard
+    def recorder(index: int) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            by_index[index] = denoiser.feature_map(output)
+            if stop and len(by_index) == len(names):
+                raise _StopForward
 
         return hook
 
     with ExitStack() as stack, denoiser.eagerly():
         for index, name in enumerate(names):
-            stack.callback(denoiser.get_submodule(name).register_forward_hook(listen(index)).remove)
+            stack.callback(denoiser.get_submodule(name).register_forward_hook(recorder(index)).remove)
         yield found
-    found += [heard[index].float() for index in range(len(names))]
+    found += [by_index[index].float() for index in range(len(names))]
 
 
-def named_layers(teacher: Teacher, chosen: Sequence[str] | None) -> tuple[str, ...]:
-    """Names, within a Denoiser, of the modules on which a discriminator listens: those chosen, or the family's own.
+def named_layers(teacher: Teacher, chosen: Sequence[str] | None, key: str) -> tuple[str, ...]:
+    """Names, within a Denoiser, of the modules whose outputs a discriminator sees: those chosen, or the family's own.
 
-    Raises ValueError for a module that the network does not have.
+    Raises FewstepError with `key` for a module that the network does not have.
     """
     modules = dict(teacher.denoiser.named_modules())
     if chosen is None:
@@ -108,7 +109,7 @@ def named_layers(teacher: Teacher, chosen: Sequence[str] | None) -> tuple[str, .
     for name in chosen:
         if f"net.{name}" not in modules:
             top = ", ".join(name for name, _ in teacher.denoiser.net.named_children())
-            raise ValueError(f"method.gan_layers: the network has no module {name!r}; its uppermost are {top}")
+            raise FewstepError(key, f"{name!r}, which the network does not have", f"modules in one of {top}")
     return tuple(f"net.{name}" for name in chosen)
 
 
@@ -133,13 +134,20 @@ def _activated(channels: int) -> tuple[nn.Module, nn.Module]:
     return nn.GroupNorm(groups, channels), nn.SiLU()
 
 
+class HeadInput(TypedDict, total=False):
+    """One of the two arguments of `Critic.forward` for the discriminator's heads."""
+
+    discriminate: NoisyBatch
+    given: list[Tensor]
+
+
 class Critic(nn.Module):
-    """Denoiser of the student's samples, and heads on features: its own, or another network's that are given to it.
+    """Denoiser of the student's samples (the fake score), and discriminator heads on its features or on another network's.
 
     Args:
         denoiser: the network to learn.
         heads: one for each feature map; none where there is no adversarial loss.
-        layers: names of the denoiser's modules whose outputs the heads see, unless features are given.
+        layers: names of the denoiser's modules whose outputs the heads see, unless they get features.
     """
 
     def __init__(self, denoiser: Denoiser, heads: Sequence[Head] = (), layers: Sequence[str] = ()) -> None:
@@ -148,29 +156,34 @@ class Critic(nn.Module):
 
     def forward(
         self,
-        denoise: Noised | None = None,
-        judge: Noised | None = None,
+        denoise: NoisyBatch | None = None,
+        discriminate: NoisyBatch | None = None,
         given: list[Tensor] | None = None,
-        alike: bool = False,
+        share_features: bool = False,
     ) -> tuple[Prediction | None, Tensor | None]:
-        """Both halves of a turn in one call, as distributed training wants it: prediction, and logits [B, heads].
+        """Both tasks in one call, which distributed training needs: prediction, and logits [B, heads].
 
-        alike: what is denoised is judged as well, by the features on its way; its logits come after the others.
+        Args:
+            denoise: input of the denoiser.
+            discriminate: input whose features the heads see.
+            given: features of another network for the heads, instead.
+            share_features: the heads also see the features of `denoise`, from the same forward; these logits come last.
         """
         prediction, own = None, None
-        if denoise is not None and alike:
+        if denoise is not None and share_features:
             prediction, own = denoised(self.denoiser, self.layers, denoise)
         elif denoise is not None:
-            prediction = self.denoiser(*denoise)
-        if judge is not None:
-            given = features(self.denoiser, self.layers, judge)
+            prediction = self.denoiser(denoise.x, denoise.t, denoise.cond)
+        if discriminate is not None:
+            given = features(self.denoiser, self.layers, discriminate)
         if own is not None:
             given = own if given is None else [torch.cat(pair) for pair in zip(given, own, strict=True)]
-        if given is None:
-            return prediction, None
-        # Autocast would round the logits; the heads cost next to nothing.
-        with torch.autocast(given[0].device.type, enabled=False):
-            return prediction, torch.cat([head(f) for head, f in zip(self.heads, given, strict=True)], dim=1)
+        return prediction, None if given is None else self.logits(given)
+
+    def logits(self, maps: Sequence[Tensor]) -> Tensor:
+        """The heads' logits [B, heads] on one feature map each, in float32: autocast would round them."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            return torch.cat([head(f) for head, f in zip(self.heads, maps, strict=True)], dim=1)
 
 
 def new_critic(teacher: Teacher, layers: Sequence[str]) -> Critic:
@@ -180,5 +193,5 @@ def new_critic(teacher: Teacher, layers: Sequence[str]) -> Critic:
     device = teacher.placement.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
-        found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))
+        found = features(teacher.denoiser, layers, NoisyBatch(x, t, teacher.null_condition(1)))
     return Critic(teacher.students.trainable(), [Head(*f.shape[1:]).to(device) for f in found], layers)

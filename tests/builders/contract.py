@@ -53,7 +53,11 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "export_guidance_scale": 2,
         },
     ),
-    "dmd2": (DMD2, DMD2Config, {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}),
+    "dmd2": (
+        DMD2,
+        DMD2Config,
+        {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2},
+    ),
     "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
     "scm": (
         Scm,
@@ -63,7 +67,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
+UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0, "guidance": {"scale": 1.0}}
 
 
 """For families without an unconditional answer."""

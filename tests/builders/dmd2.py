@@ -11,7 +11,7 @@ from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
-GAN = {"gan_weight": 0.1}
+GAN = {"adversarial": {"weight": 0.1}}
 
 
 def config(**changes):

@@ -5,12 +5,13 @@ A method here is its class in golden.driver by the class's name; settings are it
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from builders.pipelines import build_ddpm, build_sd
+from fewstep.config import merged
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ GUIDED = {"guidance_range": [1.0, 3.0], "export_guidance_scale": 2}
 LCM = {"solver_steps": 8, "steps": 4, **GUIDED}
 PCM = {**LCM, "endpoint": "phase", "phases": 4}
 MLCM = {**PCM, "states": "trajectory", "replay": 4}
-DMD2 = {"steps": 4, "guidance_scale": 2.0, "gan_weight": 0.1, "student_update_every": 2}
+DMD2 = {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2}
 BOOT = {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}
 SCM = {"steps": 4, **GUIDED, "warmup_iterations": 0}
 BASE: dict[str, Case] = {
@@ -96,6 +97,7 @@ BASE: dict[str, Case] = {
 }
 UNGUIDABLE = ("ddpm", "ddpm_grey", "edm", "edm_unlabelled")
 UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
+UNGUIDED_SECTION: dict[str, Any] = {"dmd2": {"scale": 1.0}}
 ONE_JUMP = {"consistency": {"grid": "karras", "solver": "heun"}, "mlcm": {"phases": 1}, "boot": {"steps": 1}}
 """For EDM's, whose stock pipeline takes one deterministic step."""
 
@@ -105,6 +107,8 @@ def base_case(family: str, method: str) -> Case:
     settings = dict(case.settings)
     if family in UNGUIDABLE:
         settings |= {key: value for key, value in UNGUIDED.items() if key in settings}
+        if "guidance" in settings:
+            settings["guidance"] = UNGUIDED_SECTION[method]
     if family in ("edm", "edm_unlabelled"):
         settings |= ONE_JUMP.get(method, {})
     return replace(case, family=family, settings=settings)
@@ -207,51 +211,73 @@ CONSISTENCY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "stored-student-as-target-lognormal": (STORED | {"target_step": "solver", "lognormal": [0.0, 1.5]}, (0,)),
 }  # fmt: skip
 
+
+def joined(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Settings, each changed by the next at any depth."""
+    return reduce(merged, parts)
+
+
 PAIRS = {"count": 4, "solver_steps": 4, "batch_size": 3}
-ONE_STEP = DMD2 | {"steps": 1, "gan_weight": 0.0}
-NO_GAN = DMD2 | {"gan_weight": 0.0}
-APART = {"guidance_noise_range": [0.3, 0.9]}
+ONE_STEP = joined(DMD2, {"steps": 1, "adversarial": None})
+NO_GAN = joined(DMD2, {"adversarial": None})
+APART = {"guidance": {"noise_range": [0.3, 0.9]}}
 DISTRIBUTION: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dmd2-no-gan": (NO_GAN, (0, 1)),
-    "dmd2-unguided": (DMD2 | {"guidance_scale": 1.0}, (0,)),
-    "dmd2-other-stops": (NO_GAN | {"student_update_every": 1}, (1, 2, 3)),
-    "dmd2-dm-range": (NO_GAN | {"dm_range": [0.5, 0.7], "dm_weight": 0.5}, (0,)),
-    "dmd2-decoupled": (DMD2 | APART, (0,)),
-    "dmd2-decoupled-no-gan": (NO_GAN | APART, (0,)),
-    "dmd2-forward-kl": (DMD2 | {"divergence": "forward_kl"}, (0,)),
-    "dmd2-jensen-shannon": (DMD2 | {"divergence": "jensen_shannon"}, (0,)),
-    "dmd2-jensen-shannon-decoupled": (DMD2 | APART | {"divergence": "jensen_shannon"}, (0,)),
-    "dmd2-gan-hinge": (DMD2 | {"gan_loss": "hinge"}, (0,)),
-    "dmd2-gan-only": (DMD2 | {"dm_weight": 0.0}, (0,)),
-    "dmd2-gan-range": (DMD2 | {"gan_range": [0.1, 0.6], "gan_critic_weight": 0.5}, (0,)),
-    "dmd2-gan-share-noise": (DMD2 | {"gan_share_noise": True}, (0, 1)),
-    "dmd2-gan-share-noise-hinge-r1": (DMD2 | {"gan_share_noise": True, "gan_loss": "hinge", "r1_weight": 1.0}, (0,)),
-    "dmd2-gan-share-noise-forward-kl": (DMD2 | {"gan_share_noise": True, "divergence": "forward_kl"}, (0,)),
-    "dmd2-gan-share-noise-decoupled": (DMD2 | APART | {"gan_share_noise": True}, (0,)),
-    "dmd2-gan-real-teacher": (DMD2 | {"gan_real": "teacher", "pairs": PAIRS}, (0,)),
+    "dmd2-unguided": (joined(DMD2, {"guidance": {"scale": 1.0}}), (0,)),
+    "dmd2-other-stops": (joined(NO_GAN, {"student_update_every": 1}), (1, 2, 3)),
+    "dmd2-dm-range": (joined(NO_GAN, {"matching": {"range": [0.5, 0.7], "weight": 0.5}}), (0,)),
+    "dmd2-decoupled": (joined(DMD2, APART), (0,)),
+    "dmd2-decoupled-no-gan": (joined(NO_GAN, APART), (0,)),
+    "dmd2-forward-kl": (joined(DMD2, {"matching": {"divergence": "forward_kl"}}), (0,)),
+    "dmd2-jensen-shannon": (joined(DMD2, {"matching": {"divergence": "jensen_shannon"}}), (0,)),
+    "dmd2-jensen-shannon-decoupled": (joined(DMD2, APART, {"matching": {"divergence": "jensen_shannon"}}), (0,)),
+    "dmd2-gan-hinge": (joined(DMD2, {"adversarial": {"loss": "hinge"}}), (0,)),
+    "dmd2-gan-only": (joined(DMD2, {"matching": None}), (0,)),
+    "dmd2-gan-range": (joined(DMD2, {"adversarial": {"range": [0.1, 0.6], "critic_weight": 0.5}}), (0,)),
+    "dmd2-gan-share-noise": (joined(DMD2, {"adversarial": {"share_noise": True}}), (0, 1)),
+    "dmd2-gan-share-noise-hinge-r1": (
+        joined(DMD2, {"adversarial": {"share_noise": True, "loss": "hinge", "r1_weight": 1.0}}),
+        (0,),
+    ),
+    "dmd2-gan-share-noise-forward-kl": (
+        joined(DMD2, {"adversarial": {"share_noise": True}, "matching": {"divergence": "forward_kl"}}),
+        (0,),
+    ),
+    "dmd2-gan-share-noise-decoupled": (joined(DMD2, APART, {"adversarial": {"share_noise": True}}), (0,)),
+    "dmd2-gan-real-teacher": (joined(DMD2, {"adversarial": {"real": "teacher"}, "pairs": PAIRS}), (0,)),
     "dmd2-gan-real-teacher-other-guidance": (
-        DMD2 | {"gan_real": "teacher", "pairs": PAIRS | {"guidance_scale": 1.0}}, (0,),
+        joined(DMD2, {"adversarial": {"real": "teacher"}, "pairs": PAIRS | {"guidance_scale": 1.0}}),
+        (0,),
     ),
-    "dmd2-gan-teacher-features": (DMD2 | {"gan_feature_source": "teacher"}, (0,)),
+    "dmd2-gan-teacher-features": (joined(DMD2, {"adversarial": {"feature_source": "teacher"}}), (0,)),
     "dmd2-gan-teacher-features-forward-kl-r1": (
-        DMD2 | {"gan_feature_source": "teacher", "divergence": "forward_kl", "r1_weight": 1.0}, (0,),
+        joined(
+            DMD2,
+            {"adversarial": {"feature_source": "teacher", "r1_weight": 1.0}, "matching": {"divergence": "forward_kl"}},
+        ),
+        (0,),
     ),
-    "dmd2-gan-layers": (DMD2 | {"gan_layers": ["mid_block", "up_blocks.0"]}, (0,)),
-    "dmd2-r1": (DMD2 | {"r1_weight": 1.0}, (0,)),
-    "dmd2-noised-data": (DMD2 | {"inputs": "noised_data"}, (0,)),
-    "dmd2-noised-data-no-gan": (NO_GAN | {"inputs": "noised_data"}, (0, 1)),
-    "dmd2-two-given-timesteps": (NO_GAN | {"steps": [999, 499]}, (0,)),
-    "dmd2-spaced-timesteps": (NO_GAN | {"steps": [749, 499, 249]}, (0, 1)),
-    "dmd2-x0-float64": (DMD2 | {"x0_dtype": "float64"}, (0,)),
+    "dmd2-gan-layers": (joined(DMD2, {"adversarial": {"layers": ["mid_block", "up_blocks.0"]}}), (0,)),
+    "dmd2-r1": (joined(DMD2, {"adversarial": {"r1_weight": 1.0}}), (0,)),
+    "dmd2-noised-data": (joined(DMD2, {"inputs": "noised_data"}), (0,)),
+    "dmd2-noised-data-no-gan": (joined(NO_GAN, {"inputs": "noised_data"}), (0, 1)),
+    "dmd2-two-given-timesteps": (joined(NO_GAN, {"steps": [999, 499]}), (0,)),
+    "dmd2-spaced-timesteps": (joined(NO_GAN, {"steps": [749, 499, 249]}), (0, 1)),
+    "dmd2-x0-float64": (joined(DMD2, {"x0_dtype": "float64"}), (0,)),
     "dmd-one-step": (ONE_STEP, (0,)),
-    "dmd-regression": (ONE_STEP | {"regression_weight": 0.25, "pairs": PAIRS}, (0,)),
+    "dmd-regression": (joined(ONE_STEP, {"regression": {"weight": 0.25}, "pairs": PAIRS}), (0,)),
     "dmd-regression-huber-gan": (
-        ONE_STEP | {"gan_weight": 0.1, "regression_weight": 0.25, "regression_distance": "huber", "pairs": PAIRS}, (0,),
+        joined(
+            ONE_STEP,
+            {"adversarial": {"weight": 0.1}, "regression": {"weight": 0.25, "distance": "huber"}, "pairs": PAIRS},
+        ),
+        (0,),
     ),
     "dmd-regression-only": (
-        ONE_STEP | {"dm_weight": 0.0, "regression_weight": 1.0, "pairs": PAIRS | {"guidance_scale": 3.0}}, (0,),
+        joined(ONE_STEP, {"matching": None, "regression": {"weight": 1.0}, "pairs": PAIRS | {"guidance_scale": 3.0}}),
+        (0,),
     ),
-}  # fmt: skip
+}
 
 ONE_JUMP_BOOT = BOOT | {"steps": 1}
 RANGE = {"guidance_scale": [1.0, 3.0], "export_guidance_scale": 2}
@@ -346,7 +372,7 @@ OTHERS = {
     "ddpm/pcm-gan-two-phases-unguided": on("ddpm", "pcm-gan-two-phases-unguided"),
     "edm/ect": on("edm", "ect"),
     "edm/scm-data": on("edm", "scm-data"),
-    "edm/dmd2-gan-share-noise": on("edm", "dmd2-gan-share-noise", guidance_scale=1.0),
+    "edm/dmd2-gan-share-noise": on("edm", "dmd2-gan-share-noise", guidance={"scale": 1.0}),
     "sd3/pcm-jump": on("sd3", "pcm-jump"),
     "sd3/pcm-uneven-phases": on("sd3", "pcm-uneven-phases"),
     "sd3/pcm-gan-hinge": on("sd3", "pcm-gan-hinge"),

@@ -27,8 +27,9 @@ from fewstep.export.card import Call
 from fewstep.export.lora import FILE, KOHYA_FILE, export_lora, update_of
 from fewstep.export.pipeline import export
 from fewstep.export.verify import sample_in_memory
-from fewstep.methods.discriminator import Noised, features, named_layers
+from fewstep.methods.discriminator import features, named_layers
 from fewstep.methods.distribution_matching.dmd2 import DMD2Config
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.denoiser import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
@@ -163,7 +164,7 @@ def test_whole_weights_are_no_adapters(folders: Callable[[str], Path], tmp_path:
     checkpoint = tmp_path / "full" / "checkpoints" / "1"
     trainer = make(folders("sd"), tmp_path / "lora", "dmd2")
     before = tensors(trainer.teacher.denoiser)
-    with pytest.raises(ValueError, match="belongs to another kind of network"):
+    with pytest.raises(ValueError, match="of another kind of network"):
         trainer.resume(str(checkpoint))
     with pytest.raises(ValueError, match="does not fit the student"):
         make(folders("sd"), tmp_path / "lora", "dmd2", train={"init_from": str(checkpoint)})
@@ -506,7 +507,9 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
         assert not [key for key, value in found["off"].items() if not torch.equal(value, found[name][key])]
 
 
-@pytest.mark.parametrize("changes", [{}, {"gan_feature_source": "teacher"}], ids=["critic", "through the teacher"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"adversarial": {"feature_source": "teacher"}}], ids=["critic", "through the teacher"]
+)
 def test_a_teacher_in_main_memory_changes_nothing(
     changes: dict[str, Any], folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -640,5 +643,5 @@ def test_compiled_networks_are_the_same(folders: Callable[[str], Path]) -> None:
         size = float(one.grad.abs().max())
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-4 * size)
     layers = named_layers(teacher, None)
-    one, two = (features(student, layers, Noised(x, t, cond))[0] for student in (plain, compiled))
+    one, two = (features(student, layers, NoisyBatch(x, t, cond))[0] for student in (plain, compiled))
     assert torch.equal(one, two)

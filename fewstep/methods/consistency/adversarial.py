@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import more_noise
-from fewstep.methods.discriminator import Head, Noised, features
+from fewstep.methods.discriminator import Head, features
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
@@ -52,7 +53,7 @@ def new_discriminator(teacher: Teacher, layers: Sequence[str]) -> Discriminator:
     device = teacher.placement.device
     x, t = torch.zeros(1, *teacher.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad():
-        found = features(teacher.denoiser, layers, Noised(x, t, teacher.null_condition(1)))
+        found = features(teacher.denoiser, layers, NoisyBatch(x, t, teacher.null_condition(1)))
     return Discriminator([Head(*f.shape[1:]).to(device) for f in found])
 
 
@@ -68,4 +69,4 @@ def judge(teacher: Teacher, layers: Sequence[str], x: Tensor, ends: Ends, t: Ten
     The noise comes by the exact kernel. As in the paper, t is the same for real and fake, the noise another.
     """
     x_t = more_noise(teacher.schedule, x, torch.randn_like(x), ends.t, t)
-    return features(teacher.denoiser, layers, Noised(x_t, t, ends.cond))
+    return features(teacher.denoiser, layers, NoisyBatch(x_t, t, ends.cond))

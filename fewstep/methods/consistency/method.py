@@ -98,7 +98,7 @@ class Consistency(Method):
         self.reward: Reward | None = None
         self.distance = self._distance()
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
-        self.layers = named_layers(teacher, config.gan_layers) if config.gan_weight else ()
+        self.layers = named_layers(teacher, config.gan_layers, "method.gan_layers") if config.gan_weight else ()
         if config.rolls_out:
             self.own_timesteps = teacher.samplers.grid(self.scheduler(), config.student_steps)[:-1]
 

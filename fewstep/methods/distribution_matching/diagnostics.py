@@ -1,7 +1,6 @@
-"""How a distribution matching run is doing: figures for the log, and alarms in words."""
+"""Diagnostics of distribution matching: figures for the log, and warnings."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +28,11 @@ def sample_figures(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[Any]) -> dict[str, Tensor]:
+def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[object]) -> dict[str, Tensor]:
     """student_ and teacher_prompt_distance: root mean square distance of samples [B, ...] to the next of the same prompt in `raw`
     [B], mean over those that have one; nothing where no prompt comes twice.
     """
-    last: dict[Any, int] = {}
+    last: dict[object, int] = {}
     pairs = []
     for i, prompt in enumerate(raw):
         if prompt in last:
@@ -66,7 +65,7 @@ def alarms(figures: Mapping[str, float]) -> list[str]:
         if ratio < 0.5:
             said.append(
                 f"the samples of a batch differ {ratio:.2g} times as much as the teacher sees them differ: the student "
-                "collapses; lower method.gan_weight or method.optim.lr"
+                "collapses; lower method.adversarial.weight or method.optim.lr"
             )
         of_one_prompt = figures.get("student_prompt_distance", 1.0) / max(
             figures.get("teacher_prompt_distance", 1.0), 1e-12
@@ -74,7 +73,7 @@ def alarms(figures: Mapping[str, float]) -> list[str]:
         if of_one_prompt < 0.5 <= ratio:
             said.append(
                 f"samples of one prompt differ {of_one_prompt:.2g} times as much as the teacher sees them differ: the student "
-                "draws the same again and again; lower method.gan_weight or method.optim.lr"
+                "draws the same again and again; lower method.adversarial.weight or method.optim.lr"
             )
         ratio = figures["student_to_critic"] / max(figures["student_to_teacher"], 1e-12)
         if ratio > 1.5:
@@ -85,6 +84,6 @@ def alarms(figures: Mapping[str, float]) -> list[str]:
     if min(figures.get("real_accuracy", 0.0), figures.get("fake_accuracy", 0.0)) > 0.98:
         said.append(
             "the discriminator tells all samples from real ones and has little left to teach: lower "
-            "method.gan_critic_weight, or set method.r1_weight"
+            "method.adversarial.critic_weight, or set method.adversarial.r1_weight"
         )
     return said

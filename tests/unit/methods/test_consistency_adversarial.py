@@ -16,7 +16,8 @@ from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePrese
 from fewstep.methods.consistency.adversarial import Ends, judge, times_in_phase
 from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.discriminator import Noised, features
+from fewstep.methods.discriminator import features
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
@@ -59,7 +60,7 @@ def test_the_heads_see_the_teachers_features_of_noised_ends(tiny_sd):
     torch.manual_seed(1)
     x_t = more_noise(teacher.schedule, fake, torch.randn_like(fake), ends.t, t)
     assert torch.equal(x_t[1], fake[1])  # nothing is added at the end itself
-    expected = features(teacher.denoiser, layers, Noised(x_t, t, ends.cond))
+    expected = features(teacher.denoiser, layers, NoisyBatch(x_t, t, ends.cond))
     assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True))
 
 

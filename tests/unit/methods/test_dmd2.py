@@ -160,8 +160,8 @@ class ExactCritic(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, at):
-        return self.denoiser(*at), None
+    def forward(self, noisy):
+        return self.denoiser(noisy.x, noisy.t, noisy.cond), None
 
 
 def test_outputs_invert_readings():
@@ -190,7 +190,7 @@ def test_gaussian_student_is_driven_to_mean_and_deviation(tiny_ddpm_grey, steps_
             "teacher": gaussian(teacher.schedule, "epsilon", mean, std),
             "critic": ExactCritic(gaussian(teacher.schedule, "epsilon", b.item(), a.abs().item())),
         }
-        loss = method.matching(nets, Batch(64, {}, {}, torch.device("cpu")), x).losses["dm"]
+        loss = method.distribution_matching_loss(nets, Batch(64, {}, {}, torch.device("cpu")), x).losses["dm"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -213,7 +213,7 @@ def test_every_parametrisation_gives_the_same_gradient(tiny_ddpm_grey):
                 "teacher": gaussian(schedule, kind, 0.7, 0.4),
                 "critic": ExactCritic(gaussian(schedule, kind, 0.1, 0.9)),
             }
-            method.matching(nets, batch, x.requires_grad_(), t, noise).losses["dm"].backward()
+            method.distribution_matching_loss(nets, batch, x.requires_grad_(), t, noise).losses["dm"].backward()
             found.append(x.grad)
         assert found[0].abs().max() > 1e-4
         for other in found[1:]:
@@ -226,10 +226,10 @@ def test_decoupled_matching_with_the_same_noise_is_the_coupled_one_up_to_normali
     s = 3.0
     g = u + s * (c - u)
     torch.testing.assert_close((f - c) + (c - g), f - g)
-    method = DMD2(config(guidance_scale=3.0, guidance_noise_range=(0.3, 0.9)), teacher)
+    method = DMD2(config(guidance={"scale": 3.0, "noise_range": (0.3, 0.9)}), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     x = batch.x0.clone().requires_grad_()
-    method.matching(nets, batch, x).losses["dm"].backward()
+    method.distribution_matching_loss(nets, batch, x).losses["dm"].backward()
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
@@ -238,14 +238,14 @@ def test_divergences_weigh_the_same_gradient(teacher):
     t, noise = torch.tensor([100, 500, 900]), torch.randn(3, *teacher.latent_shape)
     found = {}
     for kind in ("reverse_kl", "forward_kl"):
-        method = DMD2(config(divergence=kind, **GAN), teacher)
+        method = DMD2(config(matching={"divergence": kind}, **GAN), teacher)
         torch.manual_seed(0)  # of the head
         nets, batch = nets_for(method), batch_for(teacher)
         x = batch.x0.clone().requires_grad_()
-        method.matching(nets, batch, x, t, noise).losses["dm"].backward()
+        method.distribution_matching_loss(nets, batch, x, t, noise).losses["dm"].backward()
         found[kind] = x.grad
     with torch.no_grad():
-        _, logits = nets["critic"](judge=noised(teacher, batch.x0, (0.0, 1.0), batch.cond, t, noise))
+        _, logits = nets["critic"](discriminate=noised(teacher, batch.x0, (0.0, 1.0), batch.cond, t, noise))
     weights = divergence_weights("forward_kl", logits)
     assert weights.std() > 1e-3
     torch.testing.assert_close(
@@ -254,14 +254,14 @@ def test_divergences_weigh_the_same_gradient(teacher):
 
 
 def test_terms_that_are_off_cost_nothing(teacher):
-    method = DMD2(config(dm_weight=0.0, **GAN), teacher)
+    method = DMD2(config(matching=None, **GAN), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     del nets["teacher"]
-    assert set(method.student_loss(nets, batch).losses) == {"gan"}
+    assert set(method.generator_loss(nets, batch).losses) == {"gan"}
     method = DMD2(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     batch = replace(batch, latents=None)
-    assert set(method.student_loss(nets, batch).losses) == {"dm"} and set(method.critic_loss(nets, batch).losses) == {
+    assert set(method.generator_loss(nets, batch).losses) == {"dm"} and set(method.critic_loss(nets, batch).losses) == {
         "denoising"
     }
     assert not list(nets["critic"].heads) and not method.needs_images
@@ -387,10 +387,10 @@ def test_logits_stop_at_the_features(teacher):
     at = noised(teacher, batch.x0, (0.0, 1.0), batch.cond)
     heard = []
     inner = critic.denoiser.net.mid_block.register_forward_hook(lambda m, i, o: heard.append(o))
-    prediction, logits = critic(judge=at)
+    prediction, logits = critic(discriminate=at)
     assert prediction is None and logits.shape == (3, 1) and not after
     torch.testing.assert_close(logits, critic.heads[0](heard[0]))
-    critic(denoise=at, judge=at)
+    critic(denoise=at, discriminate=at)
     assert len(after) == 1
     inner.remove()
     handle.remove()
@@ -400,7 +400,15 @@ def test_logits_stop_at_the_features(teacher):
 @pytest.mark.parametrize("source", ["critic", "teacher"])
 def test_several_layers_and_either_source(teacher, source):
     method = DMD2(
-        config(gan_feature_source=source, gan_layers=["down_blocks.0", "mid_block"], r1_weight=1.0, **GAN), teacher
+        config(
+            adversarial={
+                "weight": 0.1,
+                "feature_source": source,
+                "layers": ["down_blocks.0", "mid_block"],
+                "r1_weight": 1.0,
+            }
+        ),
+        teacher,
     )
     nets, batch = nets_for(method), batch_for(teacher)
     nets["student"].requires_grad_(False)
@@ -411,7 +419,7 @@ def test_several_layers_and_either_source(teacher, source):
     assert all(p.grad is None for p in teacher.denoiser.parameters())
     nets["critic"].requires_grad_(False)
     nets["student"].requires_grad_(True)
-    gan = method.realism(nets, batch, method.sample(nets["student"], batch))
+    gan = method.adversarial_loss(nets, batch, method.sample(nets["student"], batch))
     gan.backward()
     assert nets["student"].net.conv_in.weight.grad.abs().max() > 0
 
@@ -446,10 +454,10 @@ def test_critic_of_edm_descends_its_networks_own_error(tmp_path):
 
 
 def test_matching_is_zero_while_the_critic_is_the_teacher(teacher):
-    method = DMD2(config(guidance_scale=1.0), teacher)
+    method = DMD2(config(guidance={"scale": 1.0}), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     batch = batch_for(teacher)
-    output = method.matching(nets, batch, batch.x0)
+    output = method.distribution_matching_loss(nets, batch, batch.x0)
     assert output.losses["dm"].item() == 0 and output.logs["dm_norm"] == 0
 
 
@@ -465,7 +473,7 @@ def same(net, before):
 
 
 def test_a_turn_touches_its_own_network_only(tiny_sd, tmp_path):
-    trainer = make(tiny_sd, tmp_path, {"guidance_scale": 2.0, **GAN})
+    trainer = make(tiny_sd, tmp_path, {"guidance": {"scale": 2.0}, **GAN})
     student, critic = trainer.method.steps()
     assert (student.role, student.every, critic.role, critic.every) == ("student", 5, "critic", 1)
     turn = [trainer.batches.draw(trainer.iteration, 0)], [{}]
@@ -488,7 +496,7 @@ def test_the_critic_learns_on_the_students_sample(teacher):
     method = DMD2(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     student = Recorder(nets["student"])
-    carry = method.student_loss(nets | {"student": student}, batch).carry
+    carry = method.generator_loss(nets | {"student": student}, batch).carry
     drawn = len(student.seen)
     assert drawn >= 1 and not carry["sample"].requires_grad
     method.critic_loss(nets | {"student": student}, batch, carry)
@@ -499,9 +507,10 @@ def test_the_critic_learns_on_the_students_sample(teacher):
 def test_forwards_are_the_floor(teacher, shared):
     """Per sample: student k + 1, teacher 2 and critic 1 + e; then, without another rollout, critic 1 + 2 e.
 
-    With `gan_share_noise`: critic 1; then 1 + e. On the critic's own iterations the student's k + 1 come before it, no teacher's.
+    With `adversarial.share_noise`: critic 1; then 1 + e. On the critic's own iterations the student's k + 1 come before it,
+    no teacher's.
     """
-    method = DMD2(config(guidance_scale=2.0, gan_share_noise=shared, **GAN), teacher)
+    method = DMD2(config(guidance={"scale": 2.0}, adversarial={"weight": 0.1, "share_noise": shared}), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     begun, ended = dict.fromkeys(nets, 0), dict.fromkeys(nets, 0)
     unets = {"teacher": nets["teacher"].net, "student": nets["student"].net, "critic": nets["critic"].denoiser.net}
@@ -515,7 +524,7 @@ def test_forwards_are_the_floor(teacher, shared):
     batch = batch_for(teacher)
     k = int(torch.randint(4, (), generator=torch.Generator().manual_seed(7)))
     batch.generator.manual_seed(7)
-    carry = method.student_loss(nets, batch).carry
+    carry = method.generator_loss(nets, batch).carry
     assert ended == {"teacher": 6, "student": 3 * (k + 1), "critic": 3}
     assert begun == ended | {"critic": 3 if shared else 6}
     method.critic_loss(nets, batch, carry)
@@ -532,14 +541,17 @@ def test_shared_noise_gives_the_same_terms(teacher):
     """Given the same noise apart: the terms, and their gradients in the sample and in the critic's weights and heads."""
     t, g = torch.tensor([30, 400, 970]), torch.Generator().manual_seed(8)
     noise, x = (torch.randn(3, *teacher.latent_shape, generator=g) for _ in range(2))
-    method, apart = (DMD2(config(guidance_scale=2.0, gan_share_noise=v, **GAN), teacher) for v in (True, False))
+    method, apart = (
+        DMD2(config(guidance={"scale": 2.0}, adversarial={"weight": 0.1, "share_noise": v}), teacher)
+        for v in (True, False)
+    )
     nets, batch = nets_for(method), batch_for(teacher)
     found, wanted = (x.clone().requires_grad_() for _ in range(2))
     nets["critic"].requires_grad_(False)
-    terms = method.matching(nets, batch, found, t, noise).losses
+    terms = method.distribution_matching_loss(nets, batch, found, t, noise).losses
     (terms["dm"] + terms["gan"]).backward()
-    expected = apart.matching(nets, batch, wanted, t, noise).losses | {
-        "gan": 0.1 * apart.realism(nets, batch, wanted, t, noise)
+    expected = apart.distribution_matching_loss(nets, batch, wanted, t, noise).losses | {
+        "gan": 0.1 * apart.adversarial_loss(nets, batch, wanted, t, noise)
     }
     (expected["dm"] + expected["gan"]).backward()
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=1e-7)
@@ -550,7 +562,7 @@ def test_shared_noise_gives_the_same_terms(teacher):
     torch.manual_seed(0)
     real = noised(teacher, batch.x0, (0.0, 1.0), batch.cond)
     on_real, on_fake = (
-        nets["critic"](judge=at)[1] for at in (real, noised(teacher, x, (0.0, 1.0), batch.cond, t, noise))
+        nets["critic"](discriminate=at)[1] for at in (real, noised(teacher, x, (0.0, 1.0), batch.cond, t, noise))
     )
     expected = 0.01 * discriminator_loss("softplus", on_real, on_fake)
     torch.testing.assert_close(losses["discriminator"], expected, rtol=1e-5, atol=1e-7)
@@ -560,16 +572,16 @@ def test_shared_noise_gives_the_same_terms(teacher):
 
 
 def test_regression_alone_has_no_critic(teacher):
-    method = DMD2(config(dm_weight=0.0, steps=1, regression_weight=1.0, pairs={"count": 4}), teacher)
+    method = DMD2(config(matching=None, steps=1, regression={"weight": 1.0}, pairs={"count": 4}), teacher)
     method.prepare(placeholder_preparation())
     nets, batch = {name: role.net for name, role in method.roles().items()}, batch_for(teacher)
     assert set(nets) == {"teacher", "student"} and [step.role for step in method.steps()] == ["student"]
     student = Recorder(nets["student"])
-    assert set(method.student_loss({"student": student}, batch).losses) == {"regression"} and len(student.seen) == 1
+    assert set(method.generator_loss({"student": student}, batch).losses) == {"regression"} and len(student.seen) == 1
 
 
 def test_updates_cadence_and_resume_in_the_middle_of_it(tiny_sd, tmp_path):
-    method = {"guidance_scale": 2.0, "student_update_every": 4, **GAN}
+    method = {"guidance": {"scale": 2.0}, "student_update_every": 4, **GAN}
     trainer = make(tiny_sd, tmp_path / "whole", method)
     assert trainer.fit()
     assert {name: trainer.roles[name].updates for name in ("student", "critic")} == {"student": 2, "critic": 6}
@@ -597,8 +609,8 @@ def test_prompts_are_enough_without_a_discriminator(tiny_sd, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a coat\na bag\n")
     data = {"source": "prompts", "path": str(prompts)}
-    assert make(tiny_sd, tmp_path / "run", {"guidance_scale": 2.0}, data=data, max_iterations=1).fit()
-    with pytest.raises(ValueError, match=r"data\.source: prompts gives no images"):
+    assert make(tiny_sd, tmp_path / "run", {"guidance": {"scale": 2.0}}, data=data, max_iterations=1).fit()
+    with pytest.raises(ValueError, match=r"data\.source: found prompts, which has no images"):
         make(tiny_sd, tmp_path / "run", GAN, data=data)
 
 
@@ -687,20 +699,23 @@ def test_a_grid_that_ends_early_is_exported(tiny_sd, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": [999, 937, 833, 624]}, r"steps: stock diffusers.*k = 625"),
+        ({"steps": [999, 937, 833, 624]}, r"steps: found .*k = 625"),
         ({"steps": 9}, "steps"),
-        ({"dm_weight": 0.0}, "would learn nothing"),
-        ({"dm_range": [0.9, 0.1]}, "dm_range"),
-        ({"divergence": "forward_kl"}, "divergence.*gan_weight"),
-        ({"divergence": "forward_kl", "gan_loss": "hinge", **GAN}, "divergence.*softplus"),
-        ({"gan_share_noise": True}, "gan_share_noise.*gan_weight"),
-        ({"gan_share_noise": True, "gan_range": [0.0, 0.5], **GAN}, "gan_share_noise.*gan_range"),
-        ({"r1_weight": 1.0}, "r1_weight.*gan_weight"),
-        ({"guidance_noise_range": [0.5, 1.0]}, "guidance_noise_range.*guidance_scale"),
-        ({"regression_weight": 0.25}, "regression_weight.*for one step"),
-        ({"regression_weight": 0.25, "steps": 1}, r"regression_weight.*pairs\.count"),
-        ({"gan_weight": 0.1, "gan_real": "teacher"}, r"gan_real.*pairs\.count"),
-        ({"pairs": {"count": 10}}, "pairs: nothing uses them"),
+        ({"matching": None}, "expected one of them to learn from"),
+        ({"matching": {"range": [0.9, 0.1]}}, "expected an interval, its lower end first"),
+        ({"matching": {"divergence": "forward_kl"}}, "matching.divergence.*adversarial.weight"),
+        (
+            {"matching": {"divergence": "forward_kl"}, "adversarial": {"weight": 0.1, "loss": "hinge"}},
+            "divergence.*softplus",
+        ),
+        ({"adversarial": {"share_noise": True}}, "adversarial.weight"),
+        ({"adversarial": {"weight": 0.1, "share_noise": True, "range": [0.0, 0.5]}}, "share_noise.*leave range out"),
+        ({"adversarial": {"r1_weight": 1.0}}, "adversarial.weight"),
+        ({"guidance": {"noise_range": [0.5, 1.0]}}, "noise_range.*Set scale above 1"),
+        ({"regression": {"weight": 0.25}}, "regression.*found steps 4; expected 1"),
+        ({"regression": {"weight": 0.25}, "steps": 1}, r"pairs.*for regression.*pairs\.count"),
+        ({"adversarial": {"weight": 0.1, "real": "teacher"}}, r"pairs.*for adversarial.real.*pairs\.count"),
+        ({"pairs": {"count": 10}}, "pairs: found 10 unused samples"),
     ],
 )
 def test_impossible_configs(changes, message):
@@ -709,12 +724,12 @@ def test_impossible_configs(changes, message):
 
 
 def test_what_the_teacher_cannot_do(teacher, tiny_ddpm):
-    with pytest.raises(ValueError, match=r"method\.gan_layers.*'middle'.*mid_block"):
-        DMD2(config(gan_layers=["middle"], **GAN), teacher)
+    with pytest.raises(ValueError, match=r"method\.adversarial\.layers.*'middle'.*mid_block"):
+        DMD2(config(adversarial={"weight": 0.1, "layers": ["middle"]}), teacher)
     with pytest.raises(ValueError, match="starts at timestep 1199"):
         DMD2(config(steps=[1199, 599]), teacher)
-    with pytest.raises(ValueError, match=r"method\.guidance_scale"):
-        DMD2(config(guidance_scale=2.0), load_teacher(str(tiny_ddpm)))
+    with pytest.raises(ValueError, match=r"method\.guidance\.scale"):
+        DMD2(config(guidance={"scale": 2.0}), load_teacher(str(tiny_ddpm)))
 
 
 def test_distance_between_samples_of_one_prompt(teacher):
@@ -724,7 +739,7 @@ def test_distance_between_samples_of_one_prompt(teacher):
     assert {k: v.item() for k, v in found.items()} == {"student_prompt_distance": 1.5, "teacher_prompt_distance": 3.0}
     assert prompt_distances(x, x, ["a", "b", "c", "d"]) == {} == prompt_distances(x, x, [])
     method, batch = DMD2(config(), teacher), batch_for(teacher)
-    output = method.student_loss(nets_for(method), replace(batch, raw=["a coat"] * 3))
+    output = method.generator_loss(nets_for(method), replace(batch, raw=["a coat"] * 3))
     assert output.logs["student_prompt_distance"] > 0
 
 
@@ -736,10 +751,10 @@ def test_alarms_name_keys():
     }  # fmt: skip
     assert alarms(healthy) == [] and alarms({}) == []
     for changes, key in (
-        ({"student_std": 3.0}, "method.student_update_every"), ({"student_diversity": 0.1}, "method.gan_weight"),
+        ({"student_std": 3.0}, "method.student_update_every"), ({"student_diversity": 0.1}, "method.adversarial.weight"),
         ({"student_to_critic": 0.9}, "method.critic_optim.lr"),
         ({"student_prompt_distance": 0.2, "teacher_prompt_distance": 0.5}, "of one prompt"),
-        ({"real_accuracy": 1.0, "fake_accuracy": 1.0}, "method.r1_weight"),
+        ({"real_accuracy": 1.0, "fake_accuracy": 1.0}, "method.adversarial.r1_weight"),
     ):  # fmt: skip
         (sentence,) = alarms(healthy | changes)
         assert key in sentence

@@ -141,9 +141,9 @@ def test_regression_and_teacher_samples_as_real_without_images(tiny_sd, tmp_path
     text = tmp_path / "prompts.txt"
     text.write_text("\n".join(PROMPTS))
     method = {
-        "steps": 1, "student_update_every": 1, "guidance_scale": 2.0, "regression_weight": 0.25,
-        "regression_distance": "huber",
-        "gan_weight": 0.1, "gan_real": "teacher", "pairs": {"count": 4, "solver_steps": 2, "batch_size": 2},
+        "steps": 1, "student_update_every": 1, "guidance": {"scale": 2.0},
+        "regression": {"weight": 0.25, "distance": "huber"}, "adversarial": {"weight": 0.1, "real": "teacher"},
+        "pairs": {"count": 4, "solver_steps": 2, "batch_size": 2},
     }  # fmt: skip
     data = {"source": "prompts", "path": str(text)}
     trainer = make(tiny_sd, tmp_path / "run", method, data=data, max_iterations=2, log={"every": 1})
@@ -153,7 +153,7 @@ def test_regression_and_teacher_samples_as_real_without_images(tiny_sd, tmp_path
     # What is descended is the distance between the student's sample and the teacher's from one noise.
     batch = trainer.batches.draw(trainer.iteration, 0)
     torch.manual_seed(5)
-    found = trainer.method.regression(trainer.networks(), batch)
+    found = trainer.method.regression_loss(trainer.networks(), batch)
     torch.manual_seed(5)
     index, cond = trainer.method.pairs.pick(2, trainer.teacher)
     noise, x0 = trainer.method.pairs.x[index].unbind(1)
@@ -168,5 +168,5 @@ def test_lpips_without_its_weights_is_one_sentence(tiny_sd, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(ValueError, match=r"method\.regression_distance: lpips needs.*take l2 or huber"):
+    with pytest.raises(ValueError, match=r"method\.regression\.distance: lpips needs.*take l2 or huber"):
         load_lpips()

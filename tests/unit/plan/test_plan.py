@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from builders import ROOT
+from fewstep.config import merged
 from fewstep.plan.eight_bit import EightBitStates
 from fewstep.plan.fake_tensors import fake_tensor_fixes, without_values
 from fewstep.plan.meter import Meter, bytes_of
@@ -168,7 +169,7 @@ def test_eight_bit_moments_are_a_quarter(tmp_path, tiny_sd):
 
 @pytest.mark.slow
 def test_lora_roles_share_one_base(tmp_path, tiny_sd):
-    settings = {"student_update_every": 1, "gan_weight": 0.1}
+    settings = {"student_update_every": 1, "adversarial": {"weight": 0.1}}
     full = planned(tmp_path, "dmd2", tiny_sd, settings)
     lora = planned(tmp_path, "dmd2", tiny_sd, settings, "train.student.kind=lora", "train.student.rank=4")
     base = full["roles"]["teacher"]["weights"]
@@ -182,7 +183,7 @@ def test_lora_roles_share_one_base(tmp_path, tiny_sd):
 @pytest.mark.slow
 def test_a_teacher_in_main_memory_is_counted_there(tmp_path, tiny_sd):
     """But for its largest layer; and whole in what differentiates through it, which keeps it."""
-    settings = {"student_update_every": 1, "gan_weight": 0.1}
+    settings = {"student_update_every": 1, "adversarial": {"weight": 0.1}}
     here = planned(tmp_path, "dmd2", tiny_sd, settings)
     weights = here["roles"]["teacher"]["weights"]
     away = planned(tmp_path, "dmd2", tiny_sd, settings, "memory.offload_teacher=true")
@@ -193,10 +194,14 @@ def test_a_teacher_in_main_memory_is_counted_there(tmp_path, tiny_sd):
     assert saved.pop("start") == 0
     assert len(set(saved.values())) == 1 and 0.9 * away["waiting"] < saved["student: forward"] < away["waiting"]
     through = planned(
-        tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"}, "memory.offload_teacher=true"
+        tmp_path,
+        "dmd2",
+        tiny_sd,
+        merged(settings, {"adversarial": {"feature_source": "teacher"}}),
+        "memory.offload_teacher=true",
     )
     assert through["waiting"] == away["waiting"]
-    beside = planned(tmp_path, "dmd2", tiny_sd, settings | {"gan_feature_source": "teacher"})
+    beside = planned(tmp_path, "dmd2", tiny_sd, merged(settings, {"adversarial": {"feature_source": "teacher"}}))
     assert through["peaks"]["student: backward"] == beside["peaks"]["student: backward"]
     assert through["peaks"]["critic: backward"] < beside["peaks"]["critic: backward"]
     assert (
