@@ -62,12 +62,12 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "scm": (
         Scm,
         ScmConfig,
-        {"steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2, "warmup_iterations": 0},
+        {"steps": 4, "guidance": {"range": [1.0, 3.0], "export_scale": 2}, "warmup_iterations": 0},
     ),
 }
 
 
-UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0, "guidance": {"scale": 1.0}}
+UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
 
 
 """For families without an unconditional answer."""
@@ -103,4 +103,6 @@ def settings_of(method: str, teacher: Teacher, steps: int | None = None) -> dict
         settings = settings | {"steps": steps} | phases
     if not teacher.guidance.guidable:
         settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
+        if "guidance" in settings:
+            settings["guidance"] = {"scale": 1.0} if "scale" in settings["guidance"] else None
     return settings | (ONE_JUMP.get(method, {}) if isinstance(teacher, Edm) else {})

@@ -87,7 +87,7 @@ PCM = {**LCM, "endpoint": "phase", "phases": 4}
 MLCM = {**PCM, "states": "trajectory", "replay": 4}
 DMD2 = {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2}
 BOOT = {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}
-SCM = {"steps": 4, **GUIDED, "warmup_iterations": 0}
+SCM = {"steps": 4, "guidance": {"range": [1.0, 3.0], "export_scale": 2}, "warmup_iterations": 0}
 BASE: dict[str, Case] = {
     "consistency": Case("", "Consistency", LCM),
     "mlcm": Case("", "Consistency", MLCM, iterations=(0, 1)),
@@ -97,7 +97,6 @@ BASE: dict[str, Case] = {
 }
 UNGUIDABLE = ("ddpm", "ddpm_grey", "edm", "edm_unlabelled")
 UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
-UNGUIDED_SECTION: dict[str, Any] = {"dmd2": {"scale": 1.0}}
 ONE_JUMP = {"consistency": {"grid": "karras", "solver": "heun"}, "mlcm": {"phases": 1}, "boot": {"steps": 1}}
 """For EDM's, whose stock pipeline takes one deterministic step."""
 
@@ -108,7 +107,7 @@ def base_case(family: str, method: str) -> Case:
     if family in UNGUIDABLE:
         settings |= {key: value for key, value in UNGUIDED.items() if key in settings}
         if "guidance" in settings:
-            settings["guidance"] = UNGUIDED_SECTION[method]
+            settings["guidance"] = {"scale": 1.0} if "scale" in settings["guidance"] else None
     if family in ("edm", "edm_unlabelled"):
         settings |= ONE_JUMP.get(method, {})
     return replace(case, family=family, settings=settings)
@@ -311,15 +310,15 @@ BOOTSTRAP: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 
 CONTINUOUS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "scm-unguided": (SCM | FREE, (0,)),
-    "scm-data": (SCM | FREE | {"velocity": "data"}, (0,)),
-    "scm-guidance-not-embedded": (SCM | {"export_guidance_scale": None, "embed_guidance": False}, (0,)),
-    "scm-live-guidance": (SCM | {"export_guidance_scale": None}, (0,)),
+    "scm-unguided": (SCM | {"guidance": None}, (0,)),
+    "scm-data": (SCM | {"guidance": None} | {"velocity": "data"}, (0,)),
+    "scm-guidance-not-embedded": (SCM | {"guidance": {"range": [1.0, 3.0], "embed": False}}, (0,)),
+    "scm-live-guidance": (SCM | {"guidance": {"range": [1.0, 3.0]}}, (0,)),
     "scm-clip": (SCM | {"tangent": "clip"}, (0,)),
     "scm-tangent-c": (SCM | {"tangent_c": 2.0}, (0,)),
     "scm-no-adaptive-weight": (SCM | {"adaptive_weight": False}, (0,)),
     "scm-data-clip-no-adaptive-weight": (
-        SCM | FREE | {"velocity": "data", "tangent": "clip", "adaptive_weight": False}, (0,),
+        SCM | {"guidance": None} | {"velocity": "data", "tangent": "clip", "adaptive_weight": False}, (0,),
     ),
     "scm-warmup": (SCM | {"warmup_iterations": 10}, (0, 4, 12)),
     "scm-lognormal": (SCM | {"lognormal": [0.5, 0.8]}, (0,)),

@@ -1,12 +1,13 @@
 """Continuous-time consistency models (sCM; Lu & Song 2024), for every family: the limit of pairs without a gap.
 
-The student's f = x0(x_t, t) is to stand still along the ODE. Its derivative there, by forward-mode autodiff, is the whole of
-the loss; there is no grid and no target network. The arithmetic stands in fewstep.trigflow.
+The student's f = x0(x_t, t) is to be constant along the ODE. Its derivative along it, by forward-mode autodiff, is the whole
+loss; there is no grid and no target network. The arithmetic is defined in fewstep.diffusion.trigflow.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from fewstep.methods.scm.config import ScmConfig
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Denoiser, DenoiserLike
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
 WAVES = 8
 
 
@@ -52,16 +56,16 @@ class LogVariance(nn.Module):
         return out[:, 0]
 
 
-def beneath(network: DenoiserLike) -> Callable[..., Prediction]:
-    """The denoiser without what a trainer puts around its calls: accelerate's own autocast, DDP. Others as they are."""
+def unwrapped(network: DenoiserLike) -> Callable[..., Prediction]:
+    """The denoiser's own forward, without the wrappers of a trainer (autocast, DDP); other networks as they are."""
     for part in network.modules():
         if isinstance(part, Denoiser):
             return partial(Denoiser.forward, part)
     return network
 
 
-def in_half(network: DenoiserLike) -> bool:
-    """Whether some weights are in 16 bits, as an adapter's base may be; only under autocast they go with the others."""
+def has_16bit_weights(network: DenoiserLike) -> bool:
+    """Whether some weights have 16 bits, as an adapter's base may; only under autocast they work with the others."""
     return any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in network.parameters())
 
 
@@ -77,11 +81,11 @@ class Scm(Method):
 
     def __init__(self, config: ScmConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_range is not None:
-            require_guidable(teacher, "guidance_range", "null")
-        if config.embedded and config.export_guidance_scale is None:
-            require_live_guidance(teacher)
-        self.export_guidance_scale = config.export_guidance_scale
+        if config.guidance is not None:
+            require_guidable(teacher, "guidance", "null")
+            self.export_guidance_scale = config.guidance.export_scale
+            if config.guidance.embed and config.guidance.export_scale is None:
+                require_live_guidance(teacher)
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)
 
     def roles(self) -> dict[str, Role]:
@@ -95,7 +99,7 @@ class Scm(Method):
         student = Step("student", self.loss)
         return (student, Step("log_variance", self.variance_loss)) if self.config.adaptive_weight else (student,)
 
-    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
+    def scheduler(self) -> "SchedulerMixin":
         return self.teacher.samplers.renoise(self.config.steps)
 
     def allowed_steps(self) -> tuple[int, ...]:
@@ -116,17 +120,17 @@ class Scm(Method):
         Args:
             t: whole timesteps, [B]; of log-normal noise levels if None.
             noise: like x0, [B, C, h, w]; drawn if None.
-            guidance_scale: 1 = none, [B]; drawn from guidance_range if None.
+            guidance_scale: 1 = none, [B]; drawn from guidance.range if None.
         """
         c, schedule, device = self.config, self.teacher.schedule, batch.device
         if t is None:
             t = lognormal_index(self.levels.to(device), batch.size, *c.lognormal)
         if noise is None:
             noise = torch.randn_like(batch.x0)
-        if guidance_scale is None and c.guidance_range is not None:
-            low, high = c.guidance_range
+        if guidance_scale is None and c.guidance is not None:
+            low, high = c.guidance.range
             guidance_scale = low + (high - low) * torch.rand(batch.size, device=device)
-        told = guidance_scale if c.embedded else None
+        guidance_input = guidance_scale if c.embedded else None
         student, at = nets["student"], rotation(schedule, t)
         x_t = add_noise(schedule, batch.x0, noise, t)
         x = x_t / like(at.size, x_t)
@@ -135,12 +139,12 @@ class Scm(Method):
                 slope = velocity(self._teacher(nets, batch, x_t, t, guidance_scale), at.tau)
             else:
                 slope = velocity(Prediction(batch.x0, noise), at.tau)
-            own, rate = self._rate(student, batch, told, x, t, at, slope)
-            warmth = min(1.0, batch.iteration / c.warmup_iterations) if c.warmup_iterations else 1.0
-            g = tangent(own, rate, x, slope, at.tau, warmth)
+            own, rate = self._rate(student, batch, guidance_input, x, t, at, slope)
+            tangent_warmup = min(1.0, batch.iteration / c.warmup_iterations) if c.warmup_iterations else 1.0
+            g = tangent(own, rate, x, slope, at.tau, tangent_warmup)
             logs = {"tangent": g.square().mean().sqrt()}
             g = self._bounded(g)
-        found = velocity(student(x_t, t, batch.cond, told), at.tau)
+        found = velocity(student(x_t, t, batch.cond, guidance_input), at.tau)
         level = self.levels.to(device)[t]
         each = (-level).exp() * (found - (found + g).detach()).square().flatten(1).mean(1)
         if not c.adaptive_weight:
@@ -158,7 +162,7 @@ class Scm(Method):
         self,
         student: DenoiserLike,
         batch: Batch,
-        told: Tensor | None,
+        guidance_input: Tensor | None,
         x: Tensor,
         t: Tensor,
         at: Rotation,
@@ -166,11 +170,11 @@ class Scm(Method):
     ) -> tuple[Tensor, Tensor]:
         """F and cos sin dF/dtau of the student as it is sampled: without dropout, whose masks in forward mode would be others
         than those of the pass that learns; and in the precision of its weights, whatever the run's."""
-        network, kind = beneath(student), self.teacher.denoiser.prediction_type
-        full = nullcontext() if in_half(student) else torch.autocast(batch.device.type, enabled=False)
+        network, kind = unwrapped(student), self.teacher.denoiser.prediction_type
+        full = nullcontext() if has_16bit_weights(student) else torch.autocast(batch.device.type, enabled=False)
         with without_dropout(student), full:
             own, rate = velocity_rate(
-                lambda x, u: network(x, u, batch.cond, told), self.teacher.schedule, kind, x, t, at, slope
+                lambda x, u: network(x, u, batch.cond, guidance_input), self.teacher.schedule, kind, x, t, at, slope
             )
         # Older releases of torch would give the next, differentiated call the weights that autocast has cast in here.
         torch.clear_autocast_cache()

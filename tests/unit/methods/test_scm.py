@@ -281,7 +281,7 @@ def test_clipped_tangent(tiny_ddpm_grey):
 
 def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    method = scm(teacher, guidance_range=(1.0, 4.0), lognormal=(0.2, 0.01))
+    method = scm(teacher, guidance={"range": (1.0, 4.0)}, lognormal=(0.2, 0.01))
     nets = {name: role.net for name, role in method.roles().items()}
     seen: list[Tensor] = []
     embedded: list[Tensor] = []
@@ -301,7 +301,7 @@ def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
 @pytest.mark.parametrize(
     ("name", "changes", "forwards"),
     [
-        ("tiny_sd", {"guidance_range": (1.0, 4.0)}, 8.0),
+        ("tiny_sd", {"guidance": {"range": (1.0, 4.0)}}, 8.0),
         ("tiny_sd", {}, 7.0),
         ("tiny_sd", {"velocity": "data"}, 6.0),
         ("tiny_ddpm_grey", {}, 7.2),
@@ -363,9 +363,9 @@ def test_derivative_is_in_float32_whatever_the_precision_of_the_run(tiny_sd, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"guidance_range": (0.5, 2.0)}, "not an interval"),
-        ({"guidance_range": (1.0, 2.0), "velocity": "data"}, "no teacher to guide"),
-        ({"export_guidance_scale": 2.0}, "needs an embedded guidance_range"),
+        ({"guidance": {"range": (0.5, 2.0)}}, "expected two ascending scales"),
+        ({"guidance": {"range": (1.0, 2.0)}, "velocity": "data"}, "no teacher to guide"),
+        ({"guidance": {"range": (1.0, 1.5), "export_scale": 2.0}}, "expected a scale in the trained range"),
         ({"lognormal": (0.0, 0.0)}, "lognormal"),
     ],
 )
@@ -375,8 +375,8 @@ def test_impossible_configs(changes, message):
 
 
 def test_unconditional_teachers_have_no_guidance(tiny_ddpm):
-    with pytest.raises(ValueError, match=r"method\.guidance_range"):
-        scm(load_teacher(str(tiny_ddpm)), guidance_range=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"method\.guidance:"):
+        scm(load_teacher(str(tiny_ddpm)), guidance={"range": (1.0, 2.0)})
 
 
 class Waves(nn.Module):
