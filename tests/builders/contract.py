@@ -58,7 +58,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         DMD2Config,
         {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2},
     ),
-    "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}),
+    "boot": (Boot, BootConfig, {"steps": 2, "n_sub": 4, "guidance": {"scale": 2.0}}),
     "scm": (
         Scm,
         ScmConfig,

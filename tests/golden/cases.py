@@ -86,7 +86,7 @@ LCM = {"solver_steps": 8, "steps": 4, **GUIDED}
 PCM = {**LCM, "endpoint": "phase", "phases": 4}
 MLCM = {**PCM, "states": "trajectory", "replay": 4}
 DMD2 = {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2}
-BOOT = {"steps": 2, "n_sub": 4, "guidance_scale": 2.0}
+BOOT = {"steps": 2, "n_sub": 4, "guidance": {"scale": 2.0}}
 SCM = {"steps": 4, "guidance": {"range": [1.0, 3.0], "export_scale": 2}, "warmup_iterations": 0}
 BASE: dict[str, Case] = {
     "consistency": Case("", "Consistency", LCM),
@@ -279,35 +279,46 @@ DISTRIBUTION: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 ONE_JUMP_BOOT = BOOT | {"steps": 1}
-RANGE = {"guidance_scale": [1.0, 3.0], "export_guidance_scale": 2}
-PAPER = ONE_JUMP_BOOT | {"form": "paper"}
+RANGE = {"guidance": {"scale": [1.0, 3.0], "export_scale": 2}}
+PAPER = ONE_JUMP_BOOT | {"form": {"kind": "paper"}}
 BOOTSTRAP: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "boot-one-step": (ONE_JUMP_BOOT, (0,)),
-    "boot-one-step-unguided": (ONE_JUMP_BOOT | {"guidance_scale": 1.0}, (0,)),
+    "boot-one-step-unguided": (ONE_JUMP_BOOT | {"guidance": {"scale": 1.0}}, (0,)),
     "boot-three-segments": (BOOT | {"steps": 3}, (0,)),
     "boot-two-sub-steps": (BOOT | {"n_sub": 8, "m_teacher": 2}, (0,)),
     "boot-heun": (BOOT | {"solver": "heun"}, (0,)),
-    "boot-heun-two-sub-steps-teacher-starts": (BOOT | {"solver": "heun", "m_teacher": 2, "start": "teacher"}, (0,)),
+    "boot-heun-two-sub-steps-teacher-starts": (
+        BOOT | {"solver": "heun", "m_teacher": 2, "start": {"kind": "teacher"}},
+        (0,),
+    ),
     "boot-boundary-frac": (BOOT | {"boundary_frac": 0.8}, (0,)),
     "boot-guidance-range": (BOOT | RANGE, (0,)),
-    "boot-live-guidance": (BOOT | RANGE | {"export_guidance_scale": None, "start": "teacher"}, (0,)),
-    "boot-negative-prompt": (BOOT | {"negative_prompt": "a shoe"}, (0,)),
-    "boot-start-teacher": (BOOT | {"steps": 4, "start": "teacher"}, (0,)),
-    "boot-start-renoise": (BOOT | {"steps": 4, "start": "renoise"}, (0,)),
-    "boot-start-pool": (BOOT | {"start": "pool", "pool_size": 4}, (0, 1, 2, 3)),
-    "boot-start-pool-guidance-range": (BOOT | RANGE | {"steps": 3, "start": "pool", "pool_size": 5}, (0, 1, 2, 3)),
-    "boot-warm-start": (BOOT | {"warm_start": 4, "pool_size": 4}, (0, 1, 2, 3, 5)),
+    "boot-live-guidance": (BOOT | RANGE | {"guidance": {"scale": [1.0, 3.0]}, "start": {"kind": "teacher"}}, (0,)),
+    "boot-negative-prompt": (BOOT | {"guidance": {"scale": 2.0, "negative_prompt": "a shoe"}}, (0,)),
+    "boot-start-teacher": (BOOT | {"steps": 4, "start": {"kind": "teacher"}}, (0,)),
+    "boot-start-renoise": (BOOT | {"steps": 4, "start": {"kind": "renoise"}}, (0,)),
+    "boot-start-pool": (BOOT | {"start": {"kind": "pool", "size": 4}}, (0, 1, 2, 3)),
+    "boot-start-pool-guidance-range": (BOOT | RANGE | {"steps": 3, "start": {"kind": "pool", "size": 5}}, (0, 1, 2, 3)),
+    "boot-warm-start": (
+        BOOT | {"start": {"kind": "onpolicy", "warm_start": {"iterations": 4, "pool_size": 4}}},
+        (0, 1, 2, 3, 5),
+    ),
     "boot-pseudo-huber": (BOOT | {"distance": "pseudo_huber", "huber_c": 0.01}, (0,)),
-    "boot-loss-in-states": (BOOT | {"loss_space": "state"}, (0,)),
-    "boot-weighting-inv1": (BOOT | {"weighting": "inv1"}, (0,)),
-    "boot-weighting-inv2-states": (BOOT | {"weighting": "inv2", "loss_space": "state"}, (0,)),
+    "boot-loss-in-states": (BOOT | {"form": {"kind": "anchored", "loss_space": "state"}}, (0,)),
+    "boot-weighting-inv1": (BOOT | {"form": {"kind": "anchored", "weighting": "inv1"}}, (0,)),
+    "boot-weighting-inv2-states": (
+        BOOT | {"form": {"kind": "anchored", "weighting": "inv2", "loss_space": "state"}},
+        (0,),
+    ),
     "boot-paper": (PAPER, (0,)),
     "boot-paper-guidance-range": (PAPER | RANGE, (0,)),
     "boot-paper-times-unguided": (
-        PAPER | {"guidance_scale": 1.0, "paper": {"t_max": 0.9, "t_min": 0.2, "boundary_weight": 0.5}}, (0,),
+        PAPER
+        | {"guidance": {"scale": 1.0}, "form": {"kind": "paper", "t_max": 0.9, "t_min": 0.2, "boundary_weight": 0.5}},
+        (0,),
     ),
     "boot-paper-pseudo-huber": (PAPER | {"distance": "pseudo_huber"}, (0,)),
-}  # fmt: skip
+}
 
 CONTINUOUS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "scm-unguided": (SCM | {"guidance": None}, (0,)),
@@ -359,12 +370,12 @@ OTHERS = {
         f"sd_zero_snr/{name}": on("sd_zero_snr", name)
         for name in ("pcm-jump", "lcm-heun", "stored-end", "dmd2-decoupled", "boot-heun", "scm-unguided")
     },
-    "ddpm/boot-thresholding-static": on("ddpm", "boot-one-step-unguided", thresholding="static"),
+    "ddpm/boot-thresholding-static": on("ddpm", "boot-one-step-unguided", thresholding={"kind": "static"}),
     "ddpm/boot-thresholding-dynamic-heun": on(
-        "ddpm", "boot-heun", guidance_scale=1.0, thresholding="dynamic", threshold_quantile=0.9
+        "ddpm", "boot-heun", guidance={"scale": 1.0}, thresholding={"kind": "dynamic", "quantile": 0.9}
     ),
-    "ddpm/boot-paper-thresholding": on("ddpm", "boot-paper", guidance_scale=1.0, thresholding="static"),
-    "ddpm/boot-start-pool": on("ddpm", "boot-start-pool", guidance_scale=1.0),
+    "ddpm/boot-paper-thresholding": on("ddpm", "boot-paper", guidance={"scale": 1.0}, thresholding={"kind": "static"}),
+    "ddpm/boot-start-pool": on("ddpm", "boot-start-pool", guidance={"scale": 1.0}),
     "ddpm/ect": on("ddpm", "ect"),
     "ddpm/cd-karras-heun": on("ddpm", "cd-karras-heun"),
     "ddpm/scm-data": on("ddpm", "scm-data"),

@@ -350,7 +350,7 @@ def test_prompts_alone(built: Callable[[str], str], tmp_path: Path) -> None:
             config,
             f"teacher={built('sd')}",
             f"data.cache={tmp_path}",
-            "method.negative_prompt=ugly",
+            "method.guidance.negative_prompt=ugly",
             "--only",
             "prompts",
         ]

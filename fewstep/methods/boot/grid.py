@@ -6,7 +6,8 @@ from torch import Tensor
 from fewstep.diffusion.grids import segment_grid
 from fewstep.diffusion.schedule import Schedule
 from fewstep.diffusion.signal_ode import shares
-from fewstep.methods.boot.config import BootConfig
+from fewstep.errors import FewstepError
+from fewstep.methods.boot.config import AnchoredConfig, BootConfig, PaperConfig
 
 
 def sub_times(config: BootConfig, jumps: Tensor, num_train_timesteps: int) -> Tensor:
@@ -16,12 +17,13 @@ def sub_times(config: BootConfig, jumps: Tensor, num_train_timesteps: int) -> Te
     where the sub-steps do not fit between them.
     """
     last = num_train_timesteps - 1
-    ends = torch.full_like(jumps[1:], -1) if config.start == "renoise" else jumps[1:]
+    ends = torch.full_like(jumps[1:], -1) if config.renoises else jumps[1:]
     pairs = list(zip(jumps[:-1].tolist(), ends.tolist(), strict=True))
-    if config.form == "paper":
-        if config.paper.t_max * last > last - 1:
-            raise ValueError(f"method.paper.t_max: {config.paper.t_max} leaves no timestep above it for lambda'")
-        pairs = [(config.paper.t_max * last, config.paper.t_min * last)]
+    if isinstance(config.form, PaperConfig):
+        t_max, t_min = config.form.t_max, config.form.t_min
+        if t_max * last > last - 1:
+            raise FewstepError("method.form.t_max", t_max, "a timestep above it for lambda'", "Set a lower one")
+        pairs = [(t_max * last, t_min * last)]
     whole = not jumps.is_floating_point()
     try:
         grid = torch.stack([segment_grid(a, b, config.n_sub, whole) for a, b in pairs])
@@ -38,8 +40,10 @@ def target_tables(config: BootConfig, schedule: Schedule, grid: Tensor) -> tuple
     """
     chain = grid[:, :: config.m_teacher]
     a, t, s = (v.reshape(-1) for v in torch.broadcast_tensors(chain[:, :1], chain[:, :-1], chain[:, 1:]))
-    power = {"none": 0, "inv1": -1, "inv2": -2}[config.weighting]
+    form = config.form if isinstance(config.form, AnchoredConfig) else AnchoredConfig()
+    power = {"none": 0, "inv1": -1, "inv2": -2}[form.weighting]
     weights = (1 - shares(schedule, a, t, s)[0]) ** power
     (alpha_a, sigma_a), (alpha_s, sigma_s) = schedule(a), schedule(s)
-    factors = 1 / sigma_a if config.loss_space == "velocity" else alpha_s - alpha_a * sigma_s / sigma_a
-    return tuple(v.float().view(len(grid), -1) for v in (weights / weights.mean(), factors))  # type: ignore[return-value]
+    factors = 1 / sigma_a if form.loss_space == "velocity" else alpha_s - alpha_a * sigma_s / sigma_a
+    mean_one = weights / weights.mean()
+    return mean_one.float().view(len(grid), -1), factors.float().view(len(grid), -1)

@@ -6,6 +6,7 @@ what it says itself, without gradient, corrected by one step of the teacher ther
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import like
 from fewstep.diffusion.signal_ode import finite_difference
+from fewstep.errors import FewstepError
 from fewstep.methods.base import (
     NOTHING,
     Batch,
@@ -25,11 +27,14 @@ from fewstep.methods.base import (
     require_guidable,
     require_live_guidance,
 )
-from fewstep.methods.boot.config import BootConfig
+from fewstep.methods.boot.config import BootConfig, DynamicThresholdConfig, PaperConfig
 from fewstep.methods.boot.grid import sub_times, target_tables
 from fewstep.methods.boot.starts import Pool, Starts, from_student, from_teacher
 from fewstep.methods.boot.teacher import GuidedTeacher
 from fewstep.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class Boot(Method):
@@ -43,26 +48,26 @@ class Boot(Method):
 
     def __init__(self, config: BootConfig, teacher: Teacher) -> None:
         super().__init__(config, teacher)
-        if config.guidance_scale != 1:
-            require_guidable(teacher, "guidance_scale", "1")
-        if config.negative_prompt and teacher.conditions != "prompt":
-            raise ValueError(f"method.negative_prompt: the teacher's conditions are {teacher.conditions}s, not prompts")
-        if config.thresholding != "none" and teacher.latent_shape[-1] != teacher.image_size:
-            raise ValueError("method.thresholding: bounds pixels, and the teacher works on latents; set it to none")
-        if config.guidance_range is not None and config.export_guidance_scale is None:
+        guidance, threshold = config.guidance, config.thresholding
+        if guidance.range is not None:
+            require_guidable(teacher, "guidance.scale", "1")
+        if guidance.negative_prompt and teacher.conditions != "prompt":
+            raise FewstepError(
+                "method.guidance.negative_prompt", "a prompt", f"none for a teacher of {teacher.conditions}s"
+            )
+        if threshold is not None and teacher.latent_shape[-1] != teacher.image_size:
+            raise FewstepError("method.thresholding", threshold.kind, "null, for the teacher works on latents")
+        if guidance.embedded and guidance.export_scale is None:
             require_live_guidance(teacher)
-        self.export_guidance_scale = config.export_guidance_scale
-        self.embedded = config.guidance_range is not None
+        self.export_guidance_scale, self.embedded = guidance.export_scale, guidance.embedded
         self.grid = sub_times(
             config, teacher.samplers.grid(self.scheduler(), config.steps), teacher.num_train_timesteps
         )
         self.count = config.n_sub // config.m_teacher
         self.weights, self.factors = target_tables(config, teacher.schedule, self.grid)
         self.pool = Pool(config.pool_size, config.steps, config.n_sub)
-        quantile = config.threshold_quantile if config.thresholding == "dynamic" else None
-        self.guided = GuidedTeacher(
-            teacher, config.negative_prompt, config.thresholding != "none", quantile, config.solver
-        )
+        quantile = threshold.quantile if isinstance(threshold, DynamicThresholdConfig) else None
+        self.guided = GuidedTeacher(teacher, guidance.negative_prompt, threshold is not None, quantile, config.solver)
         self.boundary_errors: list[float] = []
 
     def roles(self) -> dict[str, Role]:
@@ -70,16 +75,16 @@ class Boot(Method):
         return {"teacher": Role(self.teacher.denoiser), "student": Role(student, optim=self.config.optim)}
 
     def steps(self) -> tuple[Step, ...]:
-        return (Step("student", self.paper_loss if self.config.form == "paper" else self.loss),)
+        return (Step("student", self.paper_loss if self.config.form.kind == "paper" else self.loss),)
 
-    def scheduler(self):  # type: ignore[no-untyped-def]  # diffusers' class is not imported here
-        renoise = self.config.start == "renoise"
-        return (self.teacher.samplers.renoise if renoise else self.teacher.samplers.jump)(self.config.steps)
+    def scheduler(self) -> "SchedulerMixin":
+        samplers, n = self.teacher.samplers, self.config.steps
+        return samplers.renoise(n) if self.config.renoises else samplers.jump(n)
 
     def allowed_steps(self) -> tuple[int, ...]:
         n = self.config.steps
-        # Re-noised samples are at home at the start of every segment, states of the ODE only at that of the next one.
-        return self.teacher.samplers.counts(n) if self.config.start == "renoise" else (n,)
+        # With re-noising every segment's start is valid, with states of the ODE only that of the next segment.
+        return self.teacher.samplers.counts(n) if self.config.renoises else (n,)
 
     def state(self) -> dict[str, Tensor]:
         return self.pool.state()
@@ -161,8 +166,13 @@ class Boot(Method):
         boundary = self._distance(first - edge).mean()
         logs, histograms = self._report(each.detach(), index)
         logs["boundary_error"] = (first.detach() - edge).square().mean() / edge.var()
-        losses = {"boot": each.mean(), "boundary": self.config.paper.boundary_weight * boundary}
+        losses = {"boot": each.mean(), "boundary": self._paper.boundary_weight * boundary}
         return StepOutput(losses, logs, histograms)
+
+    @property
+    def _paper(self) -> PaperConfig:
+        assert isinstance(self.config.form, PaperConfig)  # its loss is used for no other form
+        return self.config.form
 
     def _draw_index(self, size: int) -> Tensor:
         """A target for each of `size` samples: the first with probability boundary_frac, else any; stratified."""
@@ -184,8 +194,8 @@ class Boot(Method):
         c, size = self.config, batch.size
         if noise is None:
             noise = torch.randn(size, *self.teacher.latent_shape, device=batch.device)
-        if scale is None and c.guidance_scale != 1:
-            low, high = c.guidance_scale if isinstance(c.guidance_scale, tuple) else (c.guidance_scale,) * 2
+        if scale is None and c.guidance.range is not None:
+            low, high = c.guidance.range
             scale = low + (high - low) * torch.rand(size, device=batch.device)
         if segment is None:
             segment = torch.randint(c.steps, (size,))
@@ -199,10 +209,10 @@ class Boot(Method):
 
         starts.z = noise.clone()
         warm = c.warm_start and float(torch.rand(())) >= batch.iteration / c.warm_start
-        if c.start == "pool" or warm:
+        if c.start.kind == "pool" or warm:
             starts.segment = torch.zeros_like(segment)
             return self.pool.draw(cross, starts)
-        if c.start == "teacher":
+        if c.start.kind == "teacher":
             from_teacher(cross, starts)
         else:
             self._follow(nets, starts)
@@ -210,7 +220,7 @@ class Boot(Method):
 
     def _follow(self, nets: Networks, starts: Starts) -> None:
         """Take noises to the segments' starts as the averaged student does, in place."""
-        renoise = self.config.start == "renoise"
+        renoise = self.config.renoises
         from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
 
     # Health -----------------------------------------------------------------------------------------------------------
@@ -230,7 +240,7 @@ class Boot(Method):
 
     def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
         """How far the states that the pool is trained on are from those that the student would meet."""
-        if self.config.start != "pool" and iteration > self.config.warm_start:
+        if self.config.start.kind != "pool" and iteration > self.config.warm_start:
             return {}
         drift = self.pool.drift(partial(self._follow, nets))
         return {} if drift is None else {"pool_drift": drift}
@@ -244,5 +254,5 @@ class Boot(Method):
             return []
         return [
             f"the student misses the teacher's own output at the start of a segment by {error:.0%} of its variance, and "
-            "this does not fall: raise method.boundary_frac, or lower method.optim.lr or method.guidance_scale"
+            "this does not fall: raise method.boundary_frac, or lower method.optim.lr or method.guidance.scale"
         ]

@@ -150,7 +150,7 @@ def written_out(method, teacher, nets, batch, z, segment, index, scale, uncond=N
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("scale", [2.0, 1.0])
 def test_loss_equals_the_formulas(tiny_sd_path, kind, scale):
-    method, teacher = build(tiny_sd_path(kind), guidance_scale=scale)
+    method, teacher = build(tiny_sd_path(kind), guidance={"scale": scale})
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
     with torch.no_grad():
@@ -174,14 +174,14 @@ def test_loss_of_solvers_equals_the_formulas(request, family, solver, m):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"negative_prompt": "a shoe", "guidance_scale": 3.0}, {"guidance_scale": [1.0, 3.0]}]
+    "changes", [{"guidance": {"scale": 3.0, "negative_prompt": "a shoe"}}, {"guidance": {"scale": [1.0, 3.0]}}]
 )
 def test_loss_of_guidance_equals_the_formulas(tiny_sd, changes):
     """A negative prompt in the null condition's place; and a scale out of a range, which the student is told."""
     method, teacher = build(tiny_sd, **changes)
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
-    uncond = teacher.condition(["a shoe"] * 4) if method.config.negative_prompt else None
+    uncond = teacher.condition(["a shoe"] * 4) if method.config.guidance.negative_prompt else None
     found = {}
     with torch.no_grad():
         for scale in (1.5, 3.0):
@@ -209,7 +209,9 @@ def dynamically(x0):
 
 @pytest.mark.parametrize(("kind", "bound"), [("static", lambda x0: x0.clamp(-1, 1)), ("dynamic", dynamically)])
 def test_loss_of_thresholds_equals_the_formulas(tiny_ddpm_grey, kind, bound):
-    method, teacher = build(tiny_ddpm_grey, thresholding=kind, threshold_quantile=0.9)
+    method, teacher = build(
+        tiny_ddpm_grey, thresholding={"kind": kind} | ({"quantile": 0.9} if kind == "dynamic" else {})
+    )
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.zeros(4, dtype=torch.long), torch.tensor([0, 3, 5, 7])
     with torch.no_grad():
@@ -223,7 +225,7 @@ def test_loss_of_thresholds_equals_the_formulas(tiny_ddpm_grey, kind, bound):
 
 def test_loss_of_segments_equals_the_formulas(tiny_sd):
     """Segments begin where the averaged student's jumps arrive."""
-    method, teacher = build(tiny_sd, steps=4, guidance_scale=2.0)
+    method, teacher = build(tiny_sd, steps=4, guidance={"scale": 2.0})
     nets, batch, noise = nets_for(method), batch_for(teacher), noise_for(teacher)
     segment, index = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 0, 5, 7])
     z = noise.clone()
@@ -254,7 +256,7 @@ def test_a_perfect_student_has_no_loss(tiny_sd):
 
 
 def test_paper_form_equals_its_formulas(tiny_sd):
-    method, teacher = build(tiny_sd, form="paper", paper={"t_max": 0.95, "t_min": 0.05, "boundary_weight": 3.0})
+    method, teacher = build(tiny_sd, form={"kind": "paper", "t_max": 0.95, "t_min": 0.05, "boundary_weight": 3.0})
     nets, batch, z = nets_for(method), batch_for(teacher), noise_for(teacher)
     assert method.grid[0, 0] == round(0.95 * 999) and method.grid[0, -1] == round(0.05 * 999)
     index = torch.tensor([0, 3, 5, 7])
@@ -282,7 +284,7 @@ def test_paper_form_equals_its_formulas(tiny_sd):
 
 def test_weights_have_mean_one_and_grow_with_what_is_old(tiny_sd):
     for weighting, power in (("none", 0), ("inv1", 1), ("inv2", 2)):
-        method, teacher = build(tiny_sd, weighting=weighting)
+        method, teacher = build(tiny_sd, form={"kind": "anchored", "weighting": weighting})
         weights = method.weights[0]
         assert weights.mean().item() == pytest.approx(1, abs=1e-6)
         alpha, sigma = teacher.schedule(method.grid[0])
@@ -296,14 +298,14 @@ def test_weights_have_mean_one_and_grow_with_what_is_old(tiny_sd):
     [
         {"solver": "heun"},
         {"m_teacher": 2},
-        {"distance": "pseudo_huber", "weighting": "inv1", "loss_space": "state"},
-        {"guidance_scale": [1.0, 3.0]},
+        {"distance": "pseudo_huber", "form": {"kind": "anchored", "weighting": "inv1", "loss_space": "state"}},
+        {"guidance": {"scale": [1.0, 3.0]}},
         {"steps": 3, "solver": "heun"},
-        {"steps": 2, "start": "teacher", "guidance_scale": 2.0},
-        {"steps": 2, "start": "pool", "guidance_scale": [1.0, 3.0], "pool_size": 6},
-        {"steps": 2, "start": "renoise"},
-        {"steps": 2, "warm_start": 10},
-        {"form": "paper", "guidance_scale": [1.0, 3.0], "distance": "pseudo_huber"},
+        {"steps": 2, "start": {"kind": "teacher"}, "guidance": {"scale": 2.0}},
+        {"steps": 2, "start": {"kind": "pool", "size": 6}, "guidance": {"scale": [1.0, 3.0]}},
+        {"steps": 2, "start": {"kind": "renoise"}},
+        {"steps": 2, "start": {"kind": "onpolicy", "warm_start": {"iterations": 10}}},
+        {"form": {"kind": "paper"}, "guidance": {"scale": [1.0, 3.0]}, "distance": "pseudo_huber"},
     ],
     ids=str,
 )
@@ -322,7 +324,7 @@ def test_every_option_gives_a_finite_gradient(tiny_sd, changes):
 def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_grey):
     losses = []
     for negative in ("", "a shoe"):
-        method, teacher = build(tiny_sd, guidance_scale=3.0, negative_prompt=negative)
+        method, teacher = build(tiny_sd, guidance={"scale": 3.0, "negative_prompt": negative})
         nets, index = nets_for(method), torch.tensor([0, 3, 5, 7])
         losses.append(
             method.loss(nets, batch_for(teacher), noise=noise_for(teacher), segment=None, index=index)
@@ -332,7 +334,7 @@ def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_gre
     assert losses[0] != losses[1]
     bounds = {}
     for kind in ("none", "static", "dynamic"):
-        method, teacher = build(tiny_ddpm_grey, thresholding=kind)
+        method, teacher = build(tiny_ddpm_grey, thresholding=None if kind == "none" else {"kind": kind})
         x = 30 * noise_for(teacher)
         bounds[kind] = method.guided.denoiser(teacher.denoiser, {}, None)(x, torch.full((4,), 10)).x0.abs().max().item()
     assert bounds["none"] > 5 and bounds["static"] == 1 and bounds["dynamic"] == 1
@@ -341,7 +343,7 @@ def test_negative_prompt_and_thresholds_reach_the_teacher(tiny_sd, tiny_ddpm_gre
 def test_forwards_are_at_the_floor(tiny_sd):
     """One step with guidance: the student twice (once with gradient), the teacher once on both halves of guidance."""
     for steps, student, averaged in ((1, 2, 0), (4, 2, 1.5)):
-        method, teacher = build(tiny_sd, steps=steps, guidance_scale=2.0)
+        method, teacher = build(tiny_sd, steps=steps, guidance={"scale": 2.0})
         nets = nets_for(method)
         nets["ema"] = nets["student"].clone()
         counts = Counter()
@@ -360,7 +362,7 @@ def counted(counts, name, module, args):
 
 def test_teacher_starts_are_the_stock_schedulers_states(tiny_sd):
     """Against diffusers' DDIM with custom timesteps, without guidance."""
-    method, teacher = build(tiny_sd, steps=4, start="teacher", n_sub=5)
+    method, teacher = build(tiny_sd, steps=4, start={"kind": "teacher"}, n_sub=5)
     nets, batch, noise = nets_for(method), batch_for(teacher), noise_for(teacher)
     with torch.no_grad():
         starts = method._starts(nets, batch, noise, torch.tensor([0, 1, 2, 3]), None)
@@ -376,7 +378,7 @@ def test_teacher_starts_are_the_stock_schedulers_states(tiny_sd):
 
 
 def test_renoised_starts_have_the_noise_of_their_timestep(tiny_sd):
-    method, teacher = build(tiny_sd, steps=4, start="renoise")
+    method, teacher = build(tiny_sd, steps=4, start={"kind": "renoise"})
     assert method.grid[:, 0].tolist() == [999, 749, 499, 249] and (method.grid[:, -1] == -1).all()
     assert method.allowed_steps() == (1, 2, 3, 4)
     nets, noise = nets_for(method), noise_for(teacher)
@@ -423,7 +425,9 @@ def test_pool_moves_a_few_states_and_goes_on_from_its_state():
 
 
 def test_warm_start_falls_evenly_from_pool_to_student(tiny_ddpm_grey):
-    method, teacher = build(tiny_ddpm_grey, steps=2, n_sub=2, warm_start=8)
+    method, teacher = build(
+        tiny_ddpm_grey, steps=2, n_sub=2, start={"kind": "onpolicy", "warm_start": {"iterations": 8}}
+    )
     nets = nets_for(method)
     torch.manual_seed(0)
     used = []
@@ -498,7 +502,7 @@ def test_stock_diffusers_draws_the_student(request, tmp_path, family, steps):
 
 def test_a_range_of_guidance_stays_with_the_caller_or_is_folded(tiny_sd):
     """One evaluation a step whatever the caller asks for; and what the student says of that scale, or of the folded one."""
-    method, teacher = build(tiny_sd, guidance_scale=[1.0, 4.0])
+    method, teacher = build(tiny_sd, guidance={"scale": [1.0, 4.0]})
     student = nets_for(method, perturb=0.05)["student"].eval()
     z = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
     cond, t, s = batch_for(teacher, 1).cond, method.grid[0, :1], method.grid[0, -1:]
@@ -545,7 +549,9 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [{"guidance_scale": 2.0}, {"steps": 2, "start": "pool", "pool_size": 6}], ids=str)
+@pytest.mark.parametrize(
+    "method", [{"guidance": {"scale": 2.0}}, {"steps": 2, "start": {"kind": "pool", "size": 6}}], ids=str
+)
 def test_resume_is_exact(tiny_sd, tmp_path, method):
     assert make(tiny_sd, tmp_path / "whole", method).fit()
     trainer = make(tiny_sd, tmp_path / "again", method, log={"every": 1})  # nor does it matter how often a run logs
@@ -559,7 +565,7 @@ def test_no_image_is_opened(tiny_sd, tmp_path, monkeypatch):
     def opened(*_):
         raise AssertionError("an image was opened")
 
-    for what in ("fashion.load_idx", "fashion.load_embedded", "sources.decode", "images.decode", "sources.check_whole"):
+    for what in ("fashion.load_idx", "fashion.load_embedded", "folder.decode", "parquet.decode", "images.check_whole"):
         monkeypatch.setattr(f"fewstep.data.{what}", opened)
     monkeypatch.setattr("PIL.Image.open", opened)
     for source in (Fashion, Folder, Parquet):
@@ -579,7 +585,7 @@ def test_prompts_or_nothing_are_enough(tiny_sd, tiny_ddpm_grey, tmp_path):
     data = {"source": "prompts", "path": str(tmp_path / "prompts.txt")}
     assert make(tiny_sd, tmp_path / "a", max_iterations=1, data=data).fit()
     assert make(
-        tiny_ddpm_grey, tmp_path / "b", {"thresholding": "static"}, max_iterations=1, data={"source": "none"}
+        tiny_ddpm_grey, tmp_path / "b", {"thresholding": {"kind": "static"}}, max_iterations=1, data={"source": "none"}
     ).fit()
 
 
@@ -636,7 +642,8 @@ def test_two_processes_train_export_and_resume_exactly(tiny_sd, tmp_path):
                 *launch, "train/boot.py", "--config", "configs/fashion/boot_4step.yaml", f"teacher={tiny_sd}",
                 f"output_dir={tmp_path / name}", "batch_size=4", "max_iterations=4", "checkpoint.every=2", "log.every=1",
                 "log.samples_every=0", "evaluate=null", "train.cpu_threads=1", "method.steps=2", "method.n_sub=8",
-                "method.warm_start=3", "method.pool_size=8", "method.optim.decay=constant", *overrides,
+                "method.start={kind: onpolicy, warm_start: {iterations: 3, pool_size: 8}}",
+                "method.optim.decay=constant", *overrides,
             ],
             cwd=ROOT, capture_output=True, text=True,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -678,9 +685,9 @@ def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, mon
     """Against what each iteration reported: means since the last line, of nothing else, and no zeros."""
     seen, report = [], Boot._report
 
-    def kept(self, batch, each, index):
+    def kept(self, each, index):
         seen.append((each.tolist(), (2 * index).tolist()))
-        report(self, batch, each, index)
+        return report(self, each, index)
 
     monkeypatch.setattr(Boot, "_report", kept)
     changes = {"n_sub": 16, "m_teacher": 2, "boundary_frac": 0.5}
@@ -698,7 +705,9 @@ def test_log_has_the_loss_of_every_sub_step_that_was_seen(tiny_sd, tmp_path, mon
 
 
 def test_drift_of_the_pool_is_the_distance_from_the_students_own_states(tiny_sd):
-    method, teacher = build(tiny_sd, steps=3, start="pool", pool_size=6, n_sub=2, guidance_scale=[1.0, 3.0])
+    method, teacher = build(
+        tiny_sd, steps=3, start={"kind": "pool", "size": 6}, n_sub=2, guidance={"scale": [1.0, 3.0]}
+    )
     nets, found = nets_for(method), set()
     assert method.health(nets, 1) == {}
     for i in range(12):
@@ -730,8 +739,12 @@ def test_drift_of_the_pool_is_the_distance_from_the_students_own_states(tiny_sd)
 
 def test_drift_is_logged_while_starts_come_from_a_pool(tiny_sd, tmp_path):
     for name, method, expected in (
-        ("pool", {"steps": 4, "start": "pool", "pool_size": 4}, [True, True]),
-        ("warm", {"steps": 4, "warm_start": 3, "pool_size": 4}, [True, False]),
+        ("pool", {"steps": 4, "start": {"kind": "pool", "size": 4}}, [True, True]),
+        (
+            "warm",
+            {"steps": 4, "start": {"kind": "onpolicy", "warm_start": {"iterations": 3, "pool_size": 4}}},
+            [True, False],
+        ),
         ("own", {"steps": 2}, [False, False]),
     ):
         assert make(tiny_sd, tmp_path / name, method, checkpoint={"every": 4}).fit()
@@ -752,17 +765,17 @@ def test_warning_when_the_boundary_is_lost(tiny_sd):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"m_teacher": 3}, "m_teacher: 3 does not divide n_sub"),
+        ({"m_teacher": 3}, "m_teacher: found 3; expected a divisor of n_sub"),
         ({"steps": 9}, "steps"),
-        ({"guidance_scale": [3.0, 2.0]}, "guidance_scale: "),
-        ({"export_guidance_scale": 2.0}, "export_guidance_scale: 2"),
-        ({"negative_prompt": "x"}, "negative_prompt: "),
-        ({"start": "pool"}, "start: 'pool'"),
-        ({"warm_start": 5}, "warm_start: "),
-        ({"form": "paper", "steps": 2}, "form: 'paper'"),
-        ({"form": "paper", "weighting": "inv1"}, "form: 'paper'"),
-        ({"form": "paper", "loss_space": "state"}, "loss_space: 'state'"),
-        ({"paper": {"t_min": 0.5, "t_max": 0.4}}, "t_min: 0.5"),
+        ({"guidance": {"scale": [3.0, 2.0]}}, "scale: found .*ascending"),
+        ({"guidance": {"export_scale": 2.0}}, "export_scale: found 2"),
+        ({"guidance": {"negative_prompt": "x"}}, "negative_prompt: found"),
+        ({"start": {"kind": "pool"}}, "start: found pool with steps 1"),
+        ({"start": {"kind": "onpolicy", "warm_start": {"iterations": 5}}}, "start: found warm_start with steps 1"),
+        ({"form": {"kind": "paper"}, "steps": 2}, "form: found paper with steps 2"),
+        ({"form": {"kind": "paper", "weighting": "inv1"}}, "form.paper.weighting"),
+        ({"form": {"kind": "paper", "loss_space": "state"}}, "form.paper.loss_space"),
+        ({"form": {"kind": "paper", "t_min": 0.5, "t_max": 0.4}}, "t_min: found 0.5"),
     ],
     ids=str,
 )
@@ -773,10 +786,10 @@ def test_impossible_configs(changes, message):
 
 def test_configs_that_do_not_fit_the_teacher(tiny_sd, tiny_ddpm):
     for path, changes, message in (
-        (tiny_ddpm, {"guidance_scale": 2.0}, r"method\.guidance_scale"),
-        (tiny_sd, {"thresholding": "static"}, r"method\.thresholding"),
+        (tiny_ddpm, {"guidance": {"scale": 2.0}}, r"method\.guidance\.scale"),
+        (tiny_sd, {"thresholding": {"kind": "static"}}, r"method\.thresholding"),
         (tiny_sd, {"n_sub": 1100}, r"method\.n_sub: 1100 sub-steps do not fit"),
-        (tiny_sd, {"form": "paper", "paper": {"t_max": 0.9999}}, r"method\.paper\.t_max"),
+        (tiny_sd, {"form": {"kind": "paper", "t_max": 0.9999}}, r"method\.form\.t_max"),
     ):
         with pytest.raises(ValueError, match=message):
             build(path, **changes)

@@ -134,7 +134,7 @@ def teacher_samples(teacher: Teacher, z: Tensor, steps: int) -> Tensor:
 @torch.no_grad()
 def student_samples(method: Boot, student: nn.Module, z: Tensor) -> Tensor:
     """Noise z [B, 2] as the exported student draws it: told where its scheduler's steps begin, and never its chain's grid."""
-    teacher, renoise = method.teacher, method.config.start == "renoise"
+    teacher, renoise = method.teacher, method.config.renoises
     times, generator = teacher.samplers.grid(method.scheduler(), method.config.steps), torch.Generator().manual_seed(2)
     for t, s in pairwise(times):
         p = student(z, t.expand(len(z)), {}, progress=torch.ones(len(z)))
@@ -161,7 +161,7 @@ def noises(count: int = 4096) -> Tensor:
     return torch.randn(count, 2, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"form": "paper"}, {"steps": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"form": {"kind": "paper"}}, {"steps": 4}], ids=str)
 def test_a_student_that_is_the_teacher_draws_as_the_teacher(changes: dict[str, Any]) -> None:
     """What the trained ones are judged by: either form's student is told the scheduler's timesteps and ends at clean data."""
     method, _ = train(1, 8, n_sub=8, **changes)
