@@ -1,4 +1,4 @@
-"""A method: which networks it keeps, and the losses from which they learn."""
+"""Interface of a method: the networks it keeps (roles), and the losses from which they learn (steps)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import OptimConfig
+from fewstep.config import MethodConfig, OptimConfig
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
@@ -44,13 +44,13 @@ NOTHING: Carry = MappingProxyType({})
 
 
 def require_guidable(teacher: Teacher, key: str, off: str) -> None:
-    """For a config whose `key` guides the teacher: ValueError, with what to set it to, where the teacher cannot be."""
+    """Raise ValueError, naming `key` and the value that turns guidance off, for a teacher that cannot be guided."""
     if not teacher.guidance.guidable:
         raise ValueError(f"method.{key}: the teacher has no unconditional answer, so no guidance; set it to {off}")
 
 
 def require_live_guidance(teacher: Teacher) -> None:
-    """For a student that is told its caller's guidance scale: ValueError where its stock pipeline does not pass one on."""
+    """Raise ValueError where the stock pipeline does not pass its caller's guidance scale on to the student."""
     if not teacher.guidance.live:
         raise ValueError(
             "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its "
@@ -59,7 +59,7 @@ def require_live_guidance(teacher: Teacher) -> None:
 
 
 def require_guidance_by_step(teacher: Teacher) -> None:
-    """For a student with a guidance scale for each step of the sampler: ValueError where its family cannot have it folded."""
+    """Raise ValueError where a guidance scale for each step of the sampler cannot be folded into the weights."""
     if not teacher.guidance.live:
         raise ValueError(
             "method.export_guidance_scale: one scale for each step is for Stable Diffusion and SDXL, whose UNets embed it; "
@@ -144,14 +144,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a method has at hand before the first iteration, the same on every process but for `process`.
+    """The context in which a method prepares itself before the first iteration; the same on every process but for `process`.
 
     Attributes:
         folder: the run's, which all processes see.
         conditions: gives the source's prompts, labels or Nones at some of the indices 0 ... choices - 1.
         process, processes: number of this process, and how many there are.
         wait: returns when every process has called it.
-        load_reward: a reward by name; ValueError, in one sentence, for one that is not at hand.
+        load_reward: a reward by name; ValueError, in one sentence, for one that does not exist on this machine.
     """
 
     folder: Path
@@ -185,9 +185,9 @@ class Method(ABC):
     """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""
 
     last_stage: int = 0
-    """First iteration of the last stage: before it a run does not end because its scores have stopped to get better."""
+    """First iteration of the last stage: early stopping is off before it."""
 
-    def __init__(self, config: Any, teacher: Teacher) -> None:
+    def __init__(self, config: MethodConfig, teacher: Teacher) -> None:
         self.config, self.teacher = config, teacher
 
     @abstractmethod
@@ -210,14 +210,14 @@ class Method(ABC):
         """Called once before the first iteration, also of a resumed run, on every process."""
 
     def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
-        """Scalars that are worth their cost only where a line of the log is written; called there, without gradient.
+        """Scalars that are computed only where a line of the log is written, for their cost; called without gradient.
 
         They may draw nothing at random: how often a run logs must not change what it learns.
         """
         return {}
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:
-        """Sentences, each with the key to turn, about the means of one log window (losses, health); usually none."""
+        """Sentences, each with the key to change, about the means of one log window (losses, health); usually none."""
         return []
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Dropout that a student is trained with; the same masks once more for its target, or none."""
+"""Dropout of a student in training: its rate, the same masks again for its target, and a block without it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from fewstep.teachers.denoiser import DenoiserLike
 
 
 def set_dropout(network: nn.Module, share: float) -> None:
-    """Let every dropout layer of the network drop this share in training."""
+    """Set the rate of every dropout layer of the network."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = share
@@ -23,7 +23,7 @@ def random_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Random numbers begin at `state` again within the block, and after it go on as if it had not been; None = as ever."""
+    """Draw random numbers from `state` on within the block; after it the generator is where it was before. None = no change."""
     if state is None:
         yield
         return
@@ -35,7 +35,7 @@ def replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(network: DenoiserLike) -> Iterator[None]:
-    """Nothing is dropped within the block, as in sampling; all else of the network stays in the mode that it is in."""
+    """Turn dropout off within the block, as in sampling; the rest of the network keeps its mode."""
     dropping = [module for module in network.modules() if isinstance(module, nn.Dropout) and module.training]
     for module in dropping:
         module.training = False

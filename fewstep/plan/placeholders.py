@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +16,16 @@ from fewstep.plan.weightless import Within
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, Posterior
 
+if TYPE_CHECKING:
+    from fewstep.data import ConditionKind
+
 
 class PlaceholderSource(Source):
     """Samples of the kind that the settings' source gives; images are made `within` a context, such as a fake tensor mode."""
 
     def __init__(self, teacher: Teacher, config: DataConfig, within: Within) -> None:
         self.image_size, self.within = teacher.image_size, within
-        self.conditions = teacher.conditions  # type: ignore[assignment]
+        self.conditions = cast("ConditionKind", teacher.conditions)
         self.has_images = config.source in ("fashion", "folder", "parquet")
 
     def __len__(self) -> int:

@@ -128,7 +128,7 @@ class Scoring:
         return [rows[n] | {"fingerprints": self.fingerprints} for n in e.teacher_steps]
 
     def _picture(self, teacher: Teacher, student: DiffusionPipeline, scale: float | None, own: float | None) -> None:
-        """Teacher and student side by side, from the same noises: samples/comparison.png."""
+        """Teacher and student side by side, from the same initial noise: samples/comparison.png."""
         e = self.settings
         rows, labels = [], []
         for name, pipeline, steps, guidance in (

@@ -508,7 +508,9 @@ def test_parts_that_visit_change_nothing(folders: Callable[[str], Path], tmp_pat
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"adversarial": {"feature_source": "teacher"}}], ids=["critic", "through the teacher"]
+    "changes",
+    [{}, {"adversarial": {"weight": 0.1, "feature_source": "teacher"}}],
+    ids=["critic", "through the teacher"],
 )
 def test_a_teacher_in_main_memory_changes_nothing(
     changes: dict[str, Any], folders: Callable[[str], Path], tmp_path: Path

@@ -1,4 +1,4 @@
-"""BOOT's grid: the sub-times of every segment, and what the loss looks up for each target on it."""
+"""BOOT's grid: the sub-times of every segment, and tables of weights and factors for each target."""
 
 import torch
 from torch import Tensor

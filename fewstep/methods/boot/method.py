@@ -1,7 +1,7 @@
 """BOOT (Gu et al. 2023): data-free distillation by bootstrapping along the teacher's ODE from noise, in 1 to 8 steps.
 
-The student jumps from the start z of a segment to any later time in it. What it has to say for one sub-step further is
-what it says itself, without gradient, corrected by one step of the teacher there. The arithmetic stands in signal_ode.
+The student jumps from the start z of a segment to any later time in it. Its target for one sub-step further is its own
+prediction, without gradient, corrected by one step of the teacher there. The arithmetic is in fewstep.diffusion.signal_ode.
 """
 
 from collections.abc import Mapping
@@ -175,7 +175,7 @@ class Boot(Method):
         return self.config.form
 
     def _draw_index(self, size: int) -> Tensor:
-        """A target for each of `size` samples: the first with probability boundary_frac, else any; stratified."""
+        """A target for each of `size` samples: the first with probability boundary_frac, otherwise any; stratified."""
         share = (torch.randperm(size) + torch.rand(size)) / size
         share = (share - self.config.boundary_frac) / (1 - self.config.boundary_frac)
         return (share.clamp(0, 1 - 1e-6) * self.count).long()
@@ -219,7 +219,7 @@ class Boot(Method):
         return starts
 
     def _follow(self, nets: Networks, starts: Starts) -> None:
-        """Take noises to the segments' starts as the averaged student does, in place."""
+        """Take initial noise to the segments' starts as the averaged student does, in place."""
         renoise = self.config.renoises
         from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
 
@@ -239,7 +239,7 @@ class Boot(Method):
         return logs, {"loss_by_sub_step": by_sub_step}
 
     def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
-        """How far the states that the pool is trained on are from those that the student would meet."""
+        """Distance of the pool's states from those that the student reaches."""
         if self.config.start.kind != "pool" and iteration > self.config.warm_start:
             return {}
         drift = self.pool.drift(partial(self._follow, nets))

@@ -55,7 +55,7 @@ def from_student(
 ) -> None:
     """Take noise `starts.z` to the segments' starts by the student's own jumps, in place.
 
-    timesteps: starts of all segments, [steps], on the CPU. embedded: whether the student is told the guidance scale.
+    timesteps: starts of all segments, [steps], on the CPU. embedded: whether the student has a guidance embedding.
     renoise: draw fresh noise on the student's x0 instead of following its ODE step.
     """
     move = rollout.renoise if renoise else rollout.jump
@@ -86,8 +86,8 @@ WATCHED = 16
 class Pool:
     """States of the teacher that are drawn many times while a few of them move on: teacher starts at little cost.
 
-    It fills with the first batches' noises; a state that has been at the last segment's start makes room for a new one.
-    The first few states are watched: their noises are kept, for what others would make of them.
+    It fills with the first batches' initial noise; a state that has been at the last segment's start makes room for a new one.
+    The initial noise of the first few states is kept, to compare them with what the student makes of it.
     """
 
     def __init__(self, size: int, steps: int, n_sub: int) -> None:
@@ -96,7 +96,7 @@ class Pool:
         self.noise: Tensor | None = None
 
     def draw(self, cross: Cross, fresh: Starts) -> Starts:
-        """As many random states as `fresh` has noises, after that many / n_sub (at least one) moved one segment on."""
+        """As many random states as `fresh` has samples, after that many / n_sub (at least one) moved one segment on."""
         if self.held is None or len(self.held) < self.size:
             self.held = _joined(self.held, fresh, self.size)
         if self.noise is None:  # no more of them than a batch has, which is what memory was found for
@@ -115,9 +115,9 @@ class Pool:
         return held.rows(torch.randint(len(held), (len(fresh),)))
 
     def drift(self, follow: Callable[[Starts], None]) -> Tensor | None:
-        """Mean squared distance of the watched states from where `follow` takes their noises, as a share of their variance.
+        """Mean squared distance of watched states from where `follow` takes their initial noise, as a share of their variance.
 
-        follow: takes noises to the segments' starts, in place. None as long as all watched states are noise.
+        follow: takes initial noise to the segments' starts, in place. None as long as all watched states are noise.
         """
         if self.held is None or self.noise is None:
             return None
