@@ -5,6 +5,7 @@ Each stage is a function; its value is what the next one needs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,7 @@ class Run:
     exported: Exported | None = None
     scores: Sequence[Row] = field(default_factory=tuple)
 
+    @cached_property
     def pipeline(self) -> DiffusionPipeline:
         """The exported pipeline, on the CPU. Raises MissingError where the run was stopped before its export."""
         if self.exported is None:
@@ -255,7 +257,8 @@ def load_trained(folder: Path, method: type[Method] | None = None) -> Trained:
     best = bool(state["best"]) and (folder / BEST).exists()
     ckpt.load_module(student, folder / BEST if best else found[-1] / f"{AVERAGE}.safetensors")
     student.requires_grad_(False).eval()
-    prompt = example_prompt(load_source(config.data, teacher.image_size))
+    held = config.data.source == "memory"  # by the caller, then
+    prompt = None if held else example_prompt(load_source(config.data, teacher.image_size))
     return Trained(config, own, student, state["iteration"], prompt, process)
 
 
