@@ -24,8 +24,10 @@ def cache(args: argparse.Namespace) -> None:
     teacher = load_teacher(config.teacher)
     source = load_source(config.data, teacher.image_size)
     if teacher.conditions == "prompt" != source.conditions:
-        raise ValueError(
-            f"data.source: {config.data.source} gives {source.conditions}s, and the teacher wants {teacher.conditions}s"
+        raise FewstepError(
+            "data.source",
+            f"{config.data.source}, which has {source.conditions}s",
+            f"a source with {teacher.conditions}s",
         )
     images = source.has_images and args.only != "prompts"
     if images:

@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     one_progress_bar,
 )
 from fewstep.cli.protocol import add_protocol, protocol_of
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def compare(args: argparse.Namespace) -> None:
     if len(args.steps) > 2:
-        raise ValueError("--steps: one count for both, or one for each")
+        raise FewstepError("--steps", f"{len(args.steps)} counts", "one for both pipelines, or one for each")
     name, protocol, overrides = protocol_of(args, max(2, args.pairs))
     import torch
 
@@ -81,7 +82,7 @@ def _comparison_text(between: Mapping[str, float], to_teacher: Mapping[str, Mapp
 
 
 def add_compare(commands: Commands) -> None:
-    c = commands.add_parser("compare", help="two pipelines image by image, from the same noises")
+    c = commands.add_parser("compare", help="two pipelines image by image, from the same initial noise")
     c.add_argument("a", metavar="A", help=PIPELINE_HELP)
     c.add_argument("b", metavar="B", help="the other one")
     c.add_argument("--pairs", type=at_least(1), default=64, help="pairs of images (default: 64)")

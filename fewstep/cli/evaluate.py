@@ -16,16 +16,19 @@ from fewstep.cli.options import (
     one_progress_bar,
 )
 from fewstep.cli.protocol import add_protocol, protocol_of
+from fewstep.errors import FewstepError
 
 
 def evaluate(args: argparse.Namespace) -> None:
     check_output(args.output)
     drawn = _is_pipeline(args.pipeline)
     if not drawn and (args.keep is not None or args.guidance_scale is not None):
-        raise ValueError(f"{args.pipeline} holds images, of which none is drawn: leave out --keep and --guidance-scale")
+        raise FewstepError(
+            "PIPELINE", f"images in {args.pipeline}", "a pipeline", "For images, leave out --keep and --guidance-scale"
+        )
     one_progress_bar()
     name, protocol, overrides = protocol_of(args, args.num_images)
-    # What is missing is told before any weight loads.
+    # What is missing is reported before any weight is loaded.
     from fewstep.evaluate import (
         describe_protocol,
         evaluate_images,
@@ -96,15 +99,17 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def _is_pipeline(name: str) -> bool:
-    """False for what holds images; ValueError for a folder of neither, as that of a run."""
+    """False for images. Raises FewstepError for a folder of neither, such as that of a run."""
     from fewstep.data import IMAGE_SUFFIXES
 
     path = Path(name)
     if name in ASSETS or not path.exists() or (path / "model_index.json").exists():
         return True
     if (path / "pipeline" / "model_index.json").exists():
-        raise ValueError(f"{name} is the folder of a run; its pipeline is {path / 'pipeline'}")
+        raise FewstepError("PIPELINE", f"{name}, the folder of a run", f"its pipeline, {path / 'pipeline'}")
     suffixes = (*IMAGE_SUFFIXES, ".parquet", ".npz")
     if path.suffix.lower() not in suffixes and not any(f.suffix.lower() in suffixes for f in path.rglob("*")):
-        raise ValueError(f"{name} is neither a pipeline (it has no model_index.json) nor a folder of images")
+        raise FewstepError(
+            "PIPELINE", f"{name}, without a model_index.json and without images", "a pipeline, or a folder of images"
+        )
     return False

@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     guidance,
     load_pipeline,
 )
+from fewstep.errors import FewstepError
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -23,7 +24,7 @@ def _sample(args: argparse.Namespace) -> None:
 
     check_output(args.output)
     if args.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output {args.output}: not a picture's name, such as {args.output.with_suffix('.png')}")
+        raise FewstepError("--output", args.output, f"an image file, such as {args.output.with_suffix('.png')}")
     import torch
 
     from fewstep.evaluate import grid, sample
@@ -34,7 +35,7 @@ def _sample(args: argparse.Namespace) -> None:
     kind = condition_kind(pipeline)
     given = {"prompt": args.prompt, "label": args.label, "none": [None]}[kind]
     if not given:
-        raise SystemExit(f"this pipeline wants --{kind}")
+        raise FewstepError(f"--{kind}", "nothing", "one or more, which this pipeline needs")
     rows = []
     for row, condition in enumerate(given):
         indices = range(row * args.num_images, (row + 1) * args.num_images)

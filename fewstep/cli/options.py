@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from fewstep.assets import ASSETS, asset_path
+from fewstep.errors import FewstepError, MissingError
 from fewstep.io import torch_dtype
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def one_progress_bar() -> None:
 
 
 def load_pipeline(name: str, dtype: str, device: "torch.device") -> "DiffusionPipeline":
-    """A pipeline on its device; SystemExit, in one sentence, for one that cannot be loaded."""
+    """A pipeline on its device. Raises FewstepError for one that cannot be loaded."""
     from diffusers import DiffusionPipeline
 
     one_progress_bar()
@@ -39,12 +40,14 @@ def load_pipeline(name: str, dtype: str, device: "torch.device") -> "DiffusionPi
     # A broken folder ends in any of these, according to what is broken.
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as e:
         if name not in ASSETS and not Path(name).exists():
-            hint = f"; `hf download {name}` puts a pipeline of the hub into its cache" if name.count("/") == 1 else ""
-            raise SystemExit(
-                f"pipeline {name!r} is neither a folder nor to be had from the hub or its cache{hint}"
+            hint = f"`hf download {name}` puts a pipeline of the Hub into its cache" if name.count("/") == 1 else None
+            raise MissingError(
+                "pipeline", repr(name), "a local folder, or one on the Hub or in its cache", hint
             ) from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise SystemExit(f"pipeline {name!r} cannot be loaded as a folder or from the hub: {reason}") from None
+        raise FewstepError(
+            "pipeline", f"{name!r}, which cannot be loaded ({reason})", "a pipeline of diffusers"
+        ) from None
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -59,10 +62,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def check_output(path: Path) -> None:
-    """OSError or ValueError, before the work is done, where its result cannot be written."""
+    """Raise OSError or FewstepError, before the work is done, for a result that cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        raise ValueError(f"--output {path} is a folder; a file is wanted")
+        raise FewstepError("--output", f"{path}, a folder", "a file")
 
 
 def guidance(args: argparse.Namespace) -> float | None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.errors import FewstepError, MissingError
+
 if TYPE_CHECKING:
     from fewstep.evaluate import PathOverrides, Protocol
 
@@ -64,14 +66,14 @@ def asked(
     teacher_statistics: str | None = None,
     rewards: Sequence[str] | None = None,
 ) -> "tuple[str, Protocol, PathOverrides]":
-    """A named protocol with its changes told in its name, or, for None, the unnamed one; None changes nothing."""
+    """A named protocol, whose name then lists its changes, or for None the unnamed one; None changes nothing."""
     from fewstep.evaluate import PathOverrides, load_protocol
     from fewstep.evaluate import references as reference
 
     given_references = dict(_named(item) for item in references)
     if named is None:
         if len(given_references) > 1 or set(given_references) - {""}:
-            raise ValueError("--reference COMPARISON=PATH needs a --protocol with that comparison")
+            raise FewstepError("--reference", "COMPARISON=PATH", "PATH, without a --protocol that has that comparison")
         sources = reference.resolve(given_references.get("", "fashion"), features, clip, prompts)
         protocol = reference.protocol_of(sources, num_images=num_images or 2000, seed=seed or 0)
         protocol = _with_rewards(protocol, rewards or ())
@@ -79,12 +81,17 @@ def asked(
     name, protocol = load_protocol(named)
     overrides = PathOverrides(given_references, prompts, folder=name)
     if features is not None:
-        raise ValueError(f"--features belong to the protocol {name}: copy its YAML file and change them there")
+        raise FewstepError(
+            "--features",
+            features,
+            f"nothing with protocol {name}, which has its own",
+            "Copy its YAML file and change them there",
+        )
     unknown = set(given_references) - {c.name for c in protocol.comparisons}
     if unknown:
-        raise ValueError(f"--reference: protocol {name} has no comparison {', '.join(map(repr, sorted(unknown)))}")
+        raise FewstepError("--reference", ", ".join(map(repr, sorted(unknown))), f"a comparison of protocol {name}")
     if prompts is not None and not prompts.is_file():
-        raise ValueError(f"prompts {str(prompts)!r} is not a file")
+        raise MissingError("--prompts", repr(str(prompts)), "a file")
     changes: dict[str, object] = {}
     if num_images is not None and num_images != protocol.images:
         changes["images"] = num_images
@@ -96,7 +103,7 @@ def asked(
     elif clip is not None and protocol.clip is not None and protocol.clip.model is None:
         changes["clip"] = {**settings["clip"], "model": clip}
     elif clip is not None:
-        raise ValueError(f"--clip: the CLIP of protocol {name} is fixed; only none is allowed")
+        raise FewstepError("--clip", clip, f"none, as the CLIP of protocol {name} is fixed")
     if rewards is not None:
         protocol, before = _with_rewards(protocol, rewards), protocol
         settings = protocol.model_dump(mode="json")
@@ -113,12 +120,10 @@ def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":
     from fewstep.evaluate.protocol import REWARDS, is_own_reward
 
     if unknown := [name for name in names if name not in (*REWARDS, "none") and not is_own_reward(name)]:
-        raise ValueError(
-            f"--reward: found {', '.join(unknown)}; allowed: {', '.join(REWARDS)}, package.module:callable, none"
-        )
+        raise FewstepError("--reward", ", ".join(unknown), f"{', '.join(REWARDS)}, package.module:callable, none")
     if "none" in names:
         if len(names) > 1:
-            raise ValueError("--reward none stands alone")
+            raise FewstepError("--reward", "none beside others", "none alone")
         return protocol.model_copy(update={"rewards": ()})
     return protocol.model_copy(update={"rewards": tuple(dict.fromkeys((*protocol.rewards, *names)))})
 
@@ -129,7 +134,7 @@ def _with_teacher(
     if teacher_statistics is None:
         return name, protocol, overrides
     if not protocol.comparisons:
-        raise ValueError("--teacher-statistics needs a protocol with features")
+        raise FewstepError("--teacher-statistics", "a file", "nothing with a protocol without features")
     from fewstep.evaluate import PathOverrides
 
     first = protocol.model_dump(mode="json")["comparisons"][0]

@@ -15,6 +15,7 @@ from fewstep.cli.options import (
     one_progress_bar,
 )
 from fewstep.cli.protocol import asked
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def reference(args: argparse.Namespace) -> None:
     from fewstep.evaluate.statistics import SUFFIXES
 
     if args.output.suffix not in SUFFIXES:
-        raise ValueError(f"--output {args.output}: a file of statistics ends in {' or '.join(SUFFIXES)}")
+        raise FewstepError("--output", args.output, f"a file of statistics, which ends in {' or '.join(SUFFIXES)}")
     features, view = _lens(args)
     import torch
     from tqdm import tqdm
@@ -62,7 +63,7 @@ def _lens(args: argparse.Namespace) -> "tuple[str, View]":
     known = {c.name: c for c in protocol.comparisons}
     if args.comparison not in known:
         names = ", ".join(map(repr, known)) or "none"
-        raise ValueError(f"--comparison {args.comparison!r}: those of protocol {name} are {names}")
+        raise FewstepError("--comparison", repr(args.comparison), f"one of protocol {name}: {names}")
     return args.features or known[args.comparison].features, known[args.comparison].view
 
 

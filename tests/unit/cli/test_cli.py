@@ -48,7 +48,7 @@ def test_sample_writes_a_picture(tmp_path: Path) -> None:
 def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="reference: found 'coco'; expected fashion, a path"):
         main(["evaluate", "fashion", "--reference", "coco", "--features", "fashion"])
-    with pytest.raises(SystemExit, match=r"pipeline '.*nowhere' is neither a folder nor to be had"):
+    with pytest.raises(SystemExit, match=r"pipeline: found '.*nowhere'; expected a local folder"):
         main(
             ["sample", str(tmp_path / "nowhere"), "--prompt", "x", "--steps", "1", "--output", str(tmp_path / "x.png")]
         )
@@ -75,8 +75,8 @@ def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output, expected in (
         (tmp_path / "file" / "x.png", "File exists"),
-        (tmp_path, "is a folder"),
-        (tmp_path / "x.xyz", r"not a picture's name, such as .*x\.png"),
+        (tmp_path, "a folder; expected a file"),
+        (tmp_path / "x.xyz", r"expected an image file, such as .*x\.png"),
     ):
         with pytest.raises(SystemExit, match=f"^fewstep sample: .*{expected}"):
             main(["sample", "nowhere", "--prompt", "x", "--steps", "1", "--output", str(output)])

@@ -396,7 +396,7 @@ def test_rewards_stand_in_the_report_with_their_weights(
     assert "| ImageReward |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nothing would be scored"):
         main([*call, "--reward", "none"])
-    with pytest.raises(SystemExit, match="--reward: found nice; allowed: pickscore, aesthetic"):
+    with pytest.raises(SystemExit, match="--reward: found nice; expected pickscore, aesthetic"):
         main([*call, "--reward", "nice"])
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({**settings, "conditions": {"source": "none"}}))
     main(call)
