@@ -1,5 +1,6 @@
 """`fewstep.distill`: settings from arguments, pipelines and samples in memory, errors, callbacks."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import fewstep
+from fewstep.cli.main import main
 from fewstep.errors import FewstepError, MissingError
 from fewstep.training.callbacks import Callback
 
@@ -45,6 +47,13 @@ def test_prompts_in_memory_and_callbacks(tiny_sd: Path, tmp_path: Path) -> None:
     assert torch.isfinite(torch.as_tensor(image)).all()
     assert heard.calls == ["log 1", "log 2", "checkpoint 2", "end 2"]
     assert "source: memory" in (run.folder / "config.yaml").read_text()
+    written = (run.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(run.folder / "pipeline")
+    main(["export", str(run.folder)])
+    assert (run.folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == written
+    with pytest.raises(SystemExit, match=r"fewstep export: run: found .*, which has no checkpoint"):
+        shutil.rmtree(run.folder / "checkpoints")
+        main(["export", str(run.folder)])
 
 
 def test_images_in_memory(tiny_sd: Path, tmp_path: Path) -> None:
