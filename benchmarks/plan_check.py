@@ -154,11 +154,11 @@ def _train(file: str, device: str) -> int:
 
     from fewstep.methods.registry import load_run, method_class
     from fewstep.plan.placeholders import PlaceholderSource
-    from fewstep.plan.weightless import unweighted_teacher
+    from fewstep.plan.weightless import weightless_teacher
     from fewstep.training.trainer import Trainer
 
     config = load_run(file)
-    teacher = unweighted_teacher(config.teacher, lambda: torch.device(device))
+    teacher = weightless_teacher(config.teacher, lambda: torch.device(device))
     method = method_class(config.method.name)(config.method, teacher)
     trainer = Trainer(config, method, teacher, PlaceholderSource(teacher, config.data, nullcontext))
     iterations = 2

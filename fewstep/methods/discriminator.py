@@ -104,7 +104,7 @@ def named_layers(teacher: Teacher, chosen: Sequence[str] | None, key: str) -> tu
     """
     modules = dict(teacher.denoiser.named_modules())
     if chosen is None:
-        middle = teacher.feature_module(teacher.denoiser)
+        middle = teacher.denoiser.feature_module()
         return tuple(name for name, module in modules.items() if module is middle)
     for name in chosen:
         if f"net.{name}" not in modules:

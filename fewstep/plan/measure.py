@@ -23,7 +23,7 @@ from fewstep.plan.placeholders import (
     PlaceholderSource,
     placeholder_reward,
 )
-from fewstep.plan.weightless import unweighted_teacher
+from fewstep.plan.weightless import weightless_teacher
 from fewstep.teachers.prompt_cache import CACHED, CACHED_BYTES
 from fewstep.training.offloading import Offloading
 from fewstep.training.optim import new_optimizer
@@ -35,7 +35,7 @@ class MeasuredRun:
 
     def __init__(self, method_class: type[Method], config: RunConfig[MethodConfig], device: str, meter: Meter) -> None:
         self.config, self.device, self.meter = config, device, meter
-        self.teacher = unweighted_teacher(config.teacher)
+        self.teacher = weightless_teacher(config.teacher)
         self.method = method_class(config.method, self.teacher)
         if device == "cuda":  # parts reach it in their type there: those in float32, as they are loaded, do not
             self._enter("loading")

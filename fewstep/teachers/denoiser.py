@@ -3,7 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +18,49 @@ Scale = float | Mapping[int, float]
 """A guidance scale (1 = none); or one for each timestep at which a student is evaluated."""
 
 
-class Call(Protocol):
-    """A family's calling convention: (net, x_t, t, cond, guidance_scale, progress) -> raw network output, shaped as x_t."""
+class Inputs(NamedTuple):
+    """What a network is evaluated at.
 
-    def __call__(
-        self,
-        net: nn.Module,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        guidance_scale: Tensor | None,
-        progress: Tensor | None = None,
-    ) -> Tensor: ...
+    Attributes:
+        x_t: noisy latents [B, C, h, w].
+        t: timesteps [B].
+        cond: conditions, each [B, ...].
+        guidance_scale: [B] (1 = none), for networks that embed it and no others.
+        progress: [B], the target time within its segment in [0, 1], for networks that embed it and no others.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    cond: Cond
+    guidance_scale: Tensor | None = None
+    progress: Tensor | None = None
 
 
-FeatureMap = Callable[[Any], Tensor]
-"""What a block of the network returns, as a map [B, C, h, w]."""
+Call = Callable[[nn.Module, Inputs], Tensor]
+"""A family's calling convention: network and inputs to its raw output, shaped as x_t."""
 
 
-def first_output(output: Any) -> Tensor:
+@dataclass(frozen=True)
+class Features:
+    """Where a discriminator reads a network's features unless it is configured otherwise.
+
+    Attributes:
+        module: a network to the module in its middle.
+        as_map: the output of any of its blocks to a map [B, C, h, w].
+    """
+
+    module: Callable[[nn.Module], nn.Module]
+    as_map: Callable[[object], Tensor]
+
+
+def first_output(output: object) -> Tensor:
     """The feature map of a UNet's block."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
 
 
-def tokens_as_map(tokens: Tensor) -> Tensor:
-    """Tokens [B, h h, C] of a square image, row by row, as a map [B, C, h, h]."""
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
+UNET_FEATURES = Features(lambda net: net.get_submodule("mid_block"), first_output)
 
 
 class Posterior(NamedTuple):
@@ -94,11 +111,11 @@ class Denoiser(nn.Module):
         call: Call,
         schedule: Schedule,
         prediction_type: PredictionType,
-        feature_map: FeatureMap = first_output,
+        features: Features = UNET_FEATURES,
     ) -> None:
         super().__init__()
         self.net, self.call, self.schedule, self.prediction_type = net, call, schedule, prediction_type
-        self.feature_map = feature_map
+        self.features = features
 
     def compile_net(self) -> None:
         """Let the network run compiled from its next call on."""
@@ -106,18 +123,26 @@ class Denoiser(nn.Module):
         self.net.compile()
         self.compiled = True
 
-    def eagerly(self) -> AbstractContextManager[Any]:
-        """Where the network runs as written, so that hooks on its modules are called."""
+    def eagerly(self) -> AbstractContextManager[object]:
+        """A context in which the network runs as written, so that hooks on its modules are called."""
         return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def with_net(self, net: nn.Module) -> "Denoiser":
-        """The same reading of another network."""
-        return Denoiser(net, self.call, self.schedule, self.prediction_type, self.feature_map)
+        """Another network, called and read in the same way."""
+        return Denoiser(net, self.call, self.schedule, self.prediction_type, self.features)
+
+    def feature_module(self) -> nn.Module:
+        """The module in the middle of the network whose output, by `feature_map`, a discriminator sees."""
+        return self.features.module(self.net)
+
+    def feature_map(self, output: object) -> Tensor:
+        """The output of a block of the network as a map [B, C, h, w]."""
+        return self.features.as_map(output)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None, progress: Tensor | None = None
     ) -> Prediction:
-        output = self.call(self.net, x_t, t, cond, guidance_scale, progress)
+        output = self.call(self.net, Inputs(x_t, t, cond, guidance_scale, progress))
         return read(self.schedule, self.prediction_type, output, x_t, t)
 
     def clone(self) -> "Denoiser":

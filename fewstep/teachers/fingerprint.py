@@ -1,7 +1,6 @@
 """Names for what a teacher makes of prompts and of images, by which kept encodings are found again."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -47,7 +46,7 @@ def text_key(prompt: str) -> str:
 
 def _weights(teacher: Teacher, names: Sequence[str]) -> list[str]:
     """Of each part by name: its class, and its weights whatever they are called, for libraries rename them."""
-    parts: list[tuple[str, Any]] = [(n, teacher.pipeline.components[n]) for n in sorted(names)]
+    parts = [(n, teacher.pipeline.components[n]) for n in sorted(names)]
     return [f"{n} {_of_module(p)}" for n, p in parts if p is not None]
 
 

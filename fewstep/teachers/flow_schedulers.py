@@ -4,6 +4,7 @@ With S(u) = shift u / (1 + (shift - 1) u), n steps run sigma = S(1), S((n - 1) /
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
-def shift_of(config: Any, image_tokens: int) -> float:
+def shift_of(config: Mapping[str, Any], image_tokens: int) -> float:
     """The shift of a FlowMatchEulerDiscreteScheduler's config for an image of so many tokens.
 
     Raises ValueError for other schedulers.

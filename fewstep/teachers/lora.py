@@ -8,12 +8,17 @@ import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fewstep.config import LoraConfig
 from fewstep.teachers.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from peft.tuners.lora import LoraLayer
 
 NAME = "default"
 """What peft calls the adapter of a tree; each has one."""
@@ -62,15 +67,15 @@ def under_adapters(denoiser: Denoiser, lora: LoraConfig, targets: Sequence[str])
     return student.learnable()
 
 
-def adapters(net: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapters(net: nn.Module) -> Iterator[tuple[str, "LoraLayer"]]:
     """Names, as the plain network has them, and adapted modules."""
     layer = _peft().tuners.lora.LoraLayer
     yield from ((name, module) for name, module in net.named_modules() if isinstance(module, layer))
 
 
-def plain_copy(denoiser: Denoiser) -> Any:
+def plain_copy(denoiser: Denoiser) -> "ModelMixin":
     """A frozen copy of the network in eval mode that shares nothing; adapters are merged into its weights."""
-    net: Any = copy.deepcopy(denoiser.net)
+    net: ModelMixin = copy.deepcopy(denoiser.net)
     if denoiser.shared:
         for name, module in list(adapters(net)):
             module.merge(safe_merge=True)
@@ -81,7 +86,7 @@ def plain_copy(denoiser: Denoiser) -> Any:
     return net.requires_grad_(False).eval()
 
 
-def _peft() -> Any:
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError:

@@ -11,12 +11,17 @@ from torch import nn
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
+NETWORKS = ("unet", "transformer")
+"""What pipelines call their denoising network."""
+
 Reload = Callable[[Sequence[str]], Mapping[str, nn.Module]]
 """Loads parts of a pipeline again, by name, in float32 on the CPU."""
 
 
 class Placement:
-    """Moves the frozen networks of one pipeline. A part that is away is None in the pipeline: a stray use fails at once.
+    """Freezes the networks of one pipeline and moves them.
+
+    A part that is away is None in the pipeline: a stray use fails at once.
 
     Attributes:
         text_parts: names of the parts that turn prompts into conditions; some of them may be None in the pipeline.
@@ -33,6 +38,9 @@ class Placement:
         text_parts: Sequence[str] = (),
         image_parts: Sequence[str] = (),
     ) -> None:
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
         self.pipeline, self.network = pipeline, network
         self.text_parts, self.image_parts = tuple(text_parts), tuple(image_parts)
         self.reload: Reload | None = None
@@ -102,7 +110,7 @@ class Placement:
         if own.dtype == torch.float32:
             return own
         if name not in self._float32:
-            self._float32[name] = copy.deepcopy(own).float()
+            self._float32[name] = in_dtype(own, torch.float32)
         return self._float32[name]
 
     def release(self, names: Sequence[str]) -> None:
@@ -143,3 +151,8 @@ class Placement:
             self.release(away)
             if offloaded:
                 self.offload()
+
+
+def in_dtype(module: "ModelMixin", dtype: torch.dtype) -> "ModelMixin":
+    """The module itself where it has that dtype, otherwise a converted copy: the teacher's own must not change."""
+    return module if module.dtype == dtype else copy.deepcopy(module).to(dtype)

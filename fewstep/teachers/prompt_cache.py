@@ -1,12 +1,9 @@
 """Prompts to conditions, each encoded once."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
 CACHED = 4096
@@ -23,27 +20,29 @@ class PromptCache:
     """Conditions of prompts by a pipeline's own encoding, so that padding, truncation and masks are those of sampling.
 
     Attributes:
-        encode: B prompts to their conditions, each [B, ...]; called when the teacher's text encoders are in place.
+        encode: B prompts to their conditions, each [B, ...].
+        device: where stored conditions are wanted.
         stored: if there is one, it is asked instead, and no prompt is encoded.
     """
 
-    def __init__(self, teacher: Teacher, encode: Callable[[list[str]], Cond]) -> None:
-        self.teacher, self.encode = teacher, encode
+    def __init__(self, encode: Callable[[list[str]], Cond], device: Callable[[], torch.device]) -> None:
+        self.encode, self.device = encode, device
         self.stored: Stored | None = None
         self.known: dict[str, Cond] = {}
 
-    def __call__(self, raw: Sequence[Any]) -> Cond:
+    def __call__(self, raw: Sequence[object]) -> Cond:
         """The conditions of B prompts. Raises ValueError for what is no text."""
-        wrong = [prompt for prompt in raw if not isinstance(prompt, str)]
-        if wrong:
+        prompts = [prompt for prompt in raw if isinstance(prompt, str)]
+        if len(prompts) < len(raw):
+            wrong = next(prompt for prompt in raw if not isinstance(prompt, str))
             raise ValueError(
-                f"the teacher's conditions are prompts; found {wrong[0]!r}: set data.source to one with prompts"
+                f"the teacher's conditions are prompts; found {wrong!r}: set data.source to one with prompts"
             )
-        new = [prompt for prompt in dict.fromkeys(raw) if prompt not in self.known]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if new:
             encoded = self._encode(new)
             self.known |= {prompt: {key: v[i] for key, v in encoded.items()} for i, prompt in enumerate(new)}
-        rows = [self.known[prompt] for prompt in raw]
+        rows = [self.known[prompt] for prompt in prompts]
         cond = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
         # What is stored can be read again at any time.
         limit = 0 if self.stored is not None else min(CACHED, CACHED_BYTES // sum(v.nbytes for v in rows[0].values()))
@@ -53,22 +52,9 @@ class PromptCache:
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Cond:
-        if self.stored is not None:
-            return {key: v.to(self.teacher.placement.device) for key, v in self.stored(prompts).items()}
-        self.teacher.placement.recall(self.teacher.placement.text_parts)
-        return self.encode(prompts)
+        if self.stored is None:
+            return self.encode(prompts)
+        return {key: v.to(self.device()) for key, v in self.stored(prompts).items()}
 
     def clear(self) -> None:
         self.known.clear()
-
-
-def freeze(pipeline: Any) -> None:
-    """No part of the pipeline learns or drops anything out."""
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-
-
-def repeated(row: Tensor, size: int) -> Tensor:
-    """row [...] as [size, ...]."""
-    return row[None].expand(size, *row.shape).contiguous()

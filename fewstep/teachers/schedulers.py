@@ -1,6 +1,6 @@
 """A pipeline's noise schedule, read from its scheduler and written into the stock scheduler of a student."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from torch import Tensor
 from fewstep.diffusion.schedule import VariancePreserving
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import SchedulerMixin
 
 COPIED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 """What every discrete variance-preserving scheduler of diffusers has in its config."""
 
 
-def read_schedule(scheduler: Any) -> VariancePreserving:
+def read_schedule(scheduler: "SchedulerMixin") -> VariancePreserving:
     """The schedule of a discrete scheduler with `alphas_cumprod`.
 
     Raises ValueError for a prediction type that is unknown, and for epsilon with zero terminal SNR: there
@@ -33,7 +33,7 @@ def read_schedule(scheduler: Any) -> VariancePreserving:
 
 
 def renoise_scheduler(
-    scheduler: Any, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
+    scheduler: "SchedulerMixin", steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
 ) -> "SchedulerMixin":
     """LCMScheduler on the teacher's schedule with the grid of timesteps steps k - 1, ..., 2 k - 1, k - 1, k = spacing.
 
@@ -54,7 +54,7 @@ def renoise_scheduler(
         raise ValueError(
             f"steps: the grid starts at timestep {steps * spacing - 1}; the teacher's are 0 to {total - 1}"
         )
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     if total // steps != spacing:
         total = steps * spacing
         settings = {"num_train_timesteps": total, "trained_betas": scheduler.betas[:total].tolist()}
@@ -70,7 +70,7 @@ def renoise_scheduler(
     )
 
 
-def tcd_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
+def tcd_scheduler(scheduler: "SchedulerMixin", steps: int) -> "SchedulerMixin":
     """TCDScheduler on the teacher's schedule with the even grid of `steps` timesteps; asked for more, it raises.
 
     With eta = 0, which StableDiffusionPipeline passes by default, each of its steps is DDIM's to the next timestep of
@@ -82,7 +82,7 @@ def tcd_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
     return _on_schedule_of(scheduler, TCDScheduler, original_inference_steps=steps, steps_offset=1)
 
 
-def dpm_scheduler(scheduler: Any) -> "SchedulerMixin":
+def dpm_scheduler(scheduler: "SchedulerMixin") -> "SchedulerMixin":
     """DPMSolverMultistepScheduler of order 1: DDIM's steps from 999 along an even grid, the last one to clean data.
 
     It runs any number of steps, so a pipeline with it cannot refuse those for which a student was not trained.
@@ -98,7 +98,7 @@ def dpm_scheduler(scheduler: Any) -> "SchedulerMixin":
     )
 
 
-def deterministic_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
+def deterministic_scheduler(scheduler: "SchedulerMixin", steps: int) -> "SchedulerMixin":
     """LCMScheduler for one step, which refuses more; for others DPMSolverMultistepScheduler of order 1, which cannot.
 
     For pipelines that do not pass an eta: TCDScheduler, which can refuse, is stochastic in them.
@@ -106,7 +106,7 @@ def deterministic_scheduler(scheduler: Any, steps: int) -> "SchedulerMixin":
     return renoise_scheduler(scheduler, 1) if steps == 1 else dpm_scheduler(scheduler)
 
 
-def jump_grid(scheduler: Any, steps: int) -> Tensor:
+def jump_grid(scheduler: "SchedulerMixin", steps: int) -> Tensor:
     """The timesteps [steps + 1] of a deterministic or re-noising scheduler's steps and the end of the last one."""
     from diffusers import TCDScheduler
 
@@ -114,7 +114,7 @@ def jump_grid(scheduler: Any, steps: int) -> Tensor:
     return torch.tensor([*scheduler.timesteps.tolist(), 0 if isinstance(scheduler, TCDScheduler) else -1])
 
 
-def _on_schedule_of(scheduler: Any, kind: Any, **settings: Any) -> "SchedulerMixin":
+def _on_schedule_of(scheduler: "SchedulerMixin", kind: "type[SchedulerMixin]", **settings: object) -> "SchedulerMixin":
     own = {key: scheduler.config[key] for key in COPIED}
     own["rescale_betas_zero_snr"] = scheduler.config.get("rescale_betas_zero_snr", False)
     stock: SchedulerMixin = kind(**own | settings)
@@ -122,20 +122,3 @@ def _on_schedule_of(scheduler: Any, kind: Any, **settings: Any) -> "SchedulerMix
     if not torch.allclose(stock.alphas_cumprod, table, atol=1e-6):
         raise ValueError(f"{kind.__name__} cannot reproduce the schedule of the teacher's {type(scheduler).__name__}")
     return stock
-
-
-class DiscreteGrids:
-    """The part of a Teacher that its discrete variance-preserving scheduler settles; see Teacher for what each method gives."""
-
-    pipeline: "DiffusionPipeline"
-
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
-        return renoise_scheduler(self.pipeline.scheduler, steps, timestep_scaling, spacing)
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        return tuple(range(1, steps + 1))
-
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        return jump_grid(scheduler, steps)

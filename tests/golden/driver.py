@@ -63,10 +63,10 @@ def new_teacher(family: str) -> Any:
     teacher: Any = load_teacher(str(folder(family)))
     teacher.placement.to(CPU, torch.float64)
     if family in TEXT_IN_FLOAT32:
-        for name in teacher.text_parts:
+        for name in teacher.placement.text_parts:
             teacher.pipeline.components[name].float()
     for name, part in teacher.pipeline.components.items():
-        if name not in teacher.text_parts:
+        if name not in teacher.placement.text_parts:
             in_double(part)
     if family in LATENT_SIDES:
         teacher.latent_shape = (teacher.latent_shape[0], LATENT_SIDES[family], LATENT_SIDES[family])
@@ -80,7 +80,7 @@ kept_teacher = cache(new_teacher)
 def new_method(case: Case) -> Any:
     teacher = kept_teacher(case.family) if case.student == "full" else new_teacher(case.family)
     if case.student == "lora":
-        teacher.adapt(LoraConfig(rank=2))
+        teacher.students.adapt(LoraConfig(rank=2))
     kind, config = METHODS[case.method]
     return kind(config.model_validate({"optim": {"lr": 1e-3}} | case.settings), teacher)
 

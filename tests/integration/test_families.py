@@ -34,9 +34,9 @@ from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.methods.registry import METHODS as REGISTERED
 from fewstep.methods.registry import method_class
-from fewstep.teachers import FAMILIES, Teacher, load_teacher
+from fewstep.teachers import FAMILIES, Inputs, Teacher, load_teacher
 from fewstep.teachers.families.edm import Edm
-from fewstep.teachers.families.flow import FlowTeacher, Flux, pack, unpack
+from fewstep.teachers.families.flux import Flux, pack, unpack
 from fewstep.teachers.families.sana import Sana
 from fewstep.training.init_from import start_from
 from fewstep.training.trainer import Trainer
@@ -216,7 +216,7 @@ def test_networks_whose_weights_wait_in_main_memory_answer_the_same(teacher: Tea
 
 def test_features_are_maps(teacher: Teacher) -> None:
     found: list[Tensor] = []
-    module = teacher.feature_module(teacher.denoiser)
+    module = teacher.denoiser.feature_module()
     handle = module.register_forward_hook(lambda _, __, output: found.append(teacher.denoiser.feature_map(output)))
     teacher.denoiser(noise(teacher), torch.tensor([999, 10]), teacher.condition(raw(teacher)))
     handle.remove()
@@ -464,7 +464,7 @@ def test_flow_students_run_the_even_grid_under_the_shift(
 ) -> None:
     """Not the stock one of SD3, which is degenerate for few steps: 1000, 8.9 for two."""
     teacher = load_teacher(str(folders(family)))
-    assert isinstance(teacher, FlowTeacher)
+    assert isinstance(teacher.schedule, ShiftedFlow)
     h = teacher.schedule.shift
     scheduler: Any = teacher.samplers.renoise(steps) if stochastic else teacher.samplers.jump(steps)
     grid = teacher.samplers.grid(scheduler, steps)
@@ -478,7 +478,7 @@ def test_flow_students_run_the_even_grid_under_the_shift(
 
 def test_flow_shift_is_the_teachers(folders: Callable[[str], Path]) -> None:
     sd3, flux = (load_teacher(str(folders(family))) for family in ("sd3", "flux"))
-    assert isinstance(sd3, FlowTeacher) and isinstance(flux, FlowTeacher)
+    assert isinstance(sd3.schedule, ShiftedFlow) and isinstance(flux.schedule, ShiftedFlow)
     assert sd3.schedule.shift == 3.0
     flux.pipeline("a bag", num_inference_steps=4, output_type="latent")
     stock = flux.pipeline.scheduler.timesteps / 1000
@@ -685,7 +685,7 @@ def test_edm_time_is_differentiable(folders: Callable[[str], Path]) -> None:
     net = teacher.denoiser.net.double()
 
     def x0(t: Tensor) -> Tensor:
-        return teacher.call(net, x, t, cond, None)
+        return teacher.denoiser.call(net, Inputs(x, t, cond))
 
     t = torch.tensor([700.0], dtype=torch.float64)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

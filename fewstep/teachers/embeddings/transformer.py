@@ -1,23 +1,29 @@
-"""How a transformer is told the target time within a segment and the guidance scale, and how that is folded away for export.
+"""Extra inputs of transformers: the guidance scale, and the target time's progress within a segment; attached and folded.
 
-The transformers of diffusers have no place for either. Both enter where the timestep does: the network is given
-timesteps [B, n], a column for each thing that it is told, and its two modules of time read them.
+The transformers of diffusers have no place for either. Both enter where the timestep does: the network gets timesteps
+[B, n], a column for each input, and its two modules of time read them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from fewstep.teachers.denoiser import Scale
-from fewstep.teachers.embeddings.unet import HARMONICS, ProgressEmbedding, waves
-from fewstep.teachers.families.sd import EMBEDDING_DIM, guidance_embedding
+from fewstep.teachers.denoiser import Inputs, Scale
+from fewstep.teachers.embeddings.unet import EMBEDDING_DIM, HARMONICS, ProgressEmbedding, guidance_embedding, waves
 
 
-class ToldProjection(nn.Module):
-    """Sinusoids of timesteps [B]; of [B, n], those of the first column and behind them those of the other things told."""
+class TimeModules(Protocol):
+    """A module of a transformer that embeds the timestep."""
+
+    time_proj: nn.Module
+    timestep_embedder: nn.Module
+
+
+class ExtraTimeProjection(nn.Module):
+    """Sinusoids of timesteps [B]; of [B, n], those of the first column and behind them those of the extra inputs."""
 
     def __init__(self, inner: nn.Module, progress: bool, guidance: bool) -> None:
         super().__init__()
@@ -25,7 +31,8 @@ class ToldProjection(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         if timestep.ndim == 1:
-            return self.inner(timestep)  # type: ignore[no-any-return]
+            sinusoids: Tensor = self.inner(timestep)
+            return sinusoids
         columns = timestep.unbind(1)
         parts = [self.inner(columns[0])]
         if self.progress:
@@ -35,7 +42,7 @@ class ToldProjection(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class ToldEmbedding(TimestepEmbedding):  # type: ignore[misc]  # diffusers is not typed
+class ExtraTimeEmbedding(TimestepEmbedding):
     """A TimestepEmbedding, under its own weights' names, plus embeddings that are zero at the start of training."""
 
     def __init__(self, plain: TimestepEmbedding, progress: bool, guidance: bool) -> None:
@@ -62,7 +69,7 @@ class ToldEmbedding(TimestepEmbedding):  # type: ignore[misc]  # diffusers is no
 
     @torch.no_grad()
     def folded(self, guidance_scale: float | None) -> TimestepEmbedding:
-        """The plain embedding that tells the end of a segment and one guidance scale: constants in its last bias."""
+        """The plain embedding at the end of a segment and one guidance scale: constants in its last bias."""
         state, bias = self.state_dict(), self.linear_2.bias.double()
         one = torch.ones(1, device=bias.device)
         if self.progress is not None:
@@ -75,48 +82,57 @@ class ToldEmbedding(TimestepEmbedding):  # type: ignore[misc]  # diffusers is no
         return plain
 
 
-def attach(parents: Sequence[Any], progress: bool, guidance: bool) -> None:
-    """Give networks' modules of time (those with a `time_proj` and a `timestep_embedder`) a place for what is told."""
+def attach_inputs(parents: Sequence[TimeModules], progress: bool, guidance: bool) -> None:
+    """Give a network's modules of time a place for extra inputs, in place."""
     for parent in parents:
-        parent.time_proj = ToldProjection(parent.time_proj, progress, guidance)
-        parent.timestep_embedder = ToldEmbedding(parent.timestep_embedder, progress, guidance)
+        parent.time_proj = ExtraTimeProjection(parent.time_proj, progress, guidance)
+        parent.timestep_embedder = ExtraTimeEmbedding(parent.timestep_embedder, progress, guidance)
 
 
-def fold(parents: Sequence[Any], guidance_scale: Scale | None) -> None:
-    """Undo `attach`: what was told becomes part of the weights, in place.
+def fold_inputs(parents: Sequence[TimeModules], guidance_scale: Scale | None) -> None:
+    """Undo `attach_inputs`: the extra inputs become part of the weights, in place.
 
     Raises ValueError for a guidance_scale that was never embedded, for one embedded of which none is given: no stock
-    pipeline would tell it, and for one that differs between timesteps.
+    pipeline would pass it, and for one that differs between timesteps.
     """
     if isinstance(guidance_scale, Mapping):
         raise ValueError("a guidance scale for each timestep cannot be folded into a transformer: give one number")
-    embeds = isinstance(parents[0].time_proj, ToldProjection) and parents[0].time_proj.guidance
+    embeds = _embeds(parents[0])[1]
     if guidance_scale is not None and not embeds:
         raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
     if guidance_scale is None and embeds:
         raise ValueError("the student embeds the guidance scale, which its stock pipeline cannot pass: set one to fold")
     for parent in parents:
-        if isinstance(parent.time_proj, ToldProjection):
+        if isinstance(parent.time_proj, ExtraTimeProjection):
             parent.time_proj = parent.time_proj.inner
+            assert isinstance(parent.timestep_embedder, ExtraTimeEmbedding)
             parent.timestep_embedder = parent.timestep_embedder.folded(guidance_scale)
 
 
-def columns(parent: Any, t: Tensor, guidance_scale: Tensor | None, progress: Tensor | None) -> Tensor:
-    """The timestep argument of a network whose first module of time is `parent`: [B], or [B, n] with what is told.
+def time_input(parent: TimeModules, time: Tensor, inputs: Inputs) -> Tensor:
+    """The timestep argument of a network whose first module of time is `parent`: [B], or [B, n] with the extra inputs.
 
-    Raises ValueError where a guidance_scale or progress is given and not embedded, or embedded and not given.
+    time: the timesteps [B] in the network's own units. Raises ValueError where a guidance_scale or progress is given and
+    not embedded, or embedded and not given.
     """
-    told = isinstance(parent.time_proj, ToldProjection)
+    progress, guidance = _embeds(parent)
     for name, value, embeds in (
-        ("guidance", guidance_scale, told and parent.time_proj.guidance),
-        ("progress", progress, told and parent.time_proj.progress),
-    ):
+        ("guidance", inputs.guidance_scale, guidance), ("progress", inputs.progress, progress)
+    ):  # fmt: skip
         if embeds != (value is not None):
             raise ValueError(
                 f"the network has {'a' if embeds else 'no'} {name} embedding and was given "
                 f"{'none' if value is None else 'one'}"
             )
-    if not told:
-        return t
-    given = [v.float() for v in (t, progress, guidance_scale) if v is not None]
+    if not isinstance(parent.time_proj, ExtraTimeProjection):
+        return time
+    given = [v.float() for v in (time, inputs.progress, inputs.guidance_scale) if v is not None]
     return torch.stack(given, dim=1)
+
+
+def _embeds(parent: TimeModules) -> tuple[bool, bool]:
+    """Whether a network embeds the progress, and the guidance scale."""
+    projection = parent.time_proj
+    if not isinstance(projection, ExtraTimeProjection):
+        return False, False
+    return projection.progress, projection.guidance

@@ -1,21 +1,25 @@
 """Pixel models with EDM's scalings, with labels or without: ConsistencyModelPipeline (Karras et al. 2022, Song et al. 2023)."""
 
-import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.diffusion.schedule import KarrasLevels
-from fewstep.teachers.denoiser import Cond, Denoiser, Scale
-from fewstep.teachers.embeddings.unet import ToldLabels
-from fewstep.teachers.families.ddpm import Pixel, check_network
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.conditioner import Labels, Unconditional
+from fewstep.teachers.denoiser import Denoiser, Inputs
+from fewstep.teachers.embeddings.unet import LabelProgressEmbedding
+from fewstep.teachers.families._pixel import PixelStudents, check_network
+from fewstep.teachers.guidance_contract import GuidanceContract
+from fewstep.teachers.latents import Pixels
 from fewstep.teachers.lora import ATTENTION
+from fewstep.teachers.placement import Placement
+from fewstep.teachers.samplers import Samplers
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import CMStochasticIterativeScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 
 
 @dataclass(frozen=True)
@@ -30,25 +34,18 @@ class Preconditioned:
     sigma_data: float
     ends: bool = False
 
-    def __call__(
-        self,
-        net: Any,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        guidance_scale: Tensor | None,
-        progress: Tensor | None = None,
-    ) -> Tensor:
-        if guidance_scale is not None:
+    def __call__(self, net: "UNet2DModel", inputs: Inputs) -> Tensor:
+        if inputs.guidance_scale is not None:
             raise ValueError("a UNet2DModel takes no guidance_scale")
-        k, data = self.schedule.level(t), self.sigma_data
+        x_t, progress = inputs.x_t, inputs.progress
+        k, data = self.schedule.level(inputs.t), self.sigma_data
         shape, kind = (-1, 1, 1, 1), torch.promote_types(x_t.dtype, torch.float32)
         x = x_t.to(kind) * (1 + k**2).sqrt().view(shape).to(kind)
         size, above = (k**2 + data**2).sqrt(), k - self.schedule.sigma_min if self.ends else k
         c_skip, c_out, c_in = (
             v.view(shape).to(kind) for v in (data**2 / (above**2 + data**2), above * data / size, 1 / size)
         )
-        labels = cond.get("class_labels")
+        labels = inputs.cond.get("class_labels")
         if labels is not None and progress is not None:
             labels = torch.stack([labels.to(progress.dtype), progress], dim=1)
         elif labels is None:
@@ -57,67 +54,32 @@ class Preconditioned:
         return c_skip * x + c_out * output.to(kind)
 
 
-class Edm(Pixel):
-    """A ConsistencyModelPipeline. There is no unconditional among its labels, and so no guidance.
+class EdmStudents(PixelStudents):
+    """Consistency models in ConsistencyModelPipeline, whose first argument is a batch size: labels are passed by keyword."""
 
-    The teacher is read as a diffusion model, its students as the consistency models that their pipeline takes them for.
-    Timesteps are the levels of the scheduler, by its num_train_timesteps; the network is valid at any level between.
-
-    Raises ValueError for the networks that Pixel refuses (labels but by an embedding), and for other schedulers.
-    """
-
-    lora_targets = (*ATTENTION, "conv1", "conv2", "conv_shortcut", "time_emb_proj")
-    schedule: KarrasLevels
-
-    def __init__(self, pipeline: "DiffusionPipeline") -> None:
-        from diffusers import CMStochasticIterativeScheduler
-
-        unet, settings = pipeline.unet, pipeline.scheduler.config
-        check_network(unet.config)
-        if not isinstance(pipeline.scheduler, CMStochasticIterativeScheduler):
-            raise ValueError(
-                f"the teacher's scheduler is a {type(pipeline.scheduler).__name__}; supported: CMStochasticIterativeScheduler"
-            )
-        self.pipeline, self.num_train_timesteps = pipeline, settings.num_train_timesteps
-        self.schedule = KarrasLevels(settings.sigma_min, settings.sigma_max, settings.rho, self.num_train_timesteps)
-        self.call = Preconditioned(self.schedule, settings.sigma_data)
-        self.denoiser = Denoiser(unet.requires_grad_(False).eval(), self.call, self.schedule, "sample")
-        self.image_size = unet.config.sample_size
-        self.latent_shape = (unet.config.in_channels, self.image_size, self.image_size)
-        self.num_labels: int | None = unet.config.num_class_embeds
-        self.conditions = "none" if self.num_labels is None else "label"
-
-    def error_weight(self, t: Tensor) -> Tensor:
-        """1 / c_out^2 = 1 / k^2 + 1 / sigma_data^2, with which errors in x0 are errors of the network's own output."""
-        return (self.schedule.level(t) ** -2 + self.call.sigma_data**-2).float()
-
-    def condition(self, raw: Sequence[Any]) -> Cond:
-        if self.num_labels is None:
-            return {}
-        wrong = [v for v in raw if not isinstance(v, int) or not 0 <= v < self.num_labels]
-        if wrong:
-            raise ValueError(
-                f"the teacher's conditions are labels 0 to {self.num_labels - 1}; found {wrong[0]!r}: set data.source to one "
-                "with labels, and data.num_labels"
-            )
-        return {"class_labels": torch.tensor(raw, dtype=torch.int, device=self.placement.device)}
-
-    def null_condition(self, size: int) -> Cond:
-        """Any label: no network is asked for an unconditional answer, since methods refuse to guide this family."""
-        return self.condition([0] * size)
-
-    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
-        labelled = progress_embedding and self.num_labels is not None
-        student = super().student(guidance_embedding, progress_embedding and not labelled)
-        if labelled:
-            net: Any = student.net
-            net.class_embedding = ToldLabels(net.class_embedding)
-        student.call = replace(self.call, ends=True)
+    def new(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
+        labelled = isinstance(self.denoiser.net.class_embedding, nn.Embedding)
+        student = super().new(guidance_embedding, progress_embedding and not labelled)
+        labels = student.net.class_embedding
+        if progress_embedding and isinstance(labels, nn.Embedding):
+            student.net.class_embedding = LabelProgressEmbedding(labels)
+        assert isinstance(student.call, Preconditioned)
+        student.call = replace(student.call, ends=True)
         return student.learnable()
 
-    def renoise_scheduler(
-        self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None
-    ) -> "SchedulerMixin":
+    def kind(self) -> "type[DiffusionPipeline]":
+        from diffusers import ConsistencyModelPipeline
+
+        return ConsistencyModelPipeline
+
+
+class EdmSamplers(Samplers):
+    """CMStochasticIterativeScheduler at its own levels."""
+
+    def __init__(self, scheduler: "CMStochasticIterativeScheduler") -> None:
+        self.config, self.total = scheduler.config, scheduler.config.num_train_timesteps
+
+    def renoise(self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None) -> "SchedulerMixin":
         """The teacher's own, without bounds on x0, as students are trained without.
 
         It has no c_skip and c_out of a timestep_scaling (Luo et al. 2023), which must be 0 and 1 at its timesteps up to 1e-3.
@@ -126,7 +88,7 @@ class Edm(Pixel):
         """
         from diffusers import CMStochasticIterativeScheduler
 
-        total = self.num_train_timesteps
+        total = self.total
         if steps < 1 or total % steps:
             divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
             raise ValueError(
@@ -142,33 +104,65 @@ class Edm(Pixel):
                 "does not have its c_skip"
             )
         scheduler: SchedulerMixin = CMStochasticIterativeScheduler.from_config(
-            self.pipeline.scheduler.config, clip_denoised=False, s_noise=1.0
+            self.config, clip_denoised=False, s_noise=1.0
         )
         return scheduler
 
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+    def counts(self, steps: int) -> tuple[int, ...]:
         """Those that divide steps: n steps run timesteps T - 1 - i (T // n), i = 0 ... n - 1."""
         return tuple(n for n in range(1, steps + 1) if steps % n == 0)
 
-    def jump_scheduler(self, steps: int) -> "SchedulerMixin":
+    def jump(self, steps: int) -> "SchedulerMixin":
         """One step. ValueError for more: no stock scheduler with this network's scalings goes on without noise."""
         if steps != 1:
             raise ValueError(
                 f"steps is {steps}: ConsistencyModelPipeline takes one deterministic step; more of them are re-noised"
             )
-        return self.renoise_scheduler(1)
+        return self.renoise(1)
 
-    def jump_grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
-        total = self.num_train_timesteps
+    def grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+        total = self.total
         return torch.tensor([*(total - 1 - i * (total // steps) for i in range(steps)), -1])
 
-    def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
-    ) -> "DiffusionPipeline":
-        """ConsistencyModelPipeline, whose first argument is a batch size: labels are passed by keyword."""
-        from diffusers import ConsistencyModelPipeline
 
-        unet = self.folded(student, guidance_scale)
-        pipeline = ConsistencyModelPipeline(unet=unet, scheduler=copy.deepcopy(scheduler))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+class Edm(Teacher):
+    """A ConsistencyModelPipeline. There is no unconditional among its labels, and so no guidance.
+
+    The teacher is read as a diffusion model, its students as the consistency models that their pipeline takes them for.
+    Timesteps are the levels of the scheduler, by its num_train_timesteps; the network is valid at any level between.
+
+    Raises ValueError for networks with a learnt variance, labels but by an embedding, or without one size, and for other
+    schedulers.
+    """
+
+    guidance = GuidanceContract(guidable=False)
+    schedule: KarrasLevels
+
+    def __init__(self, pipeline: "DiffusionPipeline") -> None:
+        from diffusers import CMStochasticIterativeScheduler
+
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        check_network(unet)
+        if not isinstance(scheduler, CMStochasticIterativeScheduler):
+            raise ValueError(
+                f"the teacher's scheduler is a {type(scheduler).__name__}; supported: CMStochasticIterativeScheduler"
+            )
+        s = scheduler.config
+        schedule = KarrasLevels(s.sigma_min, s.sigma_max, s.rho, s.num_train_timesteps)
+        placement, labels = Placement(pipeline, unet), unet.config.num_class_embeds
+        denoiser = Denoiser(unet, Preconditioned(schedule, s.sigma_data), schedule, "sample")
+        targets = (*ATTENTION, "conv1", "conv2", "conv_shortcut", "time_emb_proj")
+        self.sigma_data: float = s.sigma_data
+        super().__init__(
+            denoiser,
+            placement,
+            # Methods refuse to guide this family, so its label for unconditional is any.
+            conditioner=Unconditional() if labels is None else Labels(placement, labels, null_label=0, dtype=torch.int),
+            codec=Pixels(unet.config.in_channels, unet.config.sample_size),
+            students=EdmStudents(denoiser, placement, targets),
+            samplers=EdmSamplers(scheduler),
+        )
+
+    def error_weight(self, t: Tensor) -> Tensor:
+        """1 / c_out^2 = 1 / k^2 + 1 / sigma_data^2, with which errors in x0 are errors of the network's own output."""
+        return (self.schedule.level(t) ** -2 + self.sigma_data**-2).float()

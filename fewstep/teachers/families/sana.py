@@ -1,25 +1,28 @@
 """Sana (Xie et al. 2024): a rectified flow of linear attention on Gemma's states, in the latents of a deep autoencoder."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
-from fewstep.teachers.denoiser import Cond, Posterior, tokens_as_map
-from fewstep.teachers.embeddings import transformer as told
-from fewstep.teachers.families._transformer import TransformerTeacher
-from fewstep.teachers.families.flow import FlowTeacher
-from fewstep.teachers.flow_schedulers import shift_of, twice_shifted_scheduler
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.conditioner import Prompts, call_defaults
+from fewstep.teachers.denoiser import Cond, Denoiser, Inputs, Posterior
+from fewstep.teachers.embeddings.transformer import TimeModules, time_input
+from fewstep.teachers.families._flow import flow_schedule, network_time
+from fewstep.teachers.families._transformer import TOKEN_FEATURES, TransformerStudents
+from fewstep.teachers.flow_schedulers import twice_shifted_scheduler
 from fewstep.teachers.guidance_contract import GUIDED_BY_DEFAULT
+from fewstep.teachers.latents import Autoencoder
 from fewstep.teachers.lora import ATTENTION
-from fewstep.teachers.prompt_cache import PromptCache
+from fewstep.teachers.placement import Placement
+from fewstep.teachers.samplers import FlowSamplers
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DiffusionPipeline, SanaTransformer2DModel, SchedulerMixin
 
 AWAY = "\0away from: "
 """Begins the name of a prompt that guidance leads away from: the pipeline encodes it without its instruction to Gemma."""
@@ -27,30 +30,58 @@ AWAY = "\0away from: "
 
 @dataclass(frozen=True)
 class SanaCall:
-    """SanaTransformer2DModel at x_t [B, C, h, w], t [B]."""
+    """SanaTransformer2DModel at latents [B, C, h, w]."""
 
     schedule: ShiftedFlow
 
-    def __call__(
-        self,
-        net: Any,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Cond,
-        guidance_scale: Tensor | None,
-        progress: Tensor | None = None,
-    ) -> Tensor:
-        time = self.schedule.num_train_timesteps * self.schedule(t)[1] * net.config.timestep_scale
+    def __call__(self, net: "SanaTransformer2DModel", inputs: Inputs) -> Tensor:
+        time = network_time(self.schedule, inputs.t) * net.config.timestep_scale
         output: Tensor = net(
-            hidden_states=x_t.to(net.dtype),
-            encoder_hidden_states=cond["encoder_hidden_states"].to(net.dtype),
-            encoder_attention_mask=cond["encoder_attention_mask"],
-            timestep=told.columns(net.time_embed.emb, time, guidance_scale, progress),
+            hidden_states=inputs.x_t.to(net.dtype),
+            encoder_hidden_states=inputs.cond["encoder_hidden_states"].to(net.dtype),
+            encoder_attention_mask=inputs.cond["encoder_attention_mask"],
+            timestep=time_input(net.time_embed.emb, time, inputs),
         ).sample
-        return output[:, : x_t.shape[1]]
+        return output[:, : inputs.x_t.shape[1]]
 
 
-class Sana(FlowTeacher):
+def time_modules(net: "SanaTransformer2DModel") -> Sequence[TimeModules]:
+    return [net.time_embed.emb]
+
+
+class SanaPrompts(Prompts):
+    """Prompts; unconditional is the empty one without the pipeline's instruction to Gemma."""
+
+    def negative(self, prompt: str) -> str:
+        return AWAY + prompt
+
+
+class DeepAutoencoder(Autoencoder):
+    """An AutoencoderDC, which is deterministic: std is 0."""
+
+    def encode(self, images: Tensor) -> Posterior:
+        self.check(images)
+        vae = self.vae
+        with torch.no_grad():
+            latent = vae.encode(images.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
+        return Posterior(latent, torch.zeros_like(latent))
+
+
+class SanaSamplers(FlowSamplers):
+    """The pipeline passes its scheduler nothing but the count, with which that has to be made."""
+
+    def counts(self, steps: int) -> tuple[int, ...]:
+        """One: the grid of other counts would end where that of `steps` does."""
+        return (steps,)
+
+    def scheduler(self, steps: int, stochastic: bool) -> "SchedulerMixin":
+        return twice_shifted_scheduler(self.schedule, steps, stochastic)
+
+    def set_timesteps(self, scheduler: "SchedulerMixin", steps: int) -> None:
+        scheduler.set_timesteps(steps)
+
+
+class Sana(Teacher):
     """A SanaPipeline; unconditional is the empty prompt without the pipeline's instruction to Gemma.
 
     It guides by default, and nothing in a folder can stop it: a student's caller passes guidance_scale=1. Its images are
@@ -58,48 +89,31 @@ class Sana(FlowTeacher):
     """
 
     guidance = GUIDED_BY_DEFAULT
-    text_parts = ("text_encoder",)
-    lora_targets = (*ATTENTION, "conv_inverted", "conv_point", "time_embed.linear")
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
-        config = pipeline.scheduler.config
-        # Published with DPM-Solver, which has its shift under another name.
-        shift = float(config["flow_shift"]) if config.get("use_flow_sigmas") else shift_of(config, 0)
-        schedule = ShiftedFlow(shift, config.num_train_timesteps)
-        self.call, self.feature_map = SanaCall(schedule), tokens_as_map
-        TransformerTeacher.__init__(self, pipeline, schedule, "flow")
-        self.prompts = PromptCache(self, self._encode_prompts)
-        self.placement.moved.append(self.prompts.clear)
-
-    @staticmethod
-    def sizes(pipeline: "DiffusionPipeline") -> tuple[tuple[int, int, int], int]:
-        side = pipeline.transformer.config.sample_size
-        return (pipeline.transformer.config.in_channels, side, side), side * pipeline.vae_scale_factor
-
-    @staticmethod
-    def time_modules(net: Any) -> Sequence[Any]:
-        return [net.time_embed.emb]
-
-    def encode(self, images: Tensor) -> Posterior:
-        """The autoencoder is deterministic: std is 0."""
-        vae, expected = self.placement.part("vae"), (3, self.image_size, self.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
-        with torch.no_grad():
-            latent = vae.encode(images.to(vae.device, vae.dtype)).latent.float() * vae.config.scaling_factor
-        return Posterior(latent, torch.zeros_like(latent))
-
-    def negative(self, prompt: str) -> str:
-        return AWAY + prompt
-
-    def null_condition(self, size: int) -> Cond:
-        return self.condition([self.negative("")] * size)
+        net, config = pipeline.transformer, pipeline.scheduler.config
+        if config.get("use_flow_sigmas"):  # published with DPM-Solver, which has its shift under another name
+            schedule = ShiftedFlow(float(config["flow_shift"]), config.num_train_timesteps)
+        else:
+            schedule = flow_schedule(pipeline.scheduler, 0)
+        placement = Placement(pipeline, net, text_parts=("text_encoder",), image_parts=("vae",))
+        denoiser = Denoiser(net, SanaCall(schedule), schedule, "flow", TOKEN_FEATURES)
+        side, targets = net.config.sample_size, (*ATTENTION, "conv_inverted", "conv_point", "time_embed.linear")
+        super().__init__(
+            denoiser,
+            placement,
+            conditioner=SanaPrompts(placement, self._encode_prompts),
+            codec=DeepAutoencoder(placement, (net.config.in_channels, side, side), side * pipeline.vae_scale_factor),
+            students=TransformerStudents(denoiser, placement, targets, time_modules),
+            samplers=SanaSamplers(schedule),
+        )
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
-        given = inspect.signature(type(self.pipeline).__call__).parameters
-        defaults = {name: given[name].default for name in ("clean_caption", "max_sequence_length")}
+        names = ("complex_human_instruction", "clean_caption", "max_sequence_length")
+        defaults = call_defaults(self.pipeline, *names)
+        usual = defaults.pop("complex_human_instruction")
         rows: dict[str, tuple[Tensor, Tensor]] = {}
-        for away, instruction in ((False, given["complex_human_instruction"].default), (True, None)):
+        for away, instruction in ((False, usual), (True, None)):
             if some := [prompt for prompt in prompts if prompt.startswith(AWAY) == away]:
                 encoded, mask, _, _ = self.pipeline.encode_prompt(
                     [prompt.removeprefix(AWAY) for prompt in some], False, device=self.placement.device,
@@ -108,13 +122,3 @@ class Sana(FlowTeacher):
                 rows |= dict(zip(some, zip(encoded, mask, strict=True), strict=True))
         states, masks = (torch.stack([rows[prompt][i] for prompt in prompts]) for i in range(2))
         return {"encoder_hidden_states": states, "encoder_attention_mask": masks}
-
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
-        """One: the grid of other counts would end where that of `steps` does."""
-        return (steps,)
-
-    def _scheduler(self, steps: int, stochastic: bool) -> "SchedulerMixin":
-        return twice_shifted_scheduler(self.schedule, steps, stochastic)
-
-    def _set_timesteps(self, scheduler: Any, steps: int) -> None:
-        scheduler.set_timesteps(steps)

@@ -1,100 +1,89 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, a pooled prompt, and the image's size as a condition."""
 
-import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fewstep.teachers.denoiser import Call, Cond, Denoiser, Posterior, Scale
-from fewstep.teachers.families import sd
-from fewstep.teachers.families.sd import StableDiffusion, in_dtype
-from fewstep.teachers.latents import decode_latents, encode_images
-from fewstep.teachers.prompt_cache import repeated
+from fewstep.teachers.base import Teacher
+from fewstep.teachers.conditioner import Prompts
+from fewstep.teachers.denoiser import Cond, Denoiser, Inputs
+from fewstep.teachers.families._unet import UNetStudents, call_unet, check_no_student
+from fewstep.teachers.guidance_contract import GuidanceContract
+from fewstep.teachers.latents import Autoencoder, square_size
+from fewstep.teachers.lora import UNET
+from fewstep.teachers.placement import Placement
+from fewstep.teachers.samplers import DiscreteSamplers
+from fewstep.teachers.schedulers import read_schedule, tcd_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 
 
-def call(
-    net: Any, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None, progress: Tensor | None = None
-) -> Tensor:
-    """The UNet's output at x_t [B, C, h, w], t [B]; guidance_scale [B] if and only if the network embeds it."""
-    added = {key: cond[key].to(net.dtype) for key in ("text_embeds", "time_ids")}
-    return sd.call(net, x_t, t, cond, guidance_scale, progress, added_cond_kwargs=added)
+def call(net: "UNet2DConditionModel", inputs: Inputs) -> Tensor:
+    """The UNet's output, given the pooled prompt and the size, too."""
+    added = {key: inputs.cond[key].to(net.dtype) for key in ("text_embeds", "time_ids")}
+    return call_unet(net, inputs, added)
 
 
-class StableDiffusionXL(StableDiffusion):
-    """A StableDiffusionXLPipeline. Unconditional is zeros where its force_zeros_for_empty_prompt says so, else "".
+class XLPrompts(Prompts):
+    """Prompts; unconditional is zeros where the pipeline's force_zeros_for_empty_prompt says so."""
 
-    Images are square, not cropped, and as large as the network wants them; that is what it is told of them.
+    def __init__(self, placement: Placement, encode: Callable[[list[str]], Cond]) -> None:
+        super().__init__(placement, encode)
+        self.force_zeros: bool = placement.pipeline.config.force_zeros_for_empty_prompt
+
+    def null(self, size: int) -> Cond:
+        cond = super().null(size)
+        if self.force_zeros:
+            cond |= {key: torch.zeros_like(cond[key]) for key in ("encoder_hidden_states", "text_embeds")}
+        return cond
+
+
+class XLStudents(UNetStudents):
+    """StableDiffusionXLPipeline, which does not guide a UNet that embeds the guidance scale."""
+
+    def kind(self, scheduler: "SchedulerMixin") -> "type[DiffusionPipeline]":
+        return type(self.placement.pipeline)
+
+    def settings(self) -> dict[str, object]:
+        zeros = self.placement.pipeline.config.force_zeros_for_empty_prompt
+        return {"force_zeros_for_empty_prompt": zeros, "feature_extractor": None, "image_encoder": None}
+
+
+class StableDiffusionXL(Teacher):
+    """A StableDiffusionXLPipeline. Unconditional is zeros where its force_zeros_for_empty_prompt says so, otherwise "".
+
+    Images are square, not cropped, and as large as the network wants them; that is the size it is conditioned on.
     Raises ValueError for an autoencoder whose latents have a mean and deviation of their own.
     """
 
-    text_parts = ("text_encoder", "text_encoder_2")
-    call: Call = staticmethod(call)
+    guidance = GuidanceContract(live=True, scale_to_pass_with_adapters=1.0)
 
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
-        super().__init__(pipeline)
+        unet, scheduler = pipeline.unet, pipeline.scheduler
+        check_no_student(unet)
         if pipeline.vae.config.get("latents_mean") is not None:
             raise ValueError("the teacher's VAE has a latents_mean; only those with a scaling_factor are supported")
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder in a type that holds its activations: float32 where its config asks for that (force_upcast)."""
-        own: Any = self.placement.part("vae")
-        return self.placement.part_in_float32("vae") if own.config.force_upcast else own
-
-    def encode(self, images: Tensor) -> Posterior:
-        return encode_images(self.vae, images, self.image_size)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return decode_latents(self.vae, x0)
+        placement = Placement(pipeline, unet, text_parts=("text_encoder", "text_encoder_2"), image_parts=("vae",))
+        denoiser = Denoiser(unet, call, read_schedule(scheduler), scheduler.config.prediction_type)
+        side, image_size = square_size(unet, pipeline)
+        super().__init__(
+            denoiser,
+            placement,
+            conditioner=XLPrompts(placement, self._encode_prompts),
+            codec=Autoencoder(placement, (unet.config.in_channels, side, side), image_size, upcast=True),
+            students=XLStudents(denoiser, placement, UNET),
+            samplers=DiscreteSamplers(scheduler, tcd_scheduler),
+        )
 
     def _encode_prompts(self, prompts: list[str]) -> Cond:
         device = self.pipeline.text_encoder_2.device
         encoded, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        # (height, width) of the original, top and left of its crop, (height, width) of what is wanted.
+        # (height, width) of the original, top and left of its crop, (height, width) of the image.
         ids = torch.tensor([self.image_size, self.image_size, 0, 0, self.image_size, self.image_size])
-        ids = repeated(ids.to(device, encoded.dtype), len(prompts))
+        ids = ids.to(device, encoded.dtype)[None].expand(len(prompts), -1).contiguous()
         return {"encoder_hidden_states": encoded, "text_embeds": pooled, "time_ids": ids}
-
-    def null_condition(self, size: int) -> Cond:
-        cond = self.condition([""] * size)
-        if self.pipeline.config.force_zeros_for_empty_prompt:
-            cond |= {key: torch.zeros_like(cond[key]) for key in ("encoder_hidden_states", "text_embeds")}
-        return cond
-
-    def student_pipeline(
-        self, student: Denoiser, scheduler: "SchedulerMixin", guidance_scale: Scale | None = None
-    ) -> "DiffusionPipeline":
-        """StableDiffusionXLPipeline, which does not guide a UNet that embeds the guidance scale; every exported one does.
-
-        A guidance_scale for a student without the embedding raises ValueError.
-        """
-        from diffusers import StableDiffusionXLPipeline
-
-        return self._assembled(StableDiffusionXLPipeline, self._stock_unet(student, guidance_scale), scheduler)
-
-    def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
-        from diffusers import StableDiffusionXLPipeline
-
-        return self._assembled(StableDiffusionXLPipeline, self.folded(student).requires_grad_(False).eval(), scheduler)
-
-    def _assembled(self, kind: Any, unet: Any, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
-        self.placement.recall(self.placement.parts)
-        own = self.pipeline
-        pipeline: DiffusionPipeline = kind(
-            vae=in_dtype(own.vae, unet.dtype),
-            text_encoder=in_dtype(own.text_encoder, unet.dtype),
-            text_encoder_2=in_dtype(own.text_encoder_2, unet.dtype),
-            tokenizer=own.tokenizer,
-            tokenizer_2=own.tokenizer_2,
-            unet=unet,
-            scheduler=copy.deepcopy(scheduler),
-            force_zeros_for_empty_prompt=own.config.force_zeros_for_empty_prompt,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline

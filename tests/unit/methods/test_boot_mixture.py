@@ -3,8 +3,8 @@ mixture of its own, as shares of the teacher's distance there."""
 
 import copy
 import math
-from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +18,13 @@ from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.method import Boot
-from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond, Denoiser, Posterior
+from fewstep.teachers import Denoiser, GuidanceContract, Inputs, Posterior, Teacher
+from fewstep.teachers.conditioner import Unconditional
+from fewstep.teachers.denoiser import Scale
+from fewstep.teachers.latents import Codec
+from fewstep.teachers.placement import Placement
+from fewstep.teachers.samplers import Samplers
+from fewstep.teachers.students import Students
 
 N = 64
 """Sub-steps of the teacher in all segments together."""
@@ -49,56 +54,63 @@ class Mlp(nn.Module):
         return self.net(torch.cat([x, waves.sin(), waves.cos(), cosines], 1))
 
 
-def call(
-    net: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, scale: Tensor | None, progress: Tensor | None = None
-) -> Tensor:
-    return net(x_t, t, torch.ones(len(x_t)) if progress is None else progress)
+def call(net: nn.Module, inputs: Inputs) -> Tensor:
+    x_t, progress = inputs.x_t, inputs.progress
+    return net(x_t, inputs.t, torch.ones(len(x_t)) if progress is None else progress)
 
 
-class Mixture(Teacher):
-    conditions, num_train_timesteps, latent_shape, image_size = "none", 1000, (2,), 2
-    lora_targets = ()
-
-    def __init__(self) -> None:
-        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-        self.schedule = VariancePreserving(table.float())
-        self.denoiser = Denoiser(Exact(self.schedule), call, self.schedule, "v_prediction")
-
+class Points(Codec):
     def encode(self, images: Tensor) -> Posterior:
         return Posterior(images, torch.zeros_like(images))
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0
 
-    def condition(self, raw: Sequence[Any]) -> Cond:
-        return {}
 
-    def null_condition(self, size: int) -> Cond:
-        return {}
+class MixtureStudents(Students):
+    def new(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
+        return Denoiser(Mlp(), call, self.denoiser.schedule, "v_prediction")
 
-    def student(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
-        return Denoiser(Mlp(), call, self.schedule, "v_prediction")
-
-    def feature_module(self, denoiser: Denoiser) -> nn.Module:
+    def fold(self, student: Denoiser, guidance_scale: Scale | None = None) -> nn.Module:
         raise NotImplementedError
 
-    def renoise_scheduler(self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None) -> Any:
+    def pipeline(self, student: Denoiser, scheduler: Any, guidance_scale: Scale | None = None) -> Any:
+        raise NotImplementedError
+
+
+class MixtureSamplers(Samplers):
+    def renoise(self, steps: int, timestep_scaling: float = 10.0, spacing: int | None = None) -> Any:
         return None
 
-    def renoise_counts(self, steps: int) -> tuple[int, ...]:
+    def counts(self, steps: int) -> tuple[int, ...]:
         return (steps,)
 
-    def jump_scheduler(self, steps: int) -> Any:
+    def jump(self, steps: int) -> Any:
         return None
 
-    def jump_grid(self, scheduler: Any, steps: int) -> Tensor:
+    def grid(self, scheduler: Any, steps: int) -> Tensor:
         return torch.linspace(999, -1, steps + 1).round().long()
 
-    def folded(self, student: Denoiser, guidance_scale: float | None = None) -> nn.Module:
-        raise NotImplementedError
 
-    def student_pipeline(self, student: Denoiser, scheduler: Any, guidance_scale: float | None = None) -> Any:
-        raise NotImplementedError
+class Mixture(Teacher):
+    guidance = GuidanceContract(guidable=False)
+
+    def __init__(self) -> None:
+        table = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+        schedule = VariancePreserving(table.float())
+        denoiser = Denoiser(Exact(schedule), call, schedule, "v_prediction")
+        pipeline: Any = SimpleNamespace(
+            components={}, scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+        )
+        placement = Placement(pipeline, denoiser.net)
+        super().__init__(
+            denoiser,
+            placement,
+            conditioner=Unconditional(),
+            codec=Points((2,), 2),
+            students=MixtureStudents(denoiser, placement, ()),
+            samplers=MixtureSamplers(),
+        )
 
 
 def train(iterations: int = 2500, size: int = 512, seed: int = 0, **changes: Any) -> tuple[Boot, nn.Module]:

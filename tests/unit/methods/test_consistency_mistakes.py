@@ -27,7 +27,7 @@ from fewstep.methods.consistency.config import ConsistencyConfig
 from fewstep.methods.consistency.method import Consistency, boundary_scalings
 from fewstep.methods.dropout import set_dropout
 from fewstep.teachers import load_teacher
-from fewstep.teachers.families.sd import attach_guidance, guidance_embedding, with_guidance_embedding
+from fewstep.teachers.embeddings.unet import attach_guidance, guidance_embedding, with_guidance_embedding
 from fewstep.training.batches import Batches
 from fewstep.training.trainer import Trainer
 

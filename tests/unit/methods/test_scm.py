@@ -19,7 +19,7 @@ from fewstep.diffusion.trigflow import rotation, slopes, tangent, velocity, velo
 from fewstep.methods.base import Batch
 from fewstep.methods.dropout import set_dropout
 from fewstep.methods.scm.method import LogVariance, Scm, ScmConfig
-from fewstep.teachers import load_teacher
+from fewstep.teachers import Inputs, load_teacher
 from fewstep.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -133,13 +133,13 @@ def test_forward_mode_goes_through_real_networks(name, request):
     schedule, at = teacher.schedule, rotation(teacher.schedule, t)
 
     def answer(x_t: Tensor, u: Tensor) -> Prediction:
-        output = teacher.denoiser.call(net, x_t, u, cond, None)
+        output = teacher.denoiser.call(net, Inputs(x_t, u, cond))
         return read(schedule, kind, output, x_t, u)
 
     def moved(h: float) -> Tensor:
         weight, tau = at.tau.cos() * at.tau.sin(), at.tau + h * at.tau.cos() * at.tau.sin()
         x_t = x + h * like(weight, x) * slope
-        output = teacher.denoiser.call(net, x_t, t + h * at.time_rate, cond, None)
+        output = teacher.denoiser.call(net, Inputs(x_t, t + h * at.time_rate, cond))
         return velocity(read(lambda _: (tau.cos(), tau.sin()), kind, output, x_t, t), tau)
 
     with torch.no_grad():

@@ -15,7 +15,7 @@ from fewstep.config import merged
 from fewstep.plan.eight_bit import EightBitStates
 from fewstep.plan.fake_tensors import fake_tensor_fixes, without_values
 from fewstep.plan.meter import Meter, bytes_of
-from fewstep.plan.weightless import unweighted_teacher
+from fewstep.plan.weightless import weightless_teacher
 
 PUBLISHED = ROOT / "tests" / "published"
 
@@ -114,7 +114,7 @@ def test_weights_without_values_change_type_and_are_copied():
 
 @pytest.mark.parametrize("name, millions", [("sdxl", 2567.5), ("sd15", 859.5)])
 def test_published_sizes(name, millions):
-    teacher = unweighted_teacher(str(PUBLISHED / name))
+    teacher = weightless_teacher(str(PUBLISHED / name))
     assert sum(p.numel() for p in teacher.denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
     assert teacher.image_size == {"sdxl": 1024, "sd15": 512}[name]
 

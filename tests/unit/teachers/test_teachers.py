@@ -9,15 +9,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from safetensors.torch import load_file, save_file
 
 from builders.families import build_sd3, build_sdxl
 from builders.pipelines import build_sd
 from builders.teachers import perturbed
 from fewstep.config import LoraConfig
+from fewstep.errors import FewstepError
 from fewstep.teachers import Denoiser, Teacher, load_teacher
-from fewstep.teachers.families.sd import guidance_embedding, shift_at
+from fewstep.teachers.embeddings.unet import guidance_embedding, shift_at
 
 T = torch.tensor([999, 10])
 PROMPTS = ["a bag", "a shoe"]
@@ -39,7 +40,7 @@ def noise(teacher: Teacher) -> torch.Tensor:
 
 def test_unknown_class_names_the_supported(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
-    with pytest.raises(ValueError, match="KolorsPipeline; supported: StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match="a KolorsPipeline; expected one of StableDiffusionPipeline"):
         load_teacher(str(tmp_path))
 
 
@@ -55,14 +56,14 @@ def test_a_folder_without_a_pipeline_is_missing(tmp_path: Path) -> None:
 
 
 def test_typo_gets_the_nearest_name() -> None:
-    with pytest.raises(FileNotFoundError, match=r"did you mean 'fashion'\?"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'fashion'\?"):
         load_teacher("fasion")
 
 
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
-        ("tokenizer", "lacks the folder tokenizer, which its model_index.json names"),
+        ("tokenizer", "expected a folder tokenizer in it, which its model_index.json names"),
         ("unet/diffusion_pytorch_model.safetensors", "cannot be loaded: .*no file named diffusion_pytorch_model"),
         ("text_encoder/model.safetensors", "cannot be loaded: "),
         ("unet/config.json", "cannot be loaded: .*config.json"),
@@ -88,7 +89,7 @@ def test_missing_weights_are_told(tiny_sd: Path, tmp_path: Path) -> None:
     weights = load_file(path)
     del weights["conv_out.bias"], weights["conv_in.weight"]
     save_file(weights, path)
-    with pytest.raises(ValueError, match=r"lacks 2 weights of its unet, first conv_in\.weight"):
+    with pytest.raises(ValueError, match=r"without 2 weights of its unet; expected all, first conv_in\.weight"):
         load_teacher(str(tmp_path / "sd"))
 
 
@@ -116,7 +117,7 @@ def test_adapters_that_are_in_the_pipeline_are_distilled(
     call: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
     drawn = pipeline("a bag", **call, generator=torch.Generator().manual_seed(1)).images
     pipeline.save_pretrained(tmp_path / "beside")
-    with pytest.raises(ValueError, match=f"saved with adapters in its {part}: .* fuse_lora"):
+    with pytest.raises(ValueError, match=f"saved with adapters in its {part}; .* fuse_lora"):
         load_teacher(str(tmp_path / "beside"))
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -335,8 +336,40 @@ def test_pixels(pixel: Teacher) -> None:
 def test_features_come_from_the_mid_block(sd: Teacher, pixel: Teacher) -> None:
     for teacher in (sd, pixel):
         shapes: list[torch.Size] = []
-        module = teacher.feature_module(teacher.denoiser)
+        module = teacher.denoiser.feature_module()
         handle = module.register_forward_hook(lambda _, __, output, shapes=shapes: shapes.append(output.shape))
         teacher.denoiser(noise(teacher), T, teacher.condition(PROMPTS))
         handle.remove()
         assert shapes[0][0] == 2 and len(shapes[0]) == 4
+
+
+def test_a_pipeline_in_memory_is_a_teacher(tiny_sd: Path) -> None:
+    """The same numbers as its folder's; its parts wait in main memory, and the caller's pipeline keeps them."""
+    given: Any = DiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.float64)
+    teacher, again = load_teacher(given), load_teacher(str(tiny_sd))
+    assert not any(p.requires_grad or p.dtype != torch.float32 for p in teacher.denoiser.parameters())
+    x, cond = noise(teacher), teacher.condition(PROMPTS)
+    assert torch.equal(teacher.denoiser(x, T, cond).x0, again.denoiser(x, T, again.condition(PROMPTS)).x0)
+    teacher.placement.release(teacher.placement.parts)
+    assert teacher.pipeline.vae is None is not given.vae and teacher.placement.away["vae"] is given.vae
+    teacher.placement.moved[0]()
+    assert all(torch.equal(value, cond[key]) for key, value in teacher.condition(PROMPTS).items())
+    assert teacher.decode(x).isfinite().all()
+
+
+def test_unusable_pipelines_in_memory_are_refused(tiny_sd: Path) -> None:
+    with pytest.raises(
+        FewstepError, match="teacher: found a Linear; expected a folder, a hub id, an embedded name or a pi"
+    ):
+        load_teacher(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_sd)
+    image: Any = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises(FewstepError, match="a StableDiffusionImg2ImgPipeline; expected one of StableDiffusionPipeline"):
+        load_teacher(image)
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(FewstepError, match="adapters in its unet; expected merged weights"):
+        load_teacher(pipeline)
+    pipeline.unload_lora_weights()
+    pipeline.vae = None
+    with pytest.raises(FewstepError, match="a StableDiffusionPipeline without vae"):
+        load_teacher(pipeline)
