@@ -6,8 +6,8 @@ In units of F, one forward of the network on a batch, with backwards 2 F and an 
 
 boot: 6 F. Student 1, and 1 + 2 for the next target; teacher 2 (with and without prompt). For k segments, another (k - 1) / 2
     of the averaged student to the states where they begin.
-consistency: 4 + 2 m F, 6 for m = 1. Student 1 + 2, target 1, and m = `teacher_steps` times teacher 2 (with and without prompt).
-    On stored trajectories no teacher, and for their ends no target: 3 F (method.stored.count=256 draws fewer of them first).
+consistency: 4 + 2 m F, 6 for m = 1. Student 1 + 2, target 1, and m = `steps_per_point` times teacher 2 (with and without prompt).
+    On stored trajectories no teacher, and for their ends no target: 3 F (method.trajectories.count=256 draws fewer).
 dmd2, a round being `student_update_every` iterations: on each, k forwards of the student for k simulated steps, and the
     critic's 3 + 6 e (denoising; real and fake in one batch); on all but the first, 1 for the student's last step without
     gradient; on the first, 3 with it, teacher 2, critic 1, and e + e for the gradient in the discriminator's input.
@@ -24,31 +24,30 @@ from torch import nn
 
 from fewstep.data import load_source
 from fewstep.diffusion.guidance import concatenate
+from fewstep.methods.base import Method
 from fewstep.methods.boot.method import Boot
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.settings import SolverTarget
 from fewstep.methods.distribution_matching.dmd2 import DMD2
 from fewstep.methods.noisy_batch import NoisyBatch
-from fewstep.methods.registry import load_run
+from fewstep.methods.registry import load_run, method_class
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
-METHODS = {"boot": Boot, "consistency": Consistency, "dmd2": DMD2}
 RECIPES = {"boot": "fashion/boot", "consistency": "fashion/trajectory", "dmd2": "fashion/dmd2"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=RECIPES)
     parser.add_argument("--config")
     parser.add_argument("--rounds", type=int, default=30)
     args, overrides = parser.parse_known_args()
-    method_class = METHODS[args.method]
     with tempfile.TemporaryDirectory() as folder:
         file = args.config or RECIPES[args.method]
         given = [f"output_dir={folder}", "data.limit=512", "max_iterations=100000", *overrides]
         config = load_run(file, given)
         teacher = load_teacher(config.teacher)
-        method = method_class(config.method, teacher)
+        method = method_class(config.method.name)(config.method, teacher)
         trainer = Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
         method.prepare(trainer.preparation())
         steps = method.steps()
@@ -106,13 +105,14 @@ def _bare_boot(trainer: Trainer, method: Boot) -> Callable[[], None]:
     return run
 
 
-def _bare_consistency(trainer: Trainer, method: Consistency) -> Callable[[], None]:
+def _bare_consistency(trainer: Trainer, method: Method) -> Callable[[], None]:
     batch = trainer.batches.draw(trainer.iteration, 0)
     x = torch.randn(batch.size, *trainer.teacher.latent_shape)
     t, g = torch.full((batch.size,), 500), torch.full((batch.size,), 2.0)
     both = concatenate(batch.cond, batch.uncond)
     student, target, teacher = (_networks(trainer).get(name) for name in ("student", "target", "teacher"))
-    asked = 0 if method.config.rollout == "stored" else method.config.teacher_steps
+    reached = getattr(method.config, "target", None)
+    asked = reached.steps_per_point if isinstance(reached, SolverTarget) else 0
     assert student is not None and teacher is not None
 
     def run() -> None:

@@ -24,7 +24,7 @@ from fewstep.config import merged
 
 ROOT = Path(__file__).parents[1]
 OPTIM = {"lr": 1e-6}
-CONSISTENCY = {"name": "lcm", "optim": OPTIM, "solver_steps": 40, "steps": 8, "export_guidance_scale": 8.0}
+CONSISTENCY = {"name": "lcm", "optim": OPTIM, "guidance": {"range": [3.0, 15.0], "export_scale": 8.0}}
 DMD2 = {"name": "dmd2", "optim": OPTIM, "student_update_every": 1, "guidance_scale": 8.0, "gan_weight": 5e-3}
 LORA = {"train": {"student": {"kind": "lora"}}}
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dmd2_lora_1_checkpointed": {"method": DMD2, "batch_size": 1, "memory": {"gradient_checkpointing": True}, **LORA},
     "consistency_full_1": {
-        "method": CONSISTENCY | {"target_decay": None},
+        "method": CONSISTENCY | {"target": {"kind": "solver", "decay": None}},
         "batch_size": 1,
         "memory": {"gradient_checkpointing": True},
     },  # for more than 80 GB

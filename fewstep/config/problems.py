@@ -40,6 +40,10 @@ def explain(cls: type[BaseModel], raw: object, error: ErrorDetails) -> Problem:
     known, keys, field = [cls], list[str](), None
     kind, loc = error["type"], error["loc"]
     for i, part in enumerate(loc):
+        if isinstance(part, int) and known and isinstance(raw, list) and part < len(raw):  # a section in a list
+            raw = raw[part]
+            keys[-1] += f"[{part}]"
+            continue
         found = next((m.model_fields[part] for m in known if part in m.model_fields), None)
         if found is None and isinstance(part, str) and i < len(loc) - 1:
             known = _member(field, known, part)
@@ -104,7 +108,7 @@ def _unknown(cls: type[BaseModel], known: list[type[BaseModel]], keys: list[str]
     near = difflib.get_close_matches(part, names, n=1)
     similar = difflib.get_close_matches(part, {p.split(".")[-1] for p in everywhere}, n=1, cutoff=0.8)
     far = [p for p in everywhere if p.split(".")[-1] in similar]
-    close = _moved(cls, part, keys) or moved or near or inside or far
+    close = [key for key in _moved(cls, part, keys) or moved or near or inside or far if key != where]
     expected = f"one of {', '.join(names)}"
     hint = f"did you mean {close[0]!r}?" if close else f"expected {expected}"
     return Problem(where, f"{where}: unknown key; {hint}", found, close[0] if close else expected)

@@ -113,6 +113,15 @@ class StepOutput:
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     carry: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __or__(self, other: "StepOutput") -> "StepOutput":
+        """Both outputs' terms, logs, histograms and carry."""
+        return StepOutput(
+            self.losses | other.losses,
+            {**self.logs, **other.logs},
+            {**self.histograms, **other.histograms},
+            {**self.carry, **other.carry},
+        )
+
 
 @dataclass
 class Role:

@@ -15,12 +15,15 @@ class GuidanceSettings(Strict):
     """Guidance scales (1 = none) of the teacher, drawn uniformly."""
     embed: bool = True
     """Whether the student receives the guidance scale as an input; if not, it learns the mean over `range`."""
-    export_scale: float | None = None
-    """Scale folded into the exported student; null leaves it to the caller's guidance_scale. Without `embed`: null."""
+    export_scale: float | Annotated[tuple[float, ...], MinLen(2)] | None = None
+    """Scale folded into the exported student, or one for each of the sampler's `steps` timesteps, from the noisiest; null
+    leaves it to the caller's guidance_scale. Without `embed`: null."""
 
     @property
     def export_scales(self) -> tuple[float, ...]:
         """The scales that are folded in: none, one, or one a step."""
+        if isinstance(self.export_scale, tuple):
+            return self.export_scale
         return () if self.export_scale is None else (self.export_scale,)
 
     @model_validator(mode="after")
@@ -40,13 +43,8 @@ class GuidanceSettings(Strict):
         return self
 
 
-class SteppedGuidanceSettings(GuidanceSettings):
-    """Guidance whose exported scale can differ between the sampler's steps."""
+class SingleGuidanceSettings(GuidanceSettings):
+    """Guidance whose exported scale is the same in all steps."""
 
-    export_scale: float | Annotated[tuple[float, ...], MinLen(2)] | None = None  # type: ignore[assignment]
-    """Scale folded into the exported student, or one for each of the sampler's `steps` timesteps, from the noisiest; null
-    leaves it to the caller's guidance_scale. Without `embed`: null."""
-
-    @property
-    def export_scales(self) -> tuple[float, ...]:
-        return self.export_scale if isinstance(self.export_scale, tuple) else super().export_scales
+    export_scale: float | None = None
+    """Scale folded into the exported student; null leaves it to the caller's guidance_scale. Without `embed`: null."""

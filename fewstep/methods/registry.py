@@ -35,18 +35,24 @@ class Entry:
     title: str
 
 
-def _consistency(title: str) -> Entry:
+def _consistency(name: str, title: str) -> Entry:
     package = "fewstep.methods.consistency"
-    return Entry(f"{package}.config:ConsistencyConfig", f"{package}.method:Consistency", "consistency", title)
+    settings = f"{package}.method_settings:{name.capitalize()}Settings"
+    return Entry(settings, f"{package}.{name}:{name.upper()}", "consistency", title)
 
 
 METHODS: Mapping[str, Entry] = {
-    "cd": _consistency("consistency distillation"),
-    "lcm": _consistency("latent consistency"),
-    "ect": _consistency("easy consistency tuning"),
-    "pcm": _consistency("phased consistency"),
-    "mlcm": _consistency("multistep latent consistency"),
-    "trajectory": _consistency("regression onto the ends of stored trajectories"),
+    "cd": _consistency("cd", "consistency distillation"),
+    "lcm": _consistency("lcm", "latent consistency"),
+    "ect": _consistency("ect", "easy consistency tuning"),
+    "pcm": _consistency("pcm", "phased consistency"),
+    "mlcm": _consistency("mlcm", "multistep latent consistency"),
+    "trajectory": Entry(
+        "fewstep.methods.trajectory.settings:TrajectorySettings",
+        "fewstep.methods.trajectory.method:Trajectory",
+        "consistency",
+        "regression onto the ends of stored trajectories",
+    ),
     "scm": Entry(
         "fewstep.methods.scm.config:ScmConfig", "fewstep.methods.scm.method:Scm", "scm", "continuous-time consistency"
     ),

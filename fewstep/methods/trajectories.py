@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,8 @@ from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
 Solver = Literal["ddim", "dpm"]
+Condition = str | int | None
+"""What a sample is conditioned on: a prompt, a label or nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Trajectories(NamedTuple):
 
     x: Tensor
     scale: Tensor
-    conditions: list[Any]
+    conditions: list[Condition]
 
     def pick(self, size: int, teacher: Teacher) -> tuple[Tensor, Cond]:
         """Numbers [size] of trajectories, drawn with replacement, and their conditions, on the teacher's device."""
@@ -85,7 +87,7 @@ def solve(
 
 def draw_trajectories(
     teacher: Teacher,
-    conditions: Callable[[list[int]], Sequence[Any]],
+    conditions: Callable[[list[int]], Sequence[Condition]],
     choices: int,
     folder: Path,
     settings: TrajectorySettings,

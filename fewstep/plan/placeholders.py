@@ -71,9 +71,9 @@ class PlaceholderPreparation(Preparation):
 
     def trajectories(self, teacher: Teacher, name: str, settings: TrajectorySettings) -> Trajectories:
         """One trajectory of zeros."""
-        condition = {"prompt": "", "label": 0, "none": None}[teacher.conditions]
+        examples: dict[str, Condition] = {"prompt": "", "label": 0, "none": None}
         x = torch.zeros(1, len(settings.kept) + 1, *teacher.latent_shape)
-        return Trajectories(x, torch.ones(1), [condition])
+        return Trajectories(x, torch.ones(1), [examples[teacher.conditions]])
 
 
 def placeholder_reward(name: str) -> Reward:

@@ -91,7 +91,7 @@ def _check_guidance(config: RunConfig[MethodConfig], method: "Method") -> None:
             raise FewstepError(key, e.found, e.expected, f"Set {key} to 1") from None
     if isinstance(method.export_guidance_scale, Mapping) and config.train.lora is not None:
         raise FewstepError(
-            "method.export_guidance_scale",
+            "method.guidance.export_scale",
             "a scale for each step",
             "one number",
             "A file of adapters has no place for more",

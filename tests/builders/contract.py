@@ -10,7 +10,9 @@ from torch import Tensor
 from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from builders.pipelines import build_ddpm, build_sd
 from fewstep.methods.boot.method import Boot, BootConfig
-from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import LcmSettings, MlcmSettings
+from fewstep.methods.consistency.mlcm import MLCM
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.methods.scm.method import Scm, ScmConfig
 from fewstep.teachers import Teacher
@@ -33,24 +35,19 @@ CONTRACT: dict[str, Callable[[Path], Path]] = {"sd": build_sd, "ddpm": build_ddp
 """All families; the first two have further tests of their own in test_teachers.py."""
 
 
+GUIDED = {"guidance": {"range": [1.0, 3.0], "export_scale": 2.0}}
 METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "consistency": (
-        Consistency,
-        ConsistencyConfig,
-        {"solver_steps": 8, "steps": 4, "guidance_range": [1.0, 3.0], "export_guidance_scale": 2},
-    ),
+    "consistency": (LCM, LcmSettings, {"grid": {"kind": "even", "points": 8}, "steps": 4, **GUIDED}),
     "mlcm": (
-        Consistency,
-        ConsistencyConfig,
+        MLCM,
+        MlcmSettings,
         {
-            "solver_steps": 8,
+            "points": 8,
             "steps": 4,
-            "endpoint": "phase",
-            "phases": 4,
-            "states": "trajectory",
-            "replay": 4,
-            "guidance_range": [1.0, 3.0],
-            "export_guidance_scale": 2,
+            "stages": [{"phases": 4}],
+            "states": {"kind": "shared_trajectories", "replay": 4},
+            "target": {"kind": "solver", "decay": 0.95},
+            **GUIDED,
         },
     ),
     "dmd2": (
@@ -67,17 +64,7 @@ METHODS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
-
-
-"""For families without an unconditional answer."""
-
-
-ONE_JUMP: dict[str, dict[str, Any]] = {
-    "consistency": {"grid": "karras", "solver": "heun"},
-    "mlcm": {"phases": 1},
-    "boot": {"steps": 1},
-}
+ONE_JUMP: dict[str, dict[str, Any]] = {"mlcm": {"stages": [{"phases": 1}]}, "boot": {"steps": 1}}
 
 
 """For EDM's, whose stock pipeline takes one deterministic step."""
@@ -99,10 +86,9 @@ def settings_of(method: str, teacher: Teacher, steps: int | None = None) -> dict
     settings = METHODS[method][2]
     if steps is not None:
         # Phases of one teacher's step each leave an unguided student nothing to learn: it is its teacher, to the bit.
-        phases = {"phases": steps, "solver_steps": max(8, 2 * steps)} if "phases" in settings else {}
+        points = max(8, 2 * steps)
+        phases = {"stages": [{"phases": steps}], "points": points} if "stages" in settings else {}
         settings = settings | {"steps": steps} | phases
     if not teacher.guidance.guidable:
-        settings = settings | {key: value for key, value in UNGUIDED.items() if key in settings}
-        if "guidance" in settings:
-            settings["guidance"] = {"scale": 1.0} if "scale" in settings["guidance"] else None
+        settings = settings | {"guidance": {"scale": 1.0} if "scale" in settings["guidance"] else None}
     return settings | (ONE_JUMP.get(method, {}) if isinstance(teacher, Edm) else {})

@@ -1,34 +1,36 @@
-"""Shared by the tests: from test_consistency_pixel."""
+"""Shared by the tests: short trainings on pixels."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from builders.consistency import sections
 from fewstep.config import RunConfig
 from fewstep.data import load_source
 from fewstep.diffusion.prediction import ode_step
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.registry import method_class, settings_class
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
 
-def trained(
-    trained_pixels: tuple[Path, Path], output: Path, method: dict[str, Any], iterations: int,
-    kind: Any = Consistency, settings: Any = ConsistencyConfig,
-) -> Trainer:  # fmt: skip
+def trained(trained_pixels: tuple[Path, Path], output: Path, method: dict[str, Any], iterations: int) -> Trainer:
+    """method: settings with a name, or those of a consistency method in short (`builders.consistency`)."""
     pipeline, images = trained_pixels
+    method = {"optim": {"lr": 2e-3, "decay": "cosine"}} | method
+    if "name" not in method:
+        method = sections(**{"guidance_range": None} | method)
+    settings: Any = settings_class(method["name"])
     run = RunConfig[settings].model_validate(
         {
             "teacher": str(pipeline), "output_dir": str(output), "data": {"source": "folder", "path": str(images)},
-            "method": {"optim": {"lr": 2e-3, "decay": "cosine"}, "guidance_range": None} | method,
+            "method": method,
             "max_iterations": iterations, "batch_size": 16, "train": {"ema_decay": 0.9, "cpu_threads": 1},
             "log": {"every": iterations}, "evaluate": None,
             }
     )  # fmt: skip
     teacher = load_teacher(str(pipeline))
-    trainer = Trainer(run, kind(run.method, teacher), teacher, load_source(run.data, 8))
+    trainer = Trainer(run, method_class(run.method.name)(run.method, teacher), teacher, load_source(run.data, 8))
     assert trainer.fit()
     return trainer
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: from test_consistency_states."""
+"""Shared by the tests: an exact teacher of Gaussian data, and settings of trajectories."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from builders.consistency import batch_for
 from fewstep.diffusion.prediction import Prediction, ode_step
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.states import State
+from fewstep.methods.noisy_batch import NoisyBatch
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
 
@@ -33,15 +33,18 @@ def fresh(size, seed=0):
     g = torch.Generator().manual_seed(seed)
     cond = {"tag": torch.arange(size) + 100 * seed, "words": torch.randn(size, 3, 2, generator=g)}
     x = torch.randn(size, 1, generator=g, dtype=torch.float64)
-    return State(x, torch.full((size,), 39), cond, torch.full((size,), float(seed)))
+    return NoisyBatch(x, torch.full((size,), 999), cond, torch.full((size,), float(seed)))
 
 
-def answer(at, t):
-    return exact(at.x, t)
+def advance(x, rows, before, after):
+    """The teacher's step of states x at grid positions `before`."""
+    return ode_step(SCHEDULE, exact(x, TIMES[before]), TIMES[after])
 
 
-def step(at, index):
-    return ode_step(SCHEDULE, answer(at, TIMES[at.index]), TIMES[index])
+def onwards(pool):
+    """The same from the states that the pool holds."""
+    x, before = pool.held.x, pool.index
+    return lambda after: advance(x, None, before, after)
 
 
 def imageless(teacher, size=4, iteration=0):

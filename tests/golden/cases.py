@@ -1,6 +1,6 @@
 """What the golden numbers are of: one line of data for each case; names are permanent.
 
-A method here is its class in golden.driver by the class's name; settings are its config without the optimizer.
+A method here is a name of the registry; settings are its own without the optimizer.
 """
 
 from collections.abc import Callable
@@ -81,23 +81,32 @@ TEXT_IN_FLOAT32 = ("sana", "sana_euler")
 
 # The five base methods on every family ----------------------------------------------------------------------------------
 
-GUIDED = {"guidance_range": [1.0, 3.0], "export_guidance_scale": 2}
-LCM = {"solver_steps": 8, "steps": 4, **GUIDED}
-PCM = {**LCM, "endpoint": "phase", "phases": 4}
-MLCM = {**PCM, "states": "trajectory", "replay": 4}
+GUIDED: dict[str, Any] = {"guidance": {"range": [1.0, 3.0], "export_scale": 2.0}}
+SOLVER = {"kind": "solver", "decay": 0.95}
+LCM: dict[str, Any] = {"grid": {"kind": "even", "points": 8}, "steps": 4, "target": SOLVER, **GUIDED}
+PCM: dict[str, Any] = {"points": 8, "steps": 4, "phases": 4, "sampling": "renoise", "target": SOLVER, **GUIDED}
+MLCM: dict[str, Any] = {
+    "points": 8, "steps": 4, "stages": [{"phases": 4}], "states": {"kind": "shared_trajectories", "replay": 4},
+    "target": SOLVER, **GUIDED,
+}  # fmt: skip
 DMD2 = {"steps": 4, "guidance": {"scale": 2.0}, "adversarial": {"weight": 0.1}, "student_update_every": 2}
 BOOT = {"steps": 2, "n_sub": 4, "guidance": {"scale": 2.0}}
 SCM = {"steps": 4, "guidance": {"range": [1.0, 3.0], "export_scale": 2}, "warmup_iterations": 0}
 BASE: dict[str, Case] = {
-    "consistency": Case("", "Consistency", LCM),
-    "mlcm": Case("", "Consistency", MLCM, iterations=(0, 1)),
-    "dmd2": Case("", "DMD2", DMD2, iterations=(0, 1)),
-    "boot": Case("", "Boot", BOOT),
-    "scm": Case("", "Scm", SCM),
+    "consistency": Case("", "lcm", LCM),
+    "mlcm": Case("", "mlcm", MLCM, iterations=(0, 1)),
+    "dmd2": Case("", "dmd2", DMD2, iterations=(0, 1)),
+    "boot": Case("", "boot", BOOT),
+    "scm": Case("", "scm", SCM),
 }
 UNGUIDABLE = ("ddpm", "ddpm_grey", "edm", "edm_unlabelled")
-UNGUIDED = {"guidance_range": None, "export_guidance_scale": None, "guidance_scale": 1.0}
-ONE_JUMP = {"consistency": {"grid": "karras", "solver": "heun"}, "mlcm": {"phases": 1}, "boot": {"steps": 1}}
+KARRAS = {"kind": "karras", "points": 18}
+HEUN = SOLVER | {"solver": "heun"}
+ONE_JUMP: dict[str, dict[str, Any]] = {
+    "consistency": {"grid": {"kind": "karras", "points": 8}, "target": HEUN},
+    "mlcm": {"stages": [{"phases": 1}]},
+    "boot": {"steps": 1},
+}
 """For EDM's, whose stock pipeline takes one deterministic step."""
 
 
@@ -105,11 +114,11 @@ def base_case(family: str, method: str) -> Case:
     case = BASE[method]
     settings = dict(case.settings)
     if family in UNGUIDABLE:
-        settings |= {key: value for key, value in UNGUIDED.items() if key in settings}
-        if "guidance" in settings:
-            settings["guidance"] = {"scale": 1.0} if "scale" in settings["guidance"] else None
+        settings["guidance"] = {"scale": 1.0} if "scale" in settings["guidance"] else None
     if family in ("edm", "edm_unlabelled"):
         settings |= ONE_JUMP.get(method, {})
+        if method == "consistency":
+            case = replace(case, method="cd")
     return replace(case, family=family, settings=settings)
 
 
@@ -122,92 +131,127 @@ SAMPLERS = tuple(FAMILY_CASES)
 
 # Every variant on Stable Diffusion --------------------------------------------------------------------------------------
 
-FREE: dict[str, Any] = {"guidance_range": None, "export_guidance_scale": None}
-ECT = {
-    "solver_steps": 8, "steps": 2, "target_step": "same_noise", "tuning": {"q": 2.0, "double_iterations": 10},
-    "lognormal": [-1.1, 2.0], "weighting": "inverse_gap", "distance": "pseudo_huber_sample", "huber_c": 0.0,
-    "endpoint": "x0_plain", "target_decay": None, "guidance_range": None,
+FREE: dict[str, Any] = {"guidance": None}
+LIVE = {"guidance": {"range": [1.0, 3.0]}}
+BLIND = {"guidance": {"range": [1.0, 3.0], "embed": False}}
+OWN = {"kind": "solver", "decay": None}
+PLAIN = {"endpoint": {"kind": "plain"}}
+SAME_NOISE = {"kind": "same_noise", "decay": 0.95}
+CD = LCM | {"grid": KARRAS}
+KEPT = FREE | {"null_share": 0.5}
+ECT: dict[str, Any] = {"steps": 2, "gap": {"q": 2.0, "double_iterations": 10}}
+SHARED = {"kind": "shared_trajectories"}
+ROLLOUT = {"kind": "student_rollout"}
+GAN = {"adversarial": {"weight": 0.1}}
+REWARD = {"name": "clip@fashion", "samples": 2}
+STORED: dict[str, Any] = {
+    "points": 8, "steps": 8, "trajectories": {"count": 5, "batch_size": 3}, "distance": {"kind": "l2"}, **GUIDED,
 }  # fmt: skip
-TRAJECTORY = {"states": "trajectory"}
-STORED = {
-    "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored", "stored": {"count": 5, "batch_size": 3},
-    "target_step": "end", "target_decay": None, **GUIDED,
+NEXT: dict[str, Any] = {
+    "grid": {"kind": "even", "points": 8}, "steps": 8, "target": {"kind": "next_state", "decay": 0.95},
+    "states": {"kind": "stored_trajectories", "count": 5, "batch_size": 3}, **GUIDED,
 }  # fmt: skip
 STAGES = [
-    {"iterations": 2, "phases": 4},
-    {"iterations": 2, "phases": 2, "states": "student_rollout", "solver_steps": 16, "teacher_steps": 2, "lr": 1e-4},
-    {"iterations": 2, "phases": 1, "states": "noised_data"},
-    {"endpoint": "x0_plain", "phases": 1, "reward_weight": 0.5},
-]
-REWARDED = {"reward": "clip@fashion", "reward_samples": 2}
+    {"iterations": 2, "phases": 4, "reward_weight": 0.0},
+    {
+        "iterations": 2, "phases": 2, "states": ROLLOUT, "points": 16, "steps_per_point": 2, "lr": 1e-4,
+        "reward_weight": 0.0,
+    },
+    {"iterations": 2, "phases": 1, "states": {"kind": "noised_data"}, "reward_weight": 0.0},
+    {"phases": None},
+]  # fmt: skip
 
-CONSISTENCY: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "lcm-student-as-target": (LCM | {"target_decay": None}, (0,)),
-    "lcm-live-guidance": (LCM | {"export_guidance_scale": None}, (0,)),
-    "lcm-guidance-not-embedded": (LCM | {"export_guidance_scale": None, "embed_guidance": False}, (0,)),
-    "lcm-unguided": (LCM | FREE, (0,)),
-    "lcm-scale-for-each-step": (LCM | {"export_guidance_scale": [3.0, 2.0, 2.0, 1.0]}, (0,)),
-    "lcm-pseudo-huber": (LCM | {"distance": "pseudo_huber"}, (0,)),
-    "lcm-pseudo-huber-sample": (LCM | {"distance": "pseudo_huber_sample", "huber_c": 0.03}, (0,)),
-    "lcm-norm": (LCM | {"distance": "pseudo_huber_sample", "huber_c": 0.0}, (0,)),
-    "lcm-weighting-inverse-gap": (LCM | {"weighting": "inverse_gap"}, (0,)),
-    "lcm-weighting-edm": (LCM | {"weighting": "edm"}, (0,)),
-    "lcm-lognormal": (LCM | {"lognormal": [-0.5, 1.0]}, (0,)),
-    "lcm-x0-plain": (LCM | {"endpoint": "x0_plain"}, (0,)),
-    "lcm-heun": (LCM | {"solver": "heun"}, (0,)),
-    "lcm-two-teacher-steps": (LCM | {"teacher_steps": 2}, (0,)),
-    "lcm-heun-three-teacher-steps": (LCM | {"solver": "heun", "teacher_steps": 3}, (0,)),
-    "lcm-timestep-scaling": (LCM | {"timestep_scaling": 0.01}, (0,)),
-    "lcm-same-noise": (LCM | FREE | {"target_step": "same_noise"}, (0,)),
-    "lcm-dropout": (LCM | {"dropout": 0.3, "target_decay": None}, (0,)),
-    "lcm-dropout-target-network": (LCM | {"dropout": 0.3}, (0,)),
-    "cd-karras-heun": (LCM | FREE | {"solver_steps": 18, "grid": "karras", "solver": "heun", "endpoint": "x0_plain"}, (0,)),
-    "cd-karras-guided-rho": (LCM | {"solver_steps": 18, "grid": "karras", "karras_rho": 3.0}, (0,)),
+CONSISTENCY: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "lcm-student-as-target": ("lcm", LCM | {"target": OWN}, (0,)),
+    "lcm-live-guidance": ("lcm", LCM | LIVE, (0,)),
+    "lcm-guidance-not-embedded": ("lcm", LCM | BLIND, (0,)),
+    "lcm-unguided": ("lcm", LCM | FREE, (0,)),
+    "lcm-scale-for-each-step": (
+        "lcm", LCM | {"guidance": {"range": [1.0, 3.0], "export_scale": [3.0, 2.0, 2.0, 1.0]}}, (0,),
+    ),
+    "lcm-pseudo-huber": ("lcm", LCM | {"distance": {"kind": "pseudo_huber"}}, (0,)),
+    "lcm-pseudo-huber-sample": ("lcm", LCM | {"distance": {"kind": "pseudo_huber_sample", "c": 0.03}}, (0,)),
+    "lcm-norm": ("lcm", LCM | {"distance": {"kind": "pseudo_huber_sample", "c": 0.0}}, (0,)),
+    "lcm-weighting-inverse-gap": ("cd", LCM | {"weighting": "inverse_gap"}, (0,)),
+    "lcm-weighting-edm": ("cd", LCM | {"weighting": "edm"}, (0,)),
+    "lcm-lognormal": ("lcm", LCM | {"states": {"kind": "noised_data", "lognormal": [-0.5, 1.0]}}, (0,)),
+    "lcm-x0-plain": ("lcm", LCM | PLAIN, (0,)),
+    "lcm-heun": ("lcm", LCM | {"target": HEUN}, (0,)),
+    "lcm-two-teacher-steps": ("lcm", LCM | {"target": SOLVER | {"steps_per_point": 2}}, (0,)),
+    "lcm-heun-three-teacher-steps": ("lcm", LCM | {"target": HEUN | {"steps_per_point": 3}}, (0,)),
+    "lcm-timestep-scaling": ("lcm", LCM | {"endpoint": {"kind": "boundary", "timestep_scaling": 0.01}}, (0,)),
+    "lcm-same-noise": ("lcm", LCM | FREE | {"target": SAME_NOISE}, (0,)),
+    "lcm-dropout": ("lcm", LCM | {"dropout": 0.3, "target": OWN}, (0,)),
+    "lcm-dropout-target-network": ("lcm", LCM | {"dropout": 0.3}, (0,)),
+    "cd-karras-heun": ("cd", CD | FREE | PLAIN | {"target": HEUN}, (0,)),
+    "cd-karras-guided-rho": ("cd", CD | {"grid": KARRAS | {"rho": 3.0}}, (0,)),
     "cd-karras-lognormal-edm": (
-        LCM | FREE | {"solver_steps": 18, "grid": "karras", "lognormal": [-1.0, 1.4], "weighting": "edm"}, (0,),
+        "cd", CD | FREE | {"states": {"kind": "noised_data", "lognormal": [-1.0, 1.4]}, "weighting": "edm"}, (0,),
     ),
-    "ect": (ECT, (0, 9, 35)),
-    "ect-edm-weighting": (ECT | {"weighting": "edm", "distance": "l2", "huber_c": 1e-3}, (35,)),
-    "ect-dropout": (ECT | {"dropout": 0.3}, (35,)),
-    "ect-target-network": (ECT | {"target_decay": 0.95}, (35,)),
-    "ect-q-k-b": (ECT | {"tuning": {"q": 4.0, "k": 3.0, "b": 0.5, "double_iterations": 10}}, (15,)),
-    "ect-teacher-step": (ECT | GUIDED | {"target_step": "solver", "lognormal": None}, (35,)),
-    "pcm": (PCM, (0,)),
-    "pcm-jump": (PCM | {"sampling": "jump"}, (0,)),
-    "pcm-two-phases-heun": (PCM | {"phases": 2, "solver": "heun"}, (0,)),
-    "pcm-uneven-phases": (PCM | {"solver_steps": 12, "steps": 3, "phases": 3, "sampling": "jump"}, (0,)),
-    "pcm-same-noise": (PCM | FREE | {"target_step": "same_noise"}, (0,)),
-    "pcm-stages": (PCM | {"sampling": "jump", "stages": [{"iterations": 2}, {"phases": 2, "lr": 1e-4}]}, (0, 2)),
-    "pcm-gan-hinge": (PCM | {"gan_weight": 0.1}, (0,)),
-    "pcm-gan-softplus": (PCM | {"gan_weight": 0.1, "gan_loss": "softplus"}, (0,)),
-    "pcm-gan-layers": (PCM | {"gan_weight": 0.1, "gan_layers": ["down_blocks.1", "mid_block"]}, (0,)),
-    "pcm-gan-two-phases-unguided": (PCM | FREE | {"gan_weight": 0.1, "phases": 2}, (0,)),
-    "pcm-keep-guidance": (PCM | FREE | {"keep_guidance": True, "null_share": 0.5}, (0,)),
-    "pcm-keep-guidance-gan": (PCM | FREE | {"keep_guidance": True, "null_share": 0.5, "gan_weight": 0.1}, (0,)),
-    "trajectory-shared": (PCM | TRAJECTORY | {"rollout_segments": 4}, (0, 1, 2)),
-    "trajectory-shared-x0-two-teacher-steps": (LCM | TRAJECTORY | {"rollout_segments": 2, "teacher_steps": 2}, (0, 1, 2)),
-    "trajectory-shared-unguided": (PCM | FREE | TRAJECTORY | {"rollout_segments": 4}, (0, 1)),
-    "trajectory-shared-keep-guidance": (PCM | FREE | TRAJECTORY | {"keep_guidance": True, "null_share": 0.5}, (0, 1)),
-    "trajectory-solver": (PCM | TRAJECTORY | {"rollout": "solver", "solver": "heun"}, (0, 1, 2)),
-    "trajectory-solver-replay": (PCM | TRAJECTORY | {"rollout": "solver", "replay": 5}, (0, 1, 2, 3)),
-    "trajectory-sample": (PCM | TRAJECTORY | {"rollout": "sample", "rollout_segments": 4}, (0, 1)),
-    "trajectory-gan": (PCM | TRAJECTORY | {"gan_weight": 0.1}, (0,)),
-    "trajectory-replay": (PCM | TRAJECTORY | {"replay": 7, "rollout_segments": 3}, (0, 1, 2, 3, 4)),
-    "mlcm-stages-reward": (PCM | TRAJECTORY | REWARDED | {"replay": 4, "stages": STAGES}, (0, 1, 2, 4, 6)),
-    "mlcm-reward-ceiling": (MLCM | REWARDED | {"reward_weight": 0.1, "reward_ceiling": 70.0, "student_steps": 2}, (0, 1)),
+    "ect": ("ect", ECT, (0, 9, 35)),
+    "ect-edm-weighting": ("ect", ECT | {"weighting": "edm", "distance": {"kind": "l2"}}, (35,)),
+    "ect-dropout": ("ect", ECT | {"dropout": 0.3}, (35,)),
+    "ect-target-network": ("ect", ECT | {"target": SAME_NOISE}, (35,)),
+    "ect-q-k-b": ("ect", ECT | {"gap": {"q": 4.0, "k": 3.0, "b": 0.5, "double_iterations": 10}}, (15,)),
+    "ect-teacher-step": ("ect", ECT | GUIDED | {"target": OWN, "lognormal": None}, (35,)),
+    "pcm": ("pcm", PCM, (0,)),
+    "pcm-jump": ("pcm", PCM | {"sampling": "jump"}, (0,)),
+    "pcm-two-phases-heun": ("pcm", PCM | {"phases": 2, "target": HEUN}, (0,)),
+    "pcm-uneven-phases": ("pcm", PCM | {"points": 12, "steps": 3, "phases": 3, "sampling": "jump"}, (0,)),
+    "pcm-same-noise": ("pcm", PCM | FREE | {"target": SAME_NOISE}, (0,)),
+    "pcm-stages": (
+        "mlcm",
+        MLCM | {
+            "sampling": "jump", "states": {"kind": "noised_data"},
+            "stages": [{"iterations": 2, "phases": 4}, {"phases": 2, "lr": 1e-4}],
+        },
+        (0, 2),
+    ),
+    "pcm-gan-hinge": ("pcm", PCM | GAN, (0,)),
+    "pcm-gan-softplus": ("pcm", PCM | {"adversarial": {"weight": 0.1, "loss": "softplus"}}, (0,)),
+    "pcm-gan-layers": (
+        "pcm", PCM | {"adversarial": {"weight": 0.1, "layers": ["down_blocks.1", "mid_block"]}}, (0,),
+    ),
+    "pcm-gan-two-phases-unguided": ("pcm", PCM | FREE | GAN | {"phases": 2}, (0,)),
+    "pcm-keep-guidance": ("pcm", PCM | KEPT, (0,)),
+    "pcm-keep-guidance-gan": ("pcm", PCM | KEPT | GAN, (0,)),
+    "trajectory-shared": ("pcm", PCM | {"states": SHARED | {"segments": 4}}, (0, 1, 2)),
+    "trajectory-shared-x0-two-teacher-steps": (
+        "lcm", LCM | {"states": SHARED | {"segments": 2}, "target": SOLVER | {"steps_per_point": 2}}, (0, 1, 2),
+    ),
+    "trajectory-shared-unguided": ("pcm", PCM | FREE | {"states": SHARED | {"segments": 4}}, (0, 1)),
+    "trajectory-shared-keep-guidance": ("pcm", PCM | KEPT | {"states": SHARED}, (0, 1)),
+    "trajectory-solver": ("pcm", PCM | {"states": {"kind": "solver_trajectories"}, "target": HEUN}, (0, 1, 2)),
+    "trajectory-solver-replay": ("pcm", PCM | {"states": {"kind": "solver_trajectories", "replay": 5}}, (0, 1, 2, 3)),
+    "trajectory-sample": ("pcm", PCM | {"states": {"kind": "sampled_trajectories", "segments": 4}}, (0, 1)),
+    "trajectory-gan": ("pcm", PCM | GAN | {"states": SHARED}, (0,)),
+    "trajectory-replay": ("pcm", PCM | {"states": SHARED | {"replay": 7, "segments": 3}}, (0, 1, 2, 3, 4)),
+    "mlcm-stages-reward": ("mlcm", MLCM | {"reward": REWARD | {"weight": 0.5}, "stages": STAGES}, (0, 1, 2, 4, 6)),
+    "mlcm-reward-ceiling": (
+        "mlcm", MLCM | {"reward": REWARD | {"weight": 0.1, "ceiling": 70.0, "steps": 2}}, (0, 1),
+    ),
     "mlcm-reward-unguided-jump": (
-        PCM | FREE | TRAJECTORY | REWARDED | {"reward_weight": 0.1, "sampling": "jump", "reward_samples": 16}, (0, 1),
+        "mlcm",
+        MLCM | FREE | {"states": SHARED, "sampling": "jump", "reward": REWARD | {"weight": 0.1, "samples": 16}},
+        (0, 1),
     ),
-    "student-rollout": (LCM | {"states": "student_rollout"}, (0,)),
-    "student-rollout-jump": (PCM | {"states": "student_rollout", "sampling": "jump", "student_steps": 2}, (0,)),
-    "student-rollout-unguided": (LCM | FREE | {"states": "student_rollout", "endpoint": "x0_plain"}, (0,)),
-    "student-rollout-reward": (LCM | REWARDED | {"states": "student_rollout", "reward_weight": 0.2}, (0, 1)),
-    "stored-end": (STORED, (0,)),
+    "student-rollout": ("lcm", LCM | {"states": ROLLOUT}, (0,)),
+    "student-rollout-jump": ("mlcm", MLCM | {"states": ROLLOUT | {"steps": 2}, "sampling": "jump"}, (0,)),
+    "student-rollout-unguided": ("lcm", LCM | FREE | PLAIN | {"states": ROLLOUT}, (0,)),
+    "student-rollout-reward": ("lcm", LCM | {"states": ROLLOUT, "reward": REWARD | {"weight": 0.2}}, (0, 1)),
+    "stored-end": ("trajectory", STORED, (0,)),
     "stored-end-unguided-x0-plain-ddim": (
-        STORED | FREE | {"endpoint": "x0_plain", "stored": {"count": 4, "solver": "ddim", "substeps": 1}}, (0,),
+        "trajectory", STORED | FREE | PLAIN | {"trajectories": {"count": 4, "solver": "ddim", "substeps": 1}}, (0,),
     ),
-    "stored-target-network": (STORED | {"target_step": "solver", "target_decay": 0.95}, (0,)),
-    "stored-student-as-target-lognormal": (STORED | {"target_step": "solver", "lognormal": [0.0, 1.5]}, (0,)),
+    "stored-target-network": ("lcm", NEXT, (0,)),
+    "stored-student-as-target-lognormal": (
+        "lcm",
+        NEXT | {
+            "target": {"kind": "next_state", "decay": None},
+            "states": {"kind": "stored_trajectories", "count": 5, "batch_size": 3, "lognormal": [0.0, 1.5]},
+        },
+        (0,),
+    ),
 }  # fmt: skip
 
 
@@ -335,12 +379,12 @@ CONTINUOUS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "scm-lognormal": (SCM | {"lognormal": [0.5, 0.8]}, (0,)),
 }  # fmt: skip
 
-TABLES = {"Consistency": CONSISTENCY, "DMD2": DISTRIBUTION, "Boot": BOOTSTRAP, "Scm": CONTINUOUS}
+TABLES = {"dmd2": DISTRIBUTION, "boot": BOOTSTRAP, "scm": CONTINUOUS}
 SD_CASES = {
     f"sd/{name}": Case("sd", method, settings, iterations)
     for method, table in TABLES.items()
     for name, (settings, iterations) in table.items()
-}
+} | {f"sd/{name}": Case("sd", *case) for name, case in CONSISTENCY.items()}
 
 # Some of them on other networks -----------------------------------------------------------------------------------------
 

@@ -24,24 +24,11 @@ from torch import Tensor, nn
 from fewstep.config import LoraConfig
 from fewstep.evaluate.rewards.load import load_training_reward
 from fewstep.methods.base import Batch, Preparation
-from fewstep.methods.boot.config import BootConfig
-from fewstep.methods.boot.method import Boot
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.distribution_matching.config import DMD2Config
-from fewstep.methods.distribution_matching.dmd2 import DMD2
-from fewstep.methods.scm.config import ScmConfig
-from fewstep.methods.scm.method import Scm
+from fewstep.methods.registry import method_class, settings_class
 from fewstep.teachers import load_teacher
 from golden.cases import BATCH_SIZES, CASES, FAMILIES, LATENT_SIDES, SAMPLERS, TEXT_IN_FLOAT32, Case
 
 FILE = Path(__file__).with_name("losses.json")
-METHODS: dict[str, tuple[Any, Any]] = {
-    "Consistency": (Consistency, ConsistencyConfig),
-    "DMD2": (DMD2, DMD2Config),
-    "Boot": (Boot, BootConfig),
-    "Scm": (Scm, ScmConfig),
-}
 RAW = {"prompt": ["a bag", "a coat", "a bag"], "label": [3, 7, 3], "none": [None, None, None]}
 LISTS = re.compile(r"\[[^\[\]]*\]")
 """Written on one line each."""
@@ -81,7 +68,7 @@ def new_method(case: Case) -> Any:
     teacher = kept_teacher(case.family) if case.student == "full" else new_teacher(case.family)
     if case.student == "lora":
         teacher.students.adapt(LoraConfig(rank=2))
-    kind, config = METHODS[case.method]
+    kind, config = method_class(case.method), settings_class(case.method)
     return kind(config.model_validate({"optim": {"lr": 1e-3}} | case.settings), teacher)
 
 

@@ -19,6 +19,7 @@ from diffusers import CMStochasticIterativeScheduler, FlowMatchEulerDiscreteSche
 from safetensors.torch import load_file
 from torch import Tensor
 
+from builders.consistency import grid_of
 from builders.contract import BUILDERS, CONTRACT, MATRIX, METHODS, noise, raw, settings_of
 from builders.families import build_dit, build_edm, build_flux, build_pixart, build_sana, build_sd3, build_sdxl
 from builders.teachers import perturbed
@@ -30,7 +31,9 @@ from fewstep.diffusion.prediction import add_noise, ode_step
 from fewstep.diffusion.schedule import ShiftedFlow
 from fewstep.evaluate import sample
 from fewstep.export.pipeline import export
-from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.consistency.cd import CD
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import CdSettings, LcmSettings
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.methods.registry import METHODS as REGISTERED
 from fewstep.methods.registry import method_class
@@ -229,7 +232,9 @@ def test_features_are_maps(teacher: Teacher) -> None:
 def test_every_family_and_every_method_is_here(folders: Callable[[str], Path]) -> None:
     kinds = {json.loads((folders(family) / "model_index.json").read_text())["_class_name"] for family in CONTRACT}
     assert {FAMILIES[kind] for kind in kinds} == set(FAMILIES.values())
-    assert {method for method, _, _ in METHODS.values()} == {method_class(name) for name in REGISTERED}
+    # Of those that compose the same parts, LCM and MLCM stand for all.
+    composed = {method_class(name) for name in ("cd", "ect", "pcm", "trajectory")}
+    assert {method for method, _, _ in METHODS.values()} == {method_class(name) for name in REGISTERED} - composed
 
 
 def trainer_for(
@@ -446,11 +451,9 @@ def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]
 
 
 def test_live_guidance_is_refused_before_training(folders: Callable[[str], Path]) -> None:
-    from fewstep.methods.consistency.config import ConsistencyConfig
-
-    config = ConsistencyConfig.model_validate({"optim": {"lr": 1e-3}, "solver_steps": 8, "steps": 4})
-    with pytest.raises(ValueError, match="export_guidance_scale"):
-        Consistency(config, load_teacher(str(folders("dit"))))
+    config = LcmSettings.model_validate({"optim": {"lr": 1e-3}})
+    with pytest.raises(ValueError, match=r"method\.guidance\.export_scale"):
+        LCM(config, load_teacher(str(folders("dit"))))
 
 
 # Flows ------------------------------------------------------------------------------------------------------------------
@@ -707,11 +710,11 @@ def test_edm_refuses_what_its_pipeline_cannot_do(tmp_path: Path) -> None:
         teacher.samplers.renoise(40)
     with pytest.raises(ValueError, match="labels 0 to 9; found 10"):
         teacher.condition([10])
-    with pytest.raises(ValueError, match="guidance_range: the teacher has no unconditional answer"):
-        Consistency(ConsistencyConfig.model_validate({"optim": {"lr": 1e-3}, "solver_steps": 8, "steps": 4}), teacher)
+    with pytest.raises(ValueError, match="guidance: the teacher has no unconditional answer"):
+        LCM(LcmSettings.model_validate({"optim": {"lr": 1e-3}}), teacher)
 
 
 def test_the_papers_levels_are_the_published_schedulers(tmp_path: Path) -> None:
-    settings = {"optim": {"lr": 1e-3}, "solver_steps": 40, "steps": 2, "grid": "karras", "guidance_range": None}
-    grid = Consistency(ConsistencyConfig.model_validate(settings), edm(tmp_path / "edm", levels=40)).stages[0].grid
+    settings = CdSettings.model_validate({"optim": {"lr": 1e-3}, "steps": 2})
+    grid = grid_of(CD(settings, edm(tmp_path / "edm", levels=40)))
     assert torch.equal(grid.t, torch.arange(1, 40)) and torch.equal(grid.s, torch.arange(39)) and not grid.end.any()

@@ -15,7 +15,7 @@ def test_the_student_beats_its_teacher_at_few_steps(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "train/consistency.py", "--config", "configs/fashion/trajectory.yaml",
-            f"output_dir={tmp_path}", "method.stored.count=1000", "max_iterations=300", "evaluate.num_images=500",
+            f"output_dir={tmp_path}", "method.trajectories.count=1000", "max_iterations=300", "evaluate.num_images=500",
             "evaluate.steps=[1,2,4]", "evaluate.teacher_steps=[1,2,50]",
         ],
         cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,

@@ -62,7 +62,7 @@ def _environment() -> dict[str, str]:
 
 
 SHORT = (
-    "max_iterations=4", "batch_size=4", "method.stored.count=16", "method.stored.batch_size=8", "checkpoint.every=2",
+    "max_iterations=4", "batch_size=4", "method.trajectories.count=16", "method.trajectories.batch_size=8", "checkpoint.every=2",
     "log.samples_every=0", "evaluate=null", "train.cpu_threads=1", "train.mixed_precision=no",
 )  # fmt: skip
 

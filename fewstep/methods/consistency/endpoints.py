@@ -1,8 +1,19 @@
 """What is consistent: functions of a prediction at x_t that are the identity at the end of its trajectory or phase."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from fewstep.diffusion.prediction import Prediction, ode_step
+from fewstep.diffusion.schedule import Schedule, like
+from fewstep.methods.consistency import settings
+
 SIGMA_DATA = 0.5
+
+Endpoint = Callable[[Prediction, Tensor, Tensor, Tensor], Tensor]
+"""(prediction at x_t, x_t [B, C, h, w], t [B], end [B]) -> f(x_t, t) [B, C, h, w]."""
 
 
 def boundary_scalings(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
@@ -14,3 +25,38 @@ def boundary_scalings(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tenso
     c_skip = SIGMA_DATA**2 / (q**2 + SIGMA_DATA**2)
     c_out = q / (q**2 + SIGMA_DATA**2).sqrt()
     return c_skip, c_out
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """x0 with LCM's c_skip and c_out."""
+
+    timestep_scaling: float
+
+    def __call__(self, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        c_skip, c_out = (like(v, p.x0) for v in boundary_scalings(t, self.timestep_scaling))
+        return c_skip * x + c_out * p.x0
+
+
+def plain(p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    """x0 itself; x_t where t is the end, whatever the network says there."""
+    return _identity_at_end(p.x0, x, t, end)
+
+
+@dataclass(frozen=True)
+class PhaseEnd:
+    """The ODE's jump to the end of the phase (PCM, MLCM)."""
+
+    schedule: Schedule
+
+    def __call__(self, p: Prediction, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+        return _identity_at_end(ode_step(self.schedule, p, end), x, t, end)
+
+
+def _identity_at_end(jump: Tensor, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    return torch.where(like(t == end, x).bool(), x.to(jump.dtype), jump)
+
+
+def whole_trajectory(endpoint: settings.Boundary | settings.Plain) -> Endpoint:
+    """The endpoint that the settings of a method without phases name."""
+    return Boundary(endpoint.timestep_scaling) if isinstance(endpoint, settings.Boundary) else plain

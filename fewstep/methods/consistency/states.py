@@ -1,146 +1,262 @@
-"""States that consistency is trained at without an image: along the teacher's trajectories from noise, or the student's."""
+"""Where the student is trained: noised images, or states along trajectories of the teacher or the student, from noise."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.grids import between
-from fewstep.diffusion.prediction import Prediction, ode_step
-from fewstep.diffusion.rollout import ragged_rollout
-from fewstep.diffusion.schedule import Schedule, like
+from fewstep.diffusion.grids import between, even_steps, lognormal_index, milestone_timesteps
+from fewstep.diffusion.guidance import GuidedDenoiser, unguided
+from fewstep.diffusion.prediction import Denoise, Prediction, add_noise, ode_step
+from fewstep.diffusion.rollout import Move, ragged_rollout, rollout
+from fewstep.diffusion.schedule import Schedule, like, noise_level
+from fewstep.diffusion.solvers import Rule, solve
+from fewstep.methods.base import Batch, Networks, Preparation
+from fewstep.methods.consistency import settings
+from fewstep.methods.consistency.points import Points
+from fewstep.methods.consistency.pool import Pool
+from fewstep.methods.noisy_batch import NoisyBatch
+from fewstep.methods.trajectories import Trajectories, TrajectorySettings
+from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a caller of the loss fixes; None is drawn.
+
+    index: positions in the grid, [B]. noise: like x0, [B, C, h, w]. guidance_scale: 1 = none, [B].
+    """
+
+    index: Tensor | None = None
+    noise: Tensor | None = None
+    guidance_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class State:
-    """B states at points of a grid.
+    """B states of the loss.
 
     Attributes:
-        x: [B, C, h, w].
-        index: position in the grid, [B].
-        cond: conditions.
-        scale: guidance scales, [B]; None = no guidance.
-        x_s: where the loss has its target, like x, if that was drawn with the states; else None.
+        at: x_t.
+        s, end: timesteps of the target and of the end, [B].
+        fresh: the batch's own noise, conditions and scales; trajectories may be of earlier ones.
+        x_s: where the target is asked for, like x_t, if it is known with the state.
     """
 
-    x: Tensor
-    index: Tensor
-    cond: Cond
-    scale: Tensor | None
+    at: NoisyBatch
+    s: Tensor
+    end: Tensor
+    fresh: NoisyBatch
     x_s: Tensor | None = None
 
-    def rows(self, on: Tensor) -> "State":
-        scale = None if self.scale is None else self.scale[on]
-        return State(self.x[on], self.index[on], {k: v[on] for k, v in self.cond.items()}, scale)
 
+@dataclass(frozen=True)
+class Draw:
+    """Noise, grid positions, guidance scales and conditions: what all states begin with, drawn in this order.
 
-Answer = Callable[[State, Tensor], Prediction]
-"""The guided teacher at states and their timesteps t [B]."""
-Step = Callable[[State, Tensor], Tensor]
-"""The guided teacher's way from states to other positions in the grid, [B]: x [B, C, h, w] there."""
-
-
-class Trajectories:
-    """One trajectory of the teacher for each sample of a batch; every iteration trains on all of them, then moves them on.
-
-    A trajectory is at pure noise first, then once in each of `segments` equal parts of the grid, at a random point of it,
-    by one step from the last (Xie et al. 2024, MLCM, algorithm 1, whose every state has a trajectory of its own).
-    What the teacher says at a state gives the loss its target and takes the trajectory on: states cost nothing. The
-    samples are at different segments, so that a batch always has states from all of the trajectory.
-
-    segments: None = the grid's own, each point once.
+    Attributes:
+        guidance: range of scales; None = no guidance.
+        lognormal: mean and deviation of the log noise level; None = uniform over the points.
+        null_share: share of samples whose condition becomes the null one; None = none.
     """
 
-    def __init__(self, segments: int | None) -> None:
-        self.segments = segments
-        self.times = torch.zeros(0)
-        self.held: State | None = None
-        self.visit = torch.zeros(0, dtype=torch.long)
+    teacher: Teacher
+    points: Points
+    guidance: tuple[float, float] | None
+    lognormal: tuple[float, float] | None = None
+    null_share: float | None = None
 
-    def draw(self, step: Step, times: Tensor, fresh: State) -> State:
-        """The states to train at, of `fresh`'s size; new ones, from its noises, where there are none for this grid yet.
+    def __call__(self, batch: Batch, given: Given, noisiest: bool = False) -> tuple[Tensor, NoisyBatch]:
+        """Positions [B], of the noisiest point if asked, and noise at their timesteps."""
+        index, noise, scale = self._index(batch, given.index, noisiest), given.noise, given.guidance_scale
+        if noise is None:
+            noise = torch.randn(batch.size, *self.teacher.latent_shape, device=batch.device)
+        if scale is None and self.guidance is not None:
+            low, high = self.guidance
+            scale = low + (high - low) * torch.rand(batch.size, device=batch.device)
+        t = self.points.t.to(batch.device)[index]
+        return index, NoisyBatch(noise, t, self._conditions(batch), scale)
 
-        times: the grid, [N], ascending, on the CPU.
-        """
-        if self.held is None or len(self.held.x) != len(fresh.x) or not torch.equal(times, self.times):
-            self.times = times
-            self.held = self._spread(step, fresh)
-        return self.held
+    def _index(self, batch: Batch, index: Tensor | None, noisiest: bool) -> Tensor:
+        n, device = len(self.points.t), batch.device
+        if noisiest:
+            return torch.full((batch.size,), n - 1, device=device)
+        if index is not None:
+            return index
+        if self.lognormal is not None:
+            levels = noise_level(self.teacher.schedule, self.points.t).log().to(device)
+            return lognormal_index(levels, batch.size, *self.lognormal)
+        return torch.randint(n, (batch.size,), device=device)
 
-    def move(self, there: Callable[[Tensor], Tensor], fresh: State) -> None:
-        """Take the trajectories on to positions [B] of which `there` gives x; those at their end begin anew from `fresh`."""
-        assert self.held is not None  # nothing can be moved before a draw
-        visit = self.visit + 1
-        ended = visit > self._last
-        self.visit = torch.where(ended, 0, visit)
-        index = self._place(self.visit)
-        x = there(index)
-        scale = self.held.scale
-        if scale is not None and fresh.scale is not None:
-            scale = torch.where(ended, fresh.scale, scale)
-        cond = {k: torch.where(_over(ended, v), fresh.cond[k], v) for k, v in self.held.cond.items()}
-        self.held = State(torch.where(_over(ended, x), fresh.x, x), index, cond, scale)
-
-    def _spread(self, step: Step, fresh: State) -> State:
-        """Trajectories from noise, each as many segments on as its place in the batch says."""
-        self.visit = torch.arange(len(fresh.x), device=fresh.x.device) % (self._last + 1)
-        x, index = fresh.x.clone(), fresh.index.clone()
-        for v in range(1, self._last + 1):
-            on = (self.visit >= v).nonzero().flatten()
-            if not len(on):  # a batch of fewer samples than segments
-                break
-            part = State(x, index, fresh.cond, fresh.scale).rows(on)
-            index[on] = self._place(torch.full_like(on, v))
-            x[on] = step(part, index[on])
-        return State(x, index, fresh.cond, fresh.scale)
-
-    @property
-    def _last(self) -> int:
-        """The last visit, after which a trajectory ends."""
-        return len(self.times) - 1 if self.segments is None else self.segments
-
-    def _place(self, visit: Tensor) -> Tensor:
-        """The grid position of each trajectory's `visit` [B]: the noisiest for 0, else a random one of the segment."""
-        n, m = len(self.times), self.segments
-        if m is None:
-            return n - 1 - visit
-        low, high = n - n * visit // m, n - n * (visit - 1) // m
-        drawn = low + (torch.rand(len(visit), device=visit.device) * (high - low)).long()
-        return torch.where(visit == 0, n - 1, drawn)
-
-    def state(self) -> dict[str, Tensor]:
-        if self.held is None:
-            return {}
-        named = {"x": self.held.x, "index": self.held.index, "visit": self.visit, "times": self.times}
-        if self.held.scale is not None:
-            named["scale"] = self.held.scale
-        return named | {f"cond.{k}": v for k, v in self.held.cond.items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        cond = {k.removeprefix("cond."): v for k, v in tensors.items() if k.startswith("cond.")}
-        self.held = State(tensors["x"], tensors["index"], cond, tensors.get("scale"))
-        self.visit, self.times = tensors["visit"], tensors["times"].cpu()
+    def _conditions(self, batch: Batch) -> Cond:
+        if self.null_share is None:
+            return batch.cond
+        empty = torch.rand(batch.size, device=batch.device) < self.null_share
+        return {key: torch.where(like(empty, v).bool(), batch.uncond[key], v) for key, v in batch.cond.items()}
 
 
-def teacher_rollout(answer: Answer, schedule: Schedule, times: Tensor, segments: int, start: State) -> Tensor:
-    """States at `start.index`, each by a trajectory of its own from the noise `start.x` (MLCM, algorithm 1).
+class States:
+    """Where the student is trained. Called without gradient."""
+
+    needs_images = False
+
+    def __init__(self, draw: Draw) -> None:
+        self.draw, self.schedule = draw, draw.teacher.schedule
+
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        raise NotImplementedError
+
+    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+        """Called after the target's x_s is known, and the teacher's prediction at x_t (None = it was not called)."""
+
+    def prepare(self, at: Preparation) -> None:
+        """Called once before the first iteration."""
+
+    def _state(self, at: NoisyBatch, index: Tensor, batch: Batch, fresh: NoisyBatch) -> State:
+        points = self.draw.points.at(index, batch.iteration)
+        return State(replace(at, t=points.t), points.s, points.end, fresh)
+
+
+class NoisedData(States):
+    """Noised images."""
+
+    needs_images = True
+
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        index, fresh = self.draw(batch, given)
+        return self._state(fresh.with_x(add_noise(self.schedule, batch.x0, fresh.x, fresh.t)), index, batch, fresh)
+
+
+class SharedTrajectories(States):
+    """A pool of trajectories: the teacher's prediction that gives the loss its target moves them on by a segment."""
+
+    def __init__(self, draw: Draw, pool: Pool) -> None:
+        super().__init__(draw)
+        self.pool = pool
+
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        _, fresh = self.draw(batch, given, noisiest=True)
+        denoise = fresh.guided(nets["teacher"], batch.uncond)
+
+        def advance(x: Tensor, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+            return self._advance(denoise.rows(rows), x, before, after)
+
+        held = self.pool.draw(advance, self.draw.points.t, fresh)
+        return self._state(held, self.pool.index, batch, fresh)
+
+    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+        assert first is not None  # targets of such states are the solver's
+        t = self.draw.points.t.to(x_s.device)
+        self.pool.move(lambda index: ode_step(self.schedule, first, t[index]), state.fresh)
+
+    def _advance(self, denoise: Denoise, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        t = self.draw.points.t.to(x.device)
+        return ode_step(self.schedule, denoise(x, t[before]), t[after])
+
+
+class SolverTrajectories(SharedTrajectories):
+    """A pool of trajectories through every point of the grid: the solver's x_s is the next state."""
+
+    def __init__(self, draw: Draw, pool: Pool, rule: Rule, steps: int) -> None:
+        super().__init__(draw, pool)
+        self.rule, self.steps = rule, steps
+
+    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+        self.pool.move(lambda _: x_s, state.fresh)
+
+    def _advance(self, denoise: Denoise, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        points = self.draw.points.at(before, 0)
+        return solve(denoise, self.schedule, x, even_steps(points.t, points.s, self.steps), self.rule)
+
+
+class SampledTrajectories(States):
+    """A trajectory of its own from noise for every state (MLCM, algorithm 1).
 
     A state in the s-th of M segments from the clean end takes M - s equal steps; pure noise itself takes none.
     """
-    n, top = len(times), times[-1]
-    steps = torch.where(start.index == n - 1, 0, segments - start.index * segments // n)
-    t = times.to(start.x.device)
 
-    def step(x: Tensor, on: Tensor, i: int) -> Tensor:
-        part = replace(start.rows(on), x=x)
-        now, after = (between(top, t[part.index], (i + j) / steps[on]) for j in (0, 1))
-        return ode_step(schedule, answer(part, now), after)
+    def __init__(self, draw: Draw, segments: int) -> None:
+        super().__init__(draw)
+        self.segments = segments
 
-    return ragged_rollout(step, start.x, steps)
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        index, fresh = self.draw(batch, given)
+        x = self.roll(fresh.guided(nets["teacher"], batch.uncond), index, fresh)
+        return self._state(fresh.with_x(x), index, batch, fresh)
+
+    def roll(self, denoise: GuidedDenoiser, index: Tensor, fresh: NoisyBatch) -> Tensor:
+        """States at positions `index` [B] from the noise of `fresh`."""
+        n, top = len(self.draw.points.t), self.draw.points.t[-1]
+        steps = torch.where(index == n - 1, 0, self.segments - index * self.segments // n)
+
+        def step(x: Tensor, on: Tensor, i: int) -> Tensor:
+            now, after = (between(top, fresh.t[on], (i + j) / steps[on]) for j in (0, 1))
+            return ode_step(self.schedule, denoise.rows(on)(x, now), after)
+
+        return ragged_rollout(step, fresh.x, steps)
 
 
-def _over(rows: Tensor, x: Tensor) -> Tensor:
-    """A mask [B] as [B, 1, ...], to choose among rows of x."""
-    return like(rows, x).bool()
+class StoredTrajectories(States):
+    """States of trajectories that the teacher has drawn before training, each with a later one.
+
+    Every state is used again and again, as the teacher is frozen; so an accurate solver can be used, and training never
+    calls the teacher.
+
+    skip: points from a state to x_s; None = to the trajectory's sample.
+    """
+
+    def __init__(self, draw: Draw, stored: settings.StoredTrajectories, skip: int | None, key: str = "states") -> None:
+        super().__init__(draw)
+        teacher, points = draw.teacher, tuple(draw.points.t.flip(0).tolist())
+        try:
+            times = milestone_timesteps(points, stored.substeps, teacher.num_train_timesteps)
+        except ValueError as error:
+            raise ValueError(f"method.{key}.substeps: {error}") from None
+        scales = draw.guidance or (1.0, 1.0)
+        self.settings = TrajectorySettings(stored.count, stored.batch_size, times, points, stored.solver, scales)
+        self.skip = skip
+        self.stored: Trajectories | None = None
+
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        if self.stored is None:
+            raise ValueError("the teacher's trajectories are not there yet: call prepare first")
+        index, fresh = self.draw(batch, given)
+        rows, cond = self.stored.pick(batch.size, self.draw.teacher)
+        last, device = self.stored.x.shape[1] - 1, batch.device
+        place = last - 1 - index.cpu()  # kept from the noisiest down, the sample last
+        there = torch.full_like(place, last) if self.skip is None else (place + self.skip).clamp_max(last)
+        x, x_s = self.stored.x[rows, place], self.stored.x[rows, there]
+        scale = None if fresh.guidance_scale is None else self.stored.scale[rows].to(device)
+        at = NoisyBatch(x.to(device), fresh.t, cond, scale)
+        return replace(self._state(at, index, batch, fresh), x_s=x_s.to(device))
+
+    def prepare(self, at: Preparation) -> None:
+        self.stored = at.trajectories(self.draw.teacher, "trajectories", self.settings)
+
+
+class StudentRollout(States):
+    """Noised samples of the averaged student (Xie et al. 2024, TLCM's second stage).
+
+    times: of its sampler's steps, [steps]; move: from one to the next; embedded: whether it receives the guidance scale.
+    """
+
+    def __init__(self, draw: Draw, times: Tensor, move: Move, embedded: bool) -> None:
+        super().__init__(draw)
+        self.times, self.sampler_move, self.embedded = times, move, embedded
+
+    def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
+        index, fresh = self.draw(batch, given)
+        times = self.times.to(batch.device)
+        x0 = averaged_student(nets, fresh, times, self.sampler_move, self.embedded, self.schedule).x0
+        at = fresh.with_x(add_noise(self.schedule, x0, torch.randn_like(x0), fresh.t))
+        return self._state(at, index, batch, fresh)
+
+
+def averaged_student(
+    nets: Networks, start: NoisyBatch, times: Tensor, move: Move, embedded: bool, schedule: Schedule
+) -> Prediction:
+    """The averaged student's prediction at the last of `times` [n], after its own steps from the noise `start.x`."""
+    denoise = unguided(nets["ema"], start.cond, start.guidance_scale if embedded else None)
+    x = rollout(denoise, schedule, start.x, times, move)
+    return denoise(x, times[-1].expand(len(x)))

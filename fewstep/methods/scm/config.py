@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt
 from pydantic import NonNegativeInt, PositiveFloat, model_validator
 
 from fewstep.config import MethodConfig, OptimConfig
-from fewstep.methods.guidance_settings import GuidanceSettings
+from fewstep.methods.guidance_settings import SingleGuidanceSettings
 
 
 class ScmConfig(MethodConfig):
@@ -28,7 +28,7 @@ class ScmConfig(MethodConfig):
     """c of the normalisation."""
     adaptive_weight: bool = True
     """Whether a learnt function of the noise level weights the loss, beside 1 / tan tau."""
-    guidance: GuidanceSettings | None = None
+    guidance: SingleGuidanceSettings | None = None
     """Guidance of the teacher; null = none."""
 
     @property

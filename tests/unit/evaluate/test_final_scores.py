@@ -11,8 +11,8 @@ from fewstep.data.fashion import load_embedded
 from fewstep.evaluate import load_features
 from fewstep.evaluate.references import collect
 from fewstep.evaluate.statistics import save_statistics
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import LcmSettings
 from fewstep.training.run import run
 
 
@@ -24,11 +24,12 @@ def test_a_run_is_scored_by_a_reference_features_and_prompts_of_its_own(tiny_sd:
     reference = {"reference": str(statistics), "features": "fashion", "clip": "fashion", "prompts": str(words)}
     values: dict[str, Any] = {
         "teacher": str(tiny_sd), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4},
-        "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4}, "grid": {"kind": "even", "points": 40}, "steps": 8},
+        "max_iterations": 1, "batch_size": 2,
         "train": {"cpu_threads": 1}, "score": {"every": 1, "num_images": 3, "steps": 1, **reference},
         "evaluate": {"steps": [1], "teacher_steps": [2], "num_images": 3, "batch_size": 2, **reference},
     }  # fmt: skip
-    run(RunConfig[ConsistencyConfig].model_validate(values), Consistency)
+    run(RunConfig[LcmSettings].model_validate(values), LCM)
     report = json.loads((folder / "evaluation.json").read_text())
     settings = report["protocol"]
     assert settings["reference"] == str(statistics) and settings["reference_images"] == len(images)

@@ -12,8 +12,8 @@ from fewstep.assets import asset_path
 from fewstep.cli.main import main
 from fewstep.config import RunConfig
 from fewstep.evaluate import earlier_rows, evaluate, fingerprints, protocol
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import LcmSettings
 from fewstep.teachers import load_teacher
 from fewstep.training.run import run
 
@@ -34,24 +34,23 @@ def report(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _config(teacher: Path, folder: Path, earlier: Path, **changes: Any) -> RunConfig[ConsistencyConfig]:
+def _config(teacher: Path, folder: Path, earlier: Path, **changes: Any) -> RunConfig[LcmSettings]:
     values: dict[str, Any] = {
         "teacher": str(teacher), "output_dir": str(folder), "data": {"source": "fashion", "limit": 4},
-        "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 1, "guidance_range": [1, 2],
-                   "export_guidance_scale": 1.5},
+        "method": {"optim": {"lr": 1e-4}, "steps": 1, "guidance": {"range": [1.0, 2.0], "export_scale": 1.5}},
         "max_iterations": 1, "batch_size": 2, "train": {"cpu_threads": 1},
         "evaluate": {
             "steps": [1], "teacher_steps": [3, 2, 1], "num_images": IMAGES, "batch_size": 2,
             "teacher_guidance_scale": 1.5, "teacher_from": str(earlier),
         },
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig].model_validate(changed(values, changes))
+    return RunConfig[LcmSettings].model_validate(changed(values, changes))
 
 
 def test_a_run_takes_the_teachers_scores_and_measures_the_others_and_the_time(
     tiny_sd: Path, tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(_config(tiny_sd, tmp_path / "run", report, train={"student": {"kind": "lora"}}), Consistency)
+    run(_config(tiny_sd, tmp_path / "run", report, train={"student": {"kind": "lora"}}), LCM)
     shown = capsys.readouterr().out
     assert (
         shown.count(f"teacher's scores: {report} has them at 2, 1 steps") == 2
@@ -101,7 +100,7 @@ def test_what_is_no_report_is_told_before_the_training(content: str | None, tiny
         file.write_text(content)
     said = r"found what cannot be read \(No such file" if content is None else "expected a report of scores"
     with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: {file}: .*{said}"):
-        run(_config(tiny_sd, tmp_path / "run", file), Consistency)
+        run(_config(tiny_sd, tmp_path / "run", file), LCM)
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

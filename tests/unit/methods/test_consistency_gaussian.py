@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from builders.consistency import config
+from builders.consistency import config, consistency, grid_of
 from fewstep.diffusion.grids import even_steps
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.solvers import RULES, solve
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.config import StageConfig
-from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 MEAN, STD = 0.3, 0.5
@@ -59,8 +57,8 @@ def solution(grid: Any, schedule: Any, teacher: Affine) -> list[Tensor]:
 @pytest.mark.parametrize("phases", [4, 1])
 def test_the_student_becomes_the_teachers_solution(tiny_ddpm, states, phases):
     teacher = load_teacher(str(tiny_ddpm))
-    stages = (StageConfig(phases=4, iterations=400), StageConfig(phases=phases))
-    method = Consistency(
+    stages = (dict(phases=4, iterations=400), dict(phases=phases))
+    method = consistency(
         config(solver_steps=8, steps=8, endpoint="phase", states=states, guidance_range=None, stages=stages,
                target_decay=None, rollout_segments=4), teacher,
     )  # fmt: skip
@@ -76,7 +74,7 @@ def test_the_student_becomes_the_teachers_solution(tiny_ddpm, states, phases):
         optimizer.zero_grad()
         method.loss(nets, batch).losses["consistency"].backward()
         optimizer.step()
-    grid = method.stages[-1].grid
+    grid = grid_of(method, -1)
     for i, wanted in enumerate(solution(grid, teacher.schedule, nets["teacher"])):
         t, end = grid.t[i : i + 1], grid.end[i : i + 1]
         found = []
@@ -96,14 +94,14 @@ def closed_form(schedule: Any, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def by_the_solver(method: Consistency, net: Affine) -> Tensor:
+def by_the_solver(method: Any, net: Affine) -> Tensor:
     """The same by the teacher's steps from grid point to grid point: [N, 2] in float64."""
-    plan, grid = method.stages[0].plan, method.stages[0].grid
+    grid, target = grid_of(method), method.config.target
     n = len(grid.t)
     ends = []
     for x in (torch.zeros(n, 1, 1, 1), torch.ones(n, 1, 1, 1)):
-        times = even_steps(grid.t, grid.s, plan.teacher_steps)
-        solved = solve(lambda x, t: net(x, t, {}), method.teacher.schedule, x, times, RULES[method.config.solver])
+        times = even_steps(grid.t, grid.s, target.steps_per_point)
+        solved = solve(lambda x, t: net(x, t, {}), method.teacher.schedule, x, times, RULES[target.solver])
         ends.append(solved.flatten().double())
     slope, shift = ends[1] - ends[0], ends[0]
     for i in range(1, n):  # to the point below, and from there on
@@ -115,11 +113,11 @@ def test_the_student_becomes_the_consistency_function_in_closed_form(tiny_ddpm):
     """From the diffusion model, whose x0 at high noise is the mean, to within 0.002 of what the teacher's own steps give."""
     teacher = load_teacher(str(tiny_ddpm))
     settings: dict[str, Any] = {"solver_steps": 10, "steps": 10, "solver": "heun", "teacher_steps": 2}
-    method = Consistency(config(**settings, guidance_range=None, target_decay=None), teacher)
+    method = consistency(config(**settings, guidance_range=None, target_decay=None), teacher)
     torch.manual_seed(0)
     student = exact(teacher.schedule).requires_grad_(True)
     nets = {"teacher": exact(teacher.schedule), "student": student}
-    t = method.stages[0].grid.t
+    t = grid_of(method).t
     answer = closed_form(teacher.schedule, t)
 
     def off() -> float:

@@ -35,7 +35,8 @@ RUN = {"teacher": "fashion", "data": {"source": "fashion"}, "output_dir": "x", "
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_loaded(name: str) -> None:
-    assert settings_class(name).model_validate({"name": name, "optim": {"lr": 1e-4}}).name == name
+    required = {"ect": {"gap": {"double_iterations": 1}}, "trajectory": {"trajectories": {"count": 1}}}.get(name, {})
+    assert settings_class(name).model_validate({"name": name, "optim": {"lr": 1e-4}} | required).name == name
     assert method_class(name).__name__ in METHODS[name].method
 
 

@@ -138,7 +138,7 @@ def test_a_teacher_out_of_reach_is_told_in_a_sentence(tmp_path):
 
 
 def test_consistency_costs_six_forwards(tmp_path, tiny_sd):
-    p = planned(tmp_path, "consistency", tiny_sd, {"solver_steps": 40, "steps": 8}, "--processes", "2")
+    p = planned(tmp_path, "consistency", tiny_sd, {"steps": 10}, "--processes", "2")
     roles = p["roles"]
     assert (roles["student"]["kind"], roles["teacher"]["kind"], roles["ema"]["kind"]) == ("learnt", "frozen", "average")
     forwards = {name: role["forward"] for name, role in roles.items()}
@@ -219,21 +219,16 @@ def test_the_peak_is_that_of_a_real_run(case):
 
 
 @pytest.mark.parametrize(
-    ("settings", "total"),
-    [
-        ({"states": "noised_data"}, 5.35),
-        pytest.param({"endpoint": "phase", "phases": 8, "states": "trajectory"}, 5.35, marks=pytest.mark.slow),
-    ],
+    ("method", "total"),
+    [("consistency", 5.35), pytest.param("mlcm", 5.35, marks=pytest.mark.slow)],
 )
-def test_adapters_cost_a_forward_and_its_backward_to_the_input(tmp_path, tiny_sd, settings, total):
+def test_adapters_cost_a_forward_and_its_backward_to_the_input(tmp_path, tiny_sd, method, total):
     """LCM-LoRA, and MLCM on shared trajectories, whose states cost nothing after the first iteration.
 
     In a network this narrow the adapters themselves are 0.1 F a forward; in a wide one the sum is 5.1 F.
     """
-    lora = {"solver_steps": 40, "steps": 8, "embed_guidance": False, "target_decay": None}
-    roles = planned(
-        tmp_path, "consistency", tiny_sd, lora | settings, "train.student.kind=lora", "train.student.rank=4"
-    )["roles"]
+    lora = {"guidance": {"range": [3.0, 15.0], "embed": False}, "target": {"kind": "solver", "decay": None}}
+    roles = planned(tmp_path, method, tiny_sd, lora, "train.student.kind=lora", "train.student.rank=4")["roles"]
     assert roles["teacher"]["forward"] == pytest.approx(2, abs=0.01)  # with and without the condition
     assert roles["student"]["forward"] == pytest.approx(2.19, abs=0.02)  # and its target
     assert roles["student"]["backward"] < 1.2

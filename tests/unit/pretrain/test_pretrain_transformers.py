@@ -13,7 +13,8 @@ from fewstep.config import RunConfig, load_config
 from fewstep.data import fashion
 from fewstep.errors import FewstepError
 from fewstep.methods.boot.method import Boot, BootConfig
-from fewstep.methods.consistency.method import Consistency, ConsistencyConfig
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import LcmSettings
 from fewstep.methods.distribution_matching.dmd2 import DMD2, DMD2Config
 from fewstep.pretrain import dit, sd3
 from fewstep.pretrain.config import DiTTraining, SD3Training, load_training
@@ -24,7 +25,7 @@ from fewstep.training import run as job
 
 CONFIGS = ROOT / "configs"
 METHODS: dict[str, tuple[Any, Any]] = {
-    "consistency": (Consistency, ConsistencyConfig),
+    "consistency": (LCM, LcmSettings),
     "dmd2": (DMD2, DMD2Config),
     "boot": (Boot, BootConfig),
 }

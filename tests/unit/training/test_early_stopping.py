@@ -6,11 +6,9 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from builders.consistency import config
+from builders.consistency import config, consistency
 from builders.trainer import assert_equal, make
 from fewstep.config import ScoreConfig
-from fewstep.methods.consistency.config import StageConfig
-from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 from fewstep.training.early_stopping import EarlyStopping
 
@@ -110,10 +108,10 @@ def test_weights_of_an_earlier_stage_are_not_exported_for_a_later_one(tiny_sd, t
 
 
 def test_stages_tell_when_the_last_begins(tiny_sd):
-    stages = (StageConfig(iterations=30), StageConfig(iterations=12), StageConfig())
+    stages = (dict(iterations=30), dict(iterations=12), dict())
     teacher = load_teacher(str(tiny_sd))
-    assert Consistency(config(stages=stages), teacher).last_stage == 42
-    assert Consistency(config(), teacher).last_stage == 0
+    assert consistency(config(stages=stages), teacher).last_stage == 42
+    assert consistency(config(), teacher).last_stage == 0
 
 
 def test_needs_scores():

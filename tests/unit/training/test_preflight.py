@@ -9,19 +9,20 @@ from builders import changed
 from builders.families import build_dit
 from fewstep.config import RunConfig
 from fewstep.errors import FewstepError
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.lcm import LCM
+from fewstep.methods.consistency.method_settings import LcmSettings
 from fewstep.training.run import run
 
 
 def message(pipeline: Path, folder: Path, **changes: Any) -> str:
     values = {
         "teacher": str(pipeline), "output_dir": str(folder / "run"), "data": {"source": "fashion", "limit": 4},
-        "method": {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8}, "max_iterations": 1, "batch_size": 2,
+        "method": {"optim": {"lr": 1e-4}, "grid": {"kind": "even", "points": 40}, "steps": 8},
+        "max_iterations": 1, "batch_size": 2,
         "train": {"cpu_threads": 1},
     }  # fmt: skip
     with pytest.raises((ValueError, OSError)) as e:
-        run(RunConfig[ConsistencyConfig].model_validate(changed(values, changes)), Consistency)
+        run(RunConfig[LcmSettings].model_validate(changed(values, changes)), LCM)
     assert not (folder / "run" / "config.yaml").exists(), "the run has begun"
     return str(e.value)
 
@@ -74,7 +75,7 @@ def test_told_before_the_training(changes: Any, expected: str, tiny_sd: Path, tm
 def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -> None:
     """DiTPipeline has a null label of its own; what is scored or shown under guidance ended in an IndexError after training."""
     folder = build_dit(tmp_path / "dit", num_labels=10)
-    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 8, "export_guidance_scale": 4.0}
+    method = {"optim": {"lr": 1e-4}, "guidance": {"range": [3.0, 15.0], "export_scale": 4.0}}
     data = {"source": "fashion", "num_labels": 10}
     for more in ({"evaluate": {"prompts": None}}, {"log": {"samples_every": 1}}):
         text = message(folder, tmp_path, data=data, method=method, **more)
@@ -85,9 +86,9 @@ def test_a_teacher_that_cannot_be_guided_is_not_to_be_drawn_so(tmp_path: Path) -
 
 
 def test_adapters_have_one_guidance_scale(tiny_sd: Path, tmp_path: Path) -> None:
-    method = {"optim": {"lr": 1e-4}, "solver_steps": 40, "steps": 2, "export_guidance_scale": [4.0, 5.0]}
+    method = {"optim": {"lr": 1e-4}, "steps": 2, "guidance": {"range": [3.0, 15.0], "export_scale": [4.0, 5.0]}}
     text = message(tiny_sd, tmp_path, method=method, train={"student": {"kind": "lora"}})
-    assert text.startswith("method.export_guidance_scale: found a scale for each step; expected one number")
+    assert text.startswith("method.guidance.export_scale: found a scale for each step; expected one number")
 
 
 def test_output_that_cannot_be_written(tiny_sd: Path, tmp_path: Path) -> None:
@@ -126,4 +127,4 @@ def test_numbers_that_run_away_are_one_sentence(tiny_sd: Path, tmp_path: Path) -
     with pytest.raises(
         FewstepError, match=r"^train.max_nonfinite: found 3 updates in a row .* Lower method\.optim\.lr"
     ):
-        run(RunConfig[ConsistencyConfig].model_validate(values), Consistency)
+        run(RunConfig[LcmSettings].model_validate(values), LCM)

@@ -15,7 +15,7 @@ from builders.trainer import assert_equal, environment, make, weights
 from fewstep import io
 from fewstep.config import CheckpointConfig
 from fewstep.methods.base import StepOutput
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.consistency.loss import Consistency
 from fewstep.training import checkpoint as ckpt
 from fewstep.training.optim import lr_factor
 from fewstep.training.updates import NonFiniteError

@@ -1,19 +1,16 @@
 """More trajectories than samples in a batch: every batch draws others, each goes on by itself."""
 
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from builders.consistency import batch_for, config, nets_for
-from builders.states import FREE, SCHEDULE, TIMES, answer, fresh, imageless, step
-from fewstep.diffusion.prediction import ode_step
-from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.replay import Replay
-from fewstep.methods.consistency.states import Trajectories
+from builders.consistency import batch_for, config, consistency, nets_for, sections
+from builders.states import FREE, TIMES, advance, fresh, imageless, onwards
+from fewstep.methods.consistency.pool import Pool, Replay
+from fewstep.methods.registry import settings_class
 from fewstep.teachers import load_teacher
 
 BATCH, SIZE = 12, 60
@@ -22,9 +19,10 @@ BATCH, SIZE = 12, 60
 def turns(pool, count, first=0):
     """States of `count` iterations; every fresh sample has a tag of its own."""
     for turn in range(first, first + count):
-        at = pool.draw(step, TIMES, fresh(BATCH, turn))
-        yield replace(at, x=at.x.clone(), index=at.index.clone(), cond={k: v.clone() for k, v in at.cond.items()})
-        pool.move(partial(step, at), fresh(BATCH, 1000 + turn))
+        at = pool.draw(advance, TIMES, fresh(BATCH, turn))
+        cond = {key: v.clone() for key, v in at.cond.items()}
+        yield SimpleNamespace(x=at.x.clone(), index=pool.index.clone(), cond=cond, scale=at.guidance_scale)
+        pool.move(onwards(pool), fresh(BATCH, 1000 + turn))
 
 
 def seen(states):
@@ -52,8 +50,7 @@ def test_every_trajectory_goes_on_by_itself():
         segments = [index // 5 for index, _ in track[1:]]
         assert segments == [7, 6, 5, 4, 3, 2, 1, 0][: len(segments)]
         for (i, x), (j, y) in pairwise(track):
-            state = replace(fresh(1), x=x[None], index=torch.tensor([i]))
-            assert torch.allclose(ode_step(SCHEDULE, answer(state, TIMES[[i]]), TIMES[[j]]), y[None])
+            assert torch.allclose(advance(x[None], None, [i], [j]), y[None])
 
 
 def test_batches_are_of_other_samples_and_of_all_segments():
@@ -67,7 +64,7 @@ def test_batches_are_of_other_samples_and_of_all_segments():
     list(turns(pool, 5))
     states = list(turns(pool, 300, first=5))
     assert shared(states) == pytest.approx(BATCH**2 / SIZE * 8 / 9, rel=0.1)  # a ninth of the drawn have begun anew
-    assert shared(turns(Trajectories(8), 100)) == pytest.approx(BATCH * 8 / 9, rel=0.1)
+    assert shared(turns(Pool(8), 100)) == pytest.approx(BATCH * 8 / 9, rel=0.1)
     index = torch.cat([at.index for at in states])
     start = (index == 39).float().mean().item()
     parts = torch.histc(index[index < 39].float() // 5, 8, 0, 7) / len(index)
@@ -79,20 +76,19 @@ def test_batches_are_of_other_samples_and_of_all_segments():
 def test_evaluations_are_spent_at_the_start_alone():
     counted: list[int] = []
 
-    def counting(at, index):
-        counted.append(len(index))
-        return step(at, index)
+    def counting(x, rows, before, after):
+        counted.append(len(after))
+        return advance(x, rows, before, after)
 
     pool = Replay(8, 30)
     for turn, sizes in enumerate([12, 24, 30, 30, 30]):
         counted.clear()
-        at = pool.draw(counting, TIMES, fresh(BATCH, turn))
-        assert pool.pool is not None and len(pool.pool.x) == sizes
+        pool.draw(counting, TIMES, fresh(BATCH, turn))
+        assert pool.kept is not None and len(pool.kept) == sizes
         assert sum(counted) == (sum(i % 9 for i in range(BATCH)) if turn < 3 else 0)
-        pool.move(partial(step, at), fresh(BATCH, turn))
-    again = replace(fresh(BATCH), index=torch.full((BATCH,), 19))
-    pool.draw(counting, TIMES[1::2], again)  # another stage's grid
-    assert pool.pool is not None and len(pool.pool.x) == BATCH and pool.pool.index.max() == 19
+        pool.move(onwards(pool), fresh(BATCH, turn))
+    pool.draw(lambda x, *_: x, TIMES[1::2], fresh(BATCH))  # another stage's grid
+    assert pool.kept is not None and len(pool.kept) == BATCH and pool.kept_at[0].max() == 19
 
 
 @pytest.mark.parametrize("before", [1, 7])  # while trajectories are still begun, and after
@@ -100,7 +96,7 @@ def test_goes_on_from_its_state(before):
     torch.manual_seed(0)
     pool, rest = Replay(8, SIZE), Replay(8, SIZE)
     list(turns(pool, before))
-    rest.load_state({key: v.clone() for key, v in pool.state().items()})
+    rest.load_state_dict({key: v.clone() for key, v in pool.state_dict().items()})
     random = torch.get_rng_state()
     whole = list(turns(pool, 12, first=before))
     torch.set_rng_state(random)
@@ -111,7 +107,7 @@ def test_goes_on_from_its_state(before):
 def test_a_loss_resumes(tiny_sd):
     """The method's own state gives the same losses to the bit, and is of as many trajectories as are kept."""
     teacher = load_teacher(str(tiny_sd))
-    one, other = (Consistency(config(**FREE, target_decay=None, replay=10), teacher) for _ in range(2))
+    one, other = (consistency(config(**FREE, target_decay=None, replay=10), teacher) for _ in range(2))
     nets, batch = nets_for(one), imageless(teacher)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -126,12 +122,15 @@ def test_a_loss_resumes(tiny_sd):
     assert {len(v) for key, v in state.items() if key != "times"} == {10}
 
 
-def test_impossible(tiny_sd):
-    with pytest.raises(ValidationError, match="replay: 8 trajectories are kept of states trajectory"):
-        config(replay=8)
-    with pytest.raises(ValidationError, match="rollout shared or solver"):
-        config(**FREE, rollout="sample", replay=8)
+@pytest.mark.parametrize("kind", ["noised_data", "sampled_trajectories"])
+def test_impossible(kind):
+    """Only pools of trajectories have the key."""
+    with pytest.raises(ValidationError, match="replay"):
+        settings_class("pcm").model_validate(sections(**FREE) | {"states": {"kind": kind, "replay": 8}})
+
+
+def test_fewer_trajectories_than_samples(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**FREE, target_decay=None, replay=3), teacher)
-    with pytest.raises(ValueError, match=r"method\.replay: 3 trajectories are fewer than a batch has samples, 4"):
+    method = consistency(config(**FREE, target_decay=None, replay=3), teacher)
+    with pytest.raises(ValueError, match=r"method\.states\.replay: found 3; expected at least a batch's 4 samples"):
         method.loss(nets_for(method), batch_for(teacher))

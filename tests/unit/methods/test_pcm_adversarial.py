@@ -8,16 +8,15 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from builders.consistency import batch_for, config, nets_for
+from builders.consistency import batch_for, config, consistency, nets_for
 from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.diffusion.prediction import more_noise
 from fewstep.diffusion.schedule import RectifiedFlow, ShiftedFlow, VariancePreserving
 from fewstep.methods.consistency.adversarial import Ends, judge, times_in_phase
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency
 from fewstep.methods.discriminator import features
 from fewstep.methods.noisy_batch import NoisyBatch
+from fewstep.methods.registry import settings_class
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
@@ -73,13 +72,13 @@ def test_drawn_times_stay_within_the_phase():
 
 def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**PHASED), teacher)
+    method = consistency(config(**PHASED), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     carry = method.loss(nets, batch).carry
     carry = {**carry, "real": carry["fake"].clone()}  # so that nothing but the noise differs
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     teacher.denoiser.net.register_forward_pre_hook(lambda net, args: seen.append(args[:2]))
-    method.discriminator_loss(nets, batch, carry)
+    method.steps()[1].loss(nets, batch, carry)
     (real, t), (fake, u) = seen
     assert torch.equal(t, u) and len(t.unique()) > 1
     assert not (real == fake).flatten(1).any(1)[t > carry["end"]].any()
@@ -89,18 +88,18 @@ def test_a_head_on_every_block_of_the_unet(tiny_sd):
     """As PCM has them, and configs/sd15/pcm_adv.yaml: down, in the middle, up."""
     teacher = load_teacher(str(tiny_sd))
     blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
-    method = Consistency(config(**PHASED, gan_layers=blocks), teacher)
+    method = consistency(config(**PHASED, gan_layers=blocks), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     output = method.loss(nets, batch)
     loss, ends = output.losses["gan"], Ends.from_carried(output.carry)
-    heard = judge(teacher, method.layers, ends.fake, ends, ends.t)
+    heard = judge(teacher, method.stages[0].parts.terms[0].layers, ends.fake, ends, ends.t)
     assert [f.shape[1] for f in heard] == [32, 64, 64, 64, 32]
     assert nets["discriminator"](heard).shape == (4, 5) and loss.isfinite()
 
 
 def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**PHASED), teacher)
+    method = consistency(config(**PHASED), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     assert list(nets) == ["teacher", "student", "target", "discriminator"]
     nets["discriminator"].requires_grad_(False)
@@ -109,14 +108,16 @@ def test_gradients_go_to_the_student_and_not_to_teacher_or_heads(tiny_sd):
     assert any(p.grad is not None and p.grad.any() for p in nets["student"].parameters())
     assert all(p.grad is None for p in teacher.denoiser.parameters())
     nets["discriminator"].requires_grad_(True)
-    method.discriminator_loss(nets, batch, output.carry).losses["discriminator"].backward()
+    method.steps()[1].loss(nets, batch, output.carry).losses["discriminator"].backward()
     assert all(p.grad is not None for p in nets["discriminator"].parameters())
     assert all(p.grad is None for p in teacher.denoiser.parameters())
 
 
-def test_needs_phases():
-    with pytest.raises(ValidationError, match=r"gan_weight: .* needs endpoint phase"):
-        config(gan_weight=0.1)
+@pytest.mark.parametrize("name", ["cd", "lcm", "ect", "mlcm"])
+def test_needs_phases(name):
+    """The loss is on the ends of phases: only PCM has it."""
+    with pytest.raises(ValidationError, match=r"adversarial\n.*Extra inputs"):
+        settings_class(name).model_validate({"optim": {"lr": 1.0}, "adversarial": {"weight": 0.1}})
 
 
 def test_trains_and_resumes(tiny_sd, tmp_path):
@@ -124,13 +125,14 @@ def test_trains_and_resumes(tiny_sd, tmp_path):
     prompts.write_text("a coat\na bag\na shirt\na boot\na dress\na hat\n")
 
     def trained(folder, resume=None):
-        run = RunConfig[ConsistencyConfig](
-            teacher=str(tiny_sd), method=config(**PHASED, states="trajectory"), output_dir=tmp_path / folder,
+        method = config(**PHASED, states="trajectory")
+        run = RunConfig[type(method)](
+            teacher=str(tiny_sd), method=method, output_dir=tmp_path / folder,
             data=DataConfig(source="prompts", path=prompts), max_iterations=4, batch_size=4,
             checkpoint={"every": 2}, log={"every": 1}, train={"mixed_precision": "no", "cpu_threads": 1},
         )  # fmt: skip
         teacher = load_teacher(run.teacher)
-        trainer = Trainer(run, Consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))
+        trainer = Trainer(run, consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))
         if resume:
             trainer.resume(str(resume))
         assert trainer.fit()

@@ -7,12 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from builders.consistency import batch_for, config, nets_for
+from builders.consistency import batch_for, config, consistency, nets_for
 from builders.trainer import make
 from fewstep.evaluate.rewards.load import load_reward
 from fewstep.methods.base import Preparation
-from fewstep.methods.consistency.config import StageConfig
-from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 PROMPTS = ["a coat", "a bag", "", "a shirt"]
@@ -27,7 +25,7 @@ def rewarding(teacher, tmp_path, **changes):
         "solver_steps": 40, "steps": 8, "endpoint": "x0_plain", "states": "trajectory", "guidance_range": (1.0, 3.0),
         "target_decay": None, "reward": "clip@fashion", "reward_weight": 0.5, "reward_samples": 3,
     }  # fmt: skip
-    method = Consistency(config(**values | changes), teacher)
+    method = consistency(config(**values | changes), teacher)
     method.prepare(preparation(tmp_path))
     nets = nets_for(method)
     nets["ema"] = nets["student"].clone().requires_grad_(False)
@@ -42,7 +40,8 @@ def test_reward_is_that_of_the_last_step_of_a_rollout(tiny_sd, tmp_path, stop, m
     seen: list[torch.Tensor] = []
     nets["student"].net.register_forward_hook(lambda net, args, out: seen.append(args[1]))
     nets["ema"].net.register_forward_hook(lambda net, args, out: seen.append(args[1]))
-    monkeypatch.setattr(method, "own_timesteps", method.own_timesteps[: stop + 1])
+    (term,) = method.stages[0].parts.terms
+    monkeypatch.setattr(term, "times", term.times[: stop + 1])
     wanted = torch.randint(stop + 1, (), generator=batch.generator.clone_state()).item()
     output = method.loss(nets, batch)
     times = [999, 749, 499, 249]
@@ -85,7 +84,7 @@ def test_the_ceiling_ends_it(tiny_sd, tmp_path):
 
 def test_only_its_stage_rewards(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
-    stages = (StageConfig(iterations=2), StageConfig(reward_weight=0.1, lr=1e-5))
+    stages = ({"iterations": 2}, {"reward_weight": 0.1, "lr": 1e-5})
     method, nets, batch = rewarding(teacher, tmp_path, reward_weight=0.0, stages=stages)
     assert set(method.loss(nets, batch).losses) == {"consistency"}
     assert set(method.loss(nets, replace(batch, iteration=2)).losses) == {"consistency", "reward"}
@@ -100,16 +99,20 @@ def test_a_reward_of_ones_own_teaches_and_is_told_before_training_where_it_canno
     assert make(tiny_sd, tmp_path / "a", max_iterations=1, method=method).fit()
     (line,) = (tmp_path / "a" / "log.jsonl").read_text().splitlines()
     assert 0 < json.loads(line)["reward_value"] < 1
-    late = {"reward": "fewstep_mine:flat", "stages": [{"iterations": 5}, {"reward_weight": 0.5}]}
+    late = {
+        "reward": "fewstep_mine:flat",
+        "endpoint": "x0_plain",
+        "stages": [{"iterations": 5}, {"reward_weight": 0.5}],
+    }
     with pytest.raises(
-        ValueError, match=r"^method\.reward: reward 'fewstep_mine:flat' returned torch\.float32 \[\] of 2 images"
+        ValueError, match=r"^method\.reward\.name: reward 'fewstep_mine:flat' returned torch\.float32 \[\] of 2 images"
     ):
         make(tiny_sd, tmp_path / "b", max_iterations=1, method=late).fit()
 
 
 def test_impossible(tiny_sd, tmp_path):
     with pytest.raises(ValidationError, match="needs a reward"):
-        config(reward_weight=0.1)
-    method = Consistency(config(reward="clip@nowhere", reward_weight=0.1, steps=10), load_teacher(str(tiny_sd)))
-    with pytest.raises(ValueError, match=r"method\.reward: "):
+        config(endpoint="x0_plain", stages=({"reward_weight": 0.1},))
+    method = consistency(config(reward="clip@nowhere", reward_weight=0.1, steps=10), load_teacher(str(tiny_sd)))
+    with pytest.raises(ValueError, match=r"method\.reward\.name: "):
         method.prepare(preparation(tmp_path))

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from builders import changed
-from fewstep.config import LoraConfig, OptimConfig, RunConfig
+from builders.consistency import config, consistency
+from fewstep.config import LoraConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.diffusion.grids import even_grid
 from fewstep.diffusion.prediction import Prediction, add_noise
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.config import ConsistencyConfig
-from fewstep.methods.consistency.method import Consistency, boundary_scalings
+from fewstep.methods.consistency.endpoints import boundary_scalings
+from fewstep.methods.consistency.method_settings import LcmSettings
 from fewstep.methods.dropout import set_dropout
 from fewstep.teachers import load_teacher
 from fewstep.teachers.embeddings.unet import attach_guidance, guidance_embedding, with_guidance_embedding
@@ -57,11 +58,7 @@ class Turn:
         teacher.placement.to(torch.device("cpu"), dtype)
         self.alphas = teacher.pipeline.scheduler.alphas_cumprod.double()
         teacher.schedule = teacher.denoiser.schedule = VariancePreserving(self.alphas)
-        config = ConsistencyConfig(
-            optim=OptimConfig(lr=1e-4), guidance_range=(3.0, 8.0), distance=distance,  # type: ignore[arg-type]
-            timestep_scaling=timestep_scaling,
-        )  # fmt: skip
-        self.method = Consistency(config, teacher)
+        self.method = consistency(config(distance=distance, timestep_scaling=timestep_scaling), teacher)
         self.nets = {name: role.net.to(dtype) for name, role in self.method.roles().items()}
         g = torch.Generator().manual_seed(5)
         self.x0, self.noise = torch.randn(2, 4, *teacher.latent_shape, generator=g, dtype=dtype)
@@ -119,10 +116,10 @@ def run_values(teacher: Any, folder: Any, **changes: Any) -> dict[str, Any]:
 
 
 def trainer_for(values: dict[str, Any]) -> Trainer:
-    config = RunConfig[ConsistencyConfig].model_validate(values)
-    teacher = load_teacher(config.teacher)
-    method = Consistency(config.method, teacher)
-    return Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
+    run = RunConfig[LcmSettings].model_validate(values)
+    teacher = load_teacher(run.teacher)
+    method = consistency(run.method, teacher)
+    return Trainer(run, method, teacher, load_source(run.data, teacher.image_size))
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -183,8 +180,7 @@ def test_grid_off_by_one(solver_steps: int, tiny_sd: Any) -> None:
     assert t.tolist() == ddim.timesteps.tolist()[::-1]
     assert s.tolist() == [0, *t[:-1].tolist()] if s[0] == 0 and t[0] > 0 else False
     steps = 10
-    config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), solver_steps=solver_steps, steps=steps)
-    stock = Consistency(config, teacher).scheduler()
+    stock = consistency(config(solver_steps=solver_steps, steps=steps), teacher).scheduler()
     for n in range(1, steps + 1):
         stock.set_timesteps(n)
         assert set(stock.timesteps.tolist()) <= set(t.tolist())
@@ -230,11 +226,9 @@ def test_unconditional_embeddings_of_another_batch_size(tiny_sd: Any) -> None:
         losses.append(turn.method.loss(turn.nets, batch, **given).losses["consistency"].item())
         assert len(turn.seen["teacher"][-1].x) == 2 * size
     assert (3 * losses[0] + losses[1]) / 4 == pytest.approx(turn.loss.item(), rel=1e-9)
-    config = RunConfig[ConsistencyConfig].model_validate(
-        run_values(tiny_sd, "unused", data={"source": "fashion", "limit": 5})
-    )
-    source = load_source(config.data, turn.teacher.image_size)
-    batches = Batches(config, turn.teacher, source, False, turn.batch.device, 0, 1)
+    run = RunConfig[LcmSettings].model_validate(run_values(tiny_sd, "unused", data={"source": "fashion", "limit": 5}))
+    source = load_source(run.data, turn.teacher.image_size)
+    batches = Batches(run, turn.teacher, source, False, turn.batch.device, 0, 1)
     for iteration in range(3):  # the last of them has a sample of the next epoch
         batch = batches.draw(iteration, 0)
         assert {len(v) for v in (*batch.cond.values(), *batch.uncond.values())} == {batch.size} == {2}
@@ -272,8 +266,7 @@ def test_scalings_are_the_stock_schedulers(tiny_sd: Any) -> None:
     """c_out without sigma_data, c_skip with the timestep scaling, which the loss itself hardly shows, at every t."""
     teacher = load_teacher(str(tiny_sd))
     for scaling in (10.0, 0.01):
-        config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), timestep_scaling=scaling)
-        stock: Any = Consistency(config, teacher).scheduler()
+        stock: Any = consistency(config(timestep_scaling=scaling), teacher).scheduler()
         assert stock.config.timestep_scaling == scaling
         t = torch.arange(1000)
         expected = stock.get_scalings_for_boundary_condition_discrete(t.double())
@@ -357,7 +350,7 @@ def test_teacher_under_an_autocast_that_nobody_asked_for(tiny_sd: Any, tmp_path:
 
 def test_adapters_without_an_average_for_targets(tiny_sd: Any, tmp_path: Path) -> None:
     """The target's adapters are the average of the student's; the weights under both are the teacher's, once in memory."""
-    method = {"optim": {"lr": 1e-3}, "target_decay": 0.75}
+    method = {"optim": {"lr": 1e-3}, "target": {"kind": "solver", "decay": 0.75}}
     trainer = trainer_for(run_values(tiny_sd, tmp_path, train={"student": {"kind": "lora", "rank": 2}}, method=method))
     student, target = trainer.roles["student"].tensors.parameters, trainer.roles["target"].tensors.parameters
     before = [p.detach().clone() for p in target]
@@ -380,8 +373,7 @@ def test_online_target_with_other_dropout_masks(whose: str, tiny_sd: Any) -> Non
         teacher.students.adapt(LoraConfig(rank=2, dropout=0.3))
     else:
         set_dropout(teacher.denoiser, 0.3)
-    config = ConsistencyConfig(optim=OptimConfig(lr=1e-4), target_decay=None, guidance_range=None)
-    method = Consistency(config, teacher)
+    method = consistency(config(target_decay=None, guidance_range=None), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     dropped: list[Tensor] = []
     layer = next(m for m in nets["student"].modules() if isinstance(m, nn.Dropout) and m.p == 0.3)
@@ -419,13 +411,12 @@ class PointMass(nn.Module):
 def test_a_perfect_student_has_no_loss(tiny_sd: Any) -> None:
     """The teacher's ODE is straight for a point mass, so its steps are exact and the consistency function is known."""
     turn = Turn(str(tiny_sd))
-    config = turn.method.config.model_copy(update={"guidance_range": None, "target_decay": None})
-    turn.method.config = config
+    method = consistency(config(target_decay=None, guidance_range=None), turn.teacher)
     schedule, mean = VariancePreserving(turn.alphas), turn.x0[:1]
     batch = Batch(50, {}, {}, torch.device("cpu"), latents=mean.expand(50, -1, -1, -1))
     nets = {"teacher": PointMass(schedule, mean, False), "student": PointMass(schedule, mean, True)}
     noise = torch.randn(batch.x0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert turn.method.loss(nets, batch, index=torch.arange(50), noise=noise).losses["consistency"].item() < 1e-20
+    assert method.loss(nets, batch, index=torch.arange(50), noise=noise).losses["consistency"].item() < 1e-20
 
 
 def test_an_iteration_costs_six_forwards(tiny_sd: Any) -> None:

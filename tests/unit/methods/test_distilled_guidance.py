@@ -5,10 +5,9 @@ import torch
 from diffusers import DiffusionPipeline
 from pydantic import ValidationError
 
-from builders.consistency import batch_for, config, nets_for
+from builders.consistency import batch_for, config, consistency, nets_for
 from builders.families import build_dit
 from fewstep.export.pipeline import export
-from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 
 KEPT = {
@@ -19,7 +18,7 @@ KEPT = {
 
 def test_exported_to_be_guided(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**KEPT), teacher)
+    method = consistency(config(**KEPT), teacher)
     assert method.keeps_guidance
     student = nets_for(method)["student"]
     export(
@@ -45,9 +44,11 @@ def test_exported_to_be_guided(tiny_sd, tmp_path):
 
 def test_a_share_of_conditions_is_null(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
-    method, batch = Consistency(config(**KEPT, null_share=0.5), teacher), batch_for(teacher)
+    method, batch = consistency(config(**KEPT, null_share=0.5), teacher), batch_for(teacher)
     torch.manual_seed(0)
-    found = torch.stack([method._conditions(batch)["encoder_hidden_states"] for _ in range(200)])
+    found = torch.stack(
+        [method.stages[0].parts.states.draw._conditions(batch)["encoder_hidden_states"] for _ in range(200)]
+    )
     null = (found == batch.uncond["encoder_hidden_states"]).flatten(2).all(2)
     own = (found == batch.cond["encoder_hidden_states"]).flatten(2).all(2)
     assert (null | own).all()
@@ -55,18 +56,18 @@ def test_a_share_of_conditions_is_null(tiny_sd):
 
 
 def test_impossible(tiny_ddpm):
-    with pytest.raises(ValidationError, match=r"keep_guidance: .* set guidance_range to null"):
-        config(keep_guidance=True)
+    with pytest.raises(ValidationError, match=r"null_share: .* set guidance to null"):
+        config(**KEPT | {"guidance_range": (1.0, 2.0)})
     teacher = load_teacher(str(tiny_ddpm))
-    with pytest.raises(ValueError, match=r"method\.keep_guidance"):
-        Consistency(config(**KEPT), teacher)
+    with pytest.raises(ValueError, match=r"method\.null_share"):
+        consistency(config(**KEPT), teacher)
 
 
 def test_a_scale_for_each_step_is_exported(tiny_sd, tmp_path):
     """The export compares stock diffusers, in a process without fewstep, with the student in memory at every count."""
     teacher = load_teacher(str(tiny_sd))
     scales = (4.0, 3.0, 5.0, 6.0)
-    method = Consistency(config(solver_steps=40, steps=4, export_guidance_scale=scales), teacher)
+    method = consistency(config(solver_steps=40, steps=4, export_guidance_scale=scales), teacher)
     assert method.export_guidance_scale == {999: 4.0, 749: 3.0, 499: 5.0, 249: 6.0}
     student = nets_for(method)["student"]
     torch.nn.init.normal_(student.net.time_embedding.cond_proj.weight, std=0.5)
@@ -91,4 +92,4 @@ def test_a_scale_for_each_step_is_exported(tiny_sd, tmp_path):
 def test_a_scale_for_each_step_needs_a_unet_that_is_told(tmp_path):
     teacher = load_teacher(str(build_dit(tmp_path)))
     with pytest.raises(ValueError, match="one scale for each step is for Stable Diffusion and SDXL"):
-        Consistency(config(steps=2, export_guidance_scale=(3.0, 4.0)), teacher)
+        consistency(config(steps=2, export_guidance_scale=(3.0, 4.0)), teacher)

@@ -8,15 +8,15 @@ from diffusers import DDIMScheduler
 from pydantic import ValidationError
 from torch import nn
 
-from builders.consistency import config, nets_for
+from builders.consistency import config, consistency, nets_for, sections
 from builders.pixel import missed, trained
 from fewstep.diffusion.grids import log_levels, lognormal_index
 from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.config import TuningConfig
-from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.tuning import gap_weights, tuned_level, tuned_timestep
+from fewstep.methods.consistency.points import WEIGHTS, tuned_level, tuned_timestep
+from fewstep.methods.consistency.settings import Gap
 from fewstep.methods.dropout import random_state, replayed, set_dropout
+from fewstep.methods.registry import settings_class
 from fewstep.teachers import load_teacher
 
 CPU = torch.device("cpu")
@@ -30,12 +30,11 @@ ECT = {
 
 
 def ect(**changes):
-    values = ECT | changes
-    return config(**values | {"tuning": TuningConfig(**values["tuning"]), "lognormal": tuple(values["lognormal"])})
+    return config(**ECT | changes)
 
 
 def test_mapping_has_the_papers_values():
-    q2 = TuningConfig(double_iterations=1)
+    q2 = Gap(double_iterations=1)
     sigma = torch.tensor([1.0, math.log(7) - 1e-6, math.log(7) + 1e-3, 5.0, 80.0], dtype=torch.float64)
     r = tuned_level(sigma, 0, q2)
     assert r[:2].tolist() == [0, 0] and 0 < r[2] < 1e-2  # q = 2: every gap below sigma = ln 7 ends at the data
@@ -43,12 +42,12 @@ def test_mapping_has_the_papers_values():
     assert r[4].item() == pytest.approx(40, rel=1e-12)
     gaps = torch.stack([sigma - tuned_level(sigma, stage, q2) for stage in range(4, 12)])
     torch.testing.assert_close(gaps[1:] * 2, gaps[:-1])  # which halve with every stage
-    q256 = TuningConfig(q=256.0, k=0.0, double_iterations=1)
+    q256 = Gap(q=256.0, k=0.0, double_iterations=1)
     torch.testing.assert_close(tuned_level(sigma, 0, q256), sigma * 255 / 256)
 
 
 def test_timesteps_are_the_nearest_and_stages_double():
-    tuning, t = TuningConfig(double_iterations=10), torch.arange(1000)
+    tuning, t = Gap(double_iterations=10), torch.arange(1000)
     before = torch.full((1000,), -2)
     for stage in range(8):
         s = tuned_timestep(LEVELS, t, 10 * stage + 9, tuning)
@@ -74,14 +73,14 @@ def test_lognormal_levels():
 def test_weights():
     t, s = torch.tensor([999, 400]), torch.tensor([900, -1])
     high, low = LEVELS[t].exp(), torch.tensor([LEVELS[900].exp(), 0.0])
-    torch.testing.assert_close(gap_weights("inverse_gap", SCHEDULE, t, s), 1 / (high - low))
-    torch.testing.assert_close(gap_weights("edm", SCHEDULE, t, s), 1 / high**2 + 4)
-    assert gap_weights("none", SCHEDULE, t, s).tolist() == [1, 1]
+    torch.testing.assert_close(WEIGHTS["inverse_gap"](SCHEDULE, t, s), 1 / (high - low))
+    torch.testing.assert_close(WEIGHTS["edm"](SCHEDULE, t, s), 1 / high**2 + 4)
+    assert WEIGHTS["none"](SCHEDULE, t, s).tolist() == [1, 1]
 
 
 def test_loss_equals_the_formulas_and_calls_no_teacher(tiny_ddpm):
     teacher = load_teacher(str(tiny_ddpm))
-    method = Consistency(ect(), teacher)
+    method = consistency(ect(), teacher)
     assert method.needs_images and method.allowed_steps() == (1, 2)
     nets = nets_for(method)
     calls: list[int] = []
@@ -94,7 +93,7 @@ def test_loss_equals_the_formulas_and_calls_no_teacher(tiny_ddpm):
         total = []
         with torch.no_grad():
             found = method.loss(nets, batch, index=index, noise=noise).losses["consistency"]
-            s = tuned_timestep(log_levels(teacher.schedule, 1000), index, iteration, method.config.tuning)
+            s = tuned_timestep(log_levels(teacher.schedule, 1000), index, iteration, method.config.gap)
             for i, (u, v) in enumerate(zip(index.tolist(), s.tolist(), strict=True)):
                 ends, sigmas = [], []
                 for w in (u, v):
@@ -111,7 +110,7 @@ def test_loss_equals_the_formulas_and_calls_no_teacher(tiny_ddpm):
 def test_three_forwards_while_targets_are_the_data_then_four(tiny_ddpm):
     """Of networks: the student's with its backward (3 F), and the target's (1 F)."""
     teacher = load_teacher(str(tiny_ddpm))
-    method = Consistency(ect(), teacher)
+    method = consistency(ect(), teacher)
     nets, x0 = nets_for(method), torch.randn(2, *teacher.latent_shape)
     calls: list[int] = []
     nets["student"].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -135,7 +134,7 @@ def test_target_has_the_students_masks():
 
 def test_dropout_is_the_students_and_shared_with_its_target(tiny_ddpm):
     teacher = load_teacher(str(tiny_ddpm))
-    method = Consistency(ect(dropout=0.3), teacher)
+    method = consistency(ect(dropout=0.3), teacher)
     nets = nets_for(method)
     shares = {name: {m.p for m in net.modules() if isinstance(m, nn.Dropout)} for name, net in nets.items()}
     assert shares == {"teacher": {0.0}, "student": {0.3}}
@@ -150,16 +149,17 @@ def test_dropout_is_the_students_and_shared_with_its_target(tiny_ddpm):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"guidance_range": (1.0, 2.0)}, "no teacher to guide"),
-        ({"states": "trajectory"}, "same_noise needs the image"),
-        ({"endpoint": "x0"}, "tuning: has times of its own"),
-        ({"distance": "l2"}, "huber_c: 0 is for"),
-        ({"tuning": {"q": 1.0, "double_iterations": 5}}, "q"),
+        ({"guidance": {"range": (1.0, 2.0)}}, "no teacher to guide"),
+        ({"states": {"kind": "shared_trajectories"}}, "states"),
+        ({"endpoint": {"kind": "boundary"}}, "endpoint"),
+        ({"grid": {"kind": "even"}}, "grid"),
+        ({"distance": {"kind": "pseudo_huber", "c": 0.0}}, "distance"),
+        ({"gap": {"q": 1.0, "double_iterations": 5}}, "q"),
     ],
 )
 def test_impossible_configs(changes, message):
     with pytest.raises(ValidationError, match=message):
-        ect(**changes)
+        settings_class("ect").model_validate(sections(**ECT) | changes)
 
 
 def test_tuning_makes_the_model_a_generator_in_one_step(trained_pixels, tmp_path):

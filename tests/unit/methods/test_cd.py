@@ -10,7 +10,7 @@ from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders.consistency import config, nets_for
+from builders.consistency import config, consistency, grid_of, nets_for
 from builders.pixel import missed, trained
 from fewstep.config import OptimConfig
 from fewstep.diffusion.grids import even_steps, karras_grid, karras_levels
@@ -19,7 +19,6 @@ from fewstep.diffusion.prediction import Prediction, ode_step
 from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving, noise_level
 from fewstep.diffusion.solvers import RULES, heun, solve
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.method import Consistency
 from fewstep.teachers import load_teacher
 from fewstep.training.optim import new_optimizer
 
@@ -149,8 +148,8 @@ def test_sample_distances():
 def test_loss_on_the_karras_grid_is_the_papers(tiny_ddpm):
     """Student at t against target at the end of the teacher's Heun step, the lowest pair against that end itself."""
     teacher = load_teacher(str(tiny_ddpm))
-    method = Consistency(config(**CD), teacher)
-    nets, grid = nets_for(method), method.stages[0].grid
+    method = consistency(config(**CD), teacher)
+    nets, grid = nets_for(method), grid_of(method)
     g = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(3, *teacher.latent_shape, generator=g) for _ in range(2))
     index = torch.tensor([0, 20, len(grid.t) - 1])
@@ -176,7 +175,7 @@ def test_loss_on_the_karras_grid_is_the_papers(tiny_ddpm):
 def test_cost_is_six_forwards(tiny_ddpm):
     """3 of the student, 1 of its target, 2 of Heun's teacher."""
     teacher = load_teacher(str(tiny_ddpm))
-    method = Consistency(config(**CD), teacher)
+    method = consistency(config(**CD), teacher)
     nets, x0 = nets_for(method), torch.randn(2, *teacher.latent_shape)
     with FlopCounterMode(display=False) as one, torch.no_grad():
         teacher.denoiser(x0, torch.tensor([5, 9]), {})
@@ -191,7 +190,7 @@ def test_lpips_needs_its_weights(tiny_ddpm, monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     with pytest.raises(ValueError, match=r"method\.distance: found lpips, without.*take l2 or pseudo_huber"):
-        Consistency(config(**CD, distance="lpips"), load_teacher(str(tiny_ddpm)))
+        consistency(config(**CD, distance="lpips"), load_teacher(str(tiny_ddpm)))
 
 
 def test_lpips_is_taken_of_decoded_images(tiny_ddpm_grey, monkeypatch):
@@ -204,10 +203,10 @@ def test_lpips_is_taken_of_decoded_images(tiny_ddpm_grey, monkeypatch):
         key: torch.randn(v.shape) * 0.05 if "features" in key else torch.zeros(v.shape) for key, v in shapes.items()
     }
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_a, **_k: weights)
-    method = Consistency(config(**CD, distance="lpips"), load_teacher(str(tiny_ddpm_grey)))
+    method = consistency(config(**CD, distance="lpips"), load_teacher(str(tiny_ddpm_grey)))
     a = torch.rand(2, 1, 16, 16) * 2 - 1
     b = torch.stack([a[0], -a[1]])
-    found = method.distance(a, b)
+    found = method.stages[0].parts.distance(a, b)
     assert found.shape == (2,) and found[0] == 0 and found[1] > 0
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from builders.consistency import batch_for, config, nets_for
+from builders.consistency import batch_for, config, consistency, nets_for
 from fewstep.diffusion.grids import even_grid
 from fewstep.methods.base import Batch
-from fewstep.methods.consistency.method import Consistency, boundary_scalings
+from fewstep.methods.consistency.endpoints import boundary_scalings
 from fewstep.teachers import load_teacher
 
 
@@ -76,7 +76,7 @@ def reference_loss(teacher, nets, batch, index, noise, guidance, huber_c):
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
 def test_loss_equals_the_formulas(tiny_sd_path, kind, distance):
     teacher = load_teacher(str(tiny_sd_path(kind)))
-    method = Consistency(config(distance=distance), teacher)
+    method = consistency(config(distance=distance), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     index = torch.tensor([0, 49, 17, 1])
     noise = torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(9))
@@ -90,7 +90,7 @@ def test_loss_equals_the_formulas(tiny_sd_path, kind, distance):
 def test_student_starts_as_the_teacher_for_any_guidance(tiny_sd_path):
     teacher = load_teacher(str(tiny_sd_path("v_prediction")))
     batch = batch_for(teacher)
-    student = Consistency(config(), teacher).roles()["student"].net
+    student = consistency(config(), teacher).roles()["student"].net
     t = torch.tensor([0, 19, 500, 999])
     with torch.no_grad():
         a = teacher.denoiser(batch.x0, t, batch.cond)
@@ -100,14 +100,14 @@ def test_student_starts_as_the_teacher_for_any_guidance(tiny_sd_path):
 
 def test_online_target_has_no_extra_network(tiny_sd_path):
     teacher = load_teacher(str(tiny_sd_path("epsilon")))
-    roles = Consistency(config(target_decay=None), teacher).roles()
+    roles = consistency(config(target_decay=None), teacher).roles()
     assert list(roles) == ["teacher", "student"]
 
 
 def test_index_zero_target_is_the_solver_state(tiny_sd_path):
     """At t = 0 the consistency function is the identity, whatever the network says."""
     teacher = load_teacher(str(tiny_sd_path("epsilon")))
-    method = Consistency(config(), teacher)
+    method = consistency(config(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     index, noise, g = torch.zeros(4, dtype=torch.long), torch.randn_like(batch.x0), torch.full((4,), 3.0)
     with torch.no_grad():
@@ -122,12 +122,12 @@ def test_index_zero_target_is_the_solver_state(tiny_sd_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 7}, "does not divide solver_steps"),
-        ({"guidance_range": (5.0, 3.0)}, "guidance_range"),
-        ({"export_guidance_scale": 20.0}, "outside guidance_range"),
-        ({"steps": 2, "export_guidance_scale": (5.0, 20.0)}, "20.0 lies outside guidance_range"),
-        ({"steps": 4, "export_guidance_scale": (5.0, 4.0)}, "2 scales for 4 steps; give one number or 4"),
-        ({"huber_c": 0.0}, "huber_c"),
+        ({"steps": 7}, r"steps: found 7; expected a divisor of grid.points \(50\)"),
+        ({"guidance_range": (5.0, 3.0)}, "range: found"),
+        ({"export_guidance_scale": 20.0}, "found 20.0; expected a scale in the trained range"),
+        ({"steps": 2, "export_guidance_scale": (5.0, 20.0)}, "found 20.0; expected a scale in the trained range"),
+        ({"steps": 4, "export_guidance_scale": (5.0, 4.0)}, "found 2 scales; expected one number or 4"),
+        ({"distance": "pseudo_huber", "huber_c": 0.0}, "distance"),
     ],
 )
 def test_impossible_configs(changes, message):
@@ -137,15 +137,15 @@ def test_impossible_configs(changes, message):
 
 def test_grid_must_divide_the_teachers_timesteps(tiny_sd_path):
     teacher = load_teacher(str(tiny_sd_path("epsilon")))
-    with pytest.raises(ValueError, match=r"method\.solver_steps: 48"):
-        Consistency(config(solver_steps=48, steps=8), teacher)
+    with pytest.raises(ValueError, match=r"method\.grid\.points: found 48"):
+        consistency(config(solver_steps=48, steps=8), teacher)
 
 
 def test_unconditional_teacher_has_no_guidance(tiny_ddpm):
     teacher = load_teacher(str(tiny_ddpm))
-    with pytest.raises(ValueError, match="guidance_range"):
-        Consistency(config(), teacher)
-    method = Consistency(config(guidance_range=None), teacher)
+    with pytest.raises(ValueError, match=r"method\.guidance: "):
+        consistency(config(), teacher)
+    method = consistency(config(guidance_range=None), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     x0 = torch.randn(2, *teacher.latent_shape)
     output = method.loss(nets, Batch(2, teacher.condition([None] * 2), {}, torch.device("cpu"), latents=x0))

@@ -7,12 +7,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, TCDScheduler
 from pydantic import ValidationError
 
-from builders.consistency import batch_for, config, nets_for
+from builders.consistency import batch_for, config, consistency, grid_of, nets_for
 from fewstep.diffusion.grids import even_grid, phase_grid
 from fewstep.diffusion.prediction import ode_step, read
 from fewstep.export.pipeline import export
-from fewstep.methods.consistency.config import StageConfig
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.registry import settings_class
 from fewstep.teachers import load_teacher
 
 
@@ -93,11 +92,11 @@ def test_lcm_schedule_of_fifty(n, timesteps):
 )  # fmt: skip
 def test_one_student_runs_milestones_at_every_count(teacher, n, places):
     """`num_inference_steps` alone, up to 8, by the exported scheduler: any subset of milestones is a legal schedule."""
-    method = Consistency(phased(steps=8, phases=1, sampling="renoise"), teacher)
+    method = consistency(phased(steps=8, phases=1, sampling="renoise"), teacher)
     scheduler = method.scheduler()
     scheduler.set_timesteps(n)
     assert scheduler.timesteps.tolist() == [[999, 874, 749, 624, 499, 374, 249, 124][i] for i in places]
-    assert set(scheduler.timesteps.tolist()) <= set(method.stages[0].grid.t.tolist())
+    assert set(scheduler.timesteps.tolist()) <= set(grid_of(method).t.tolist())
     with pytest.raises(ValueError, match="9"):
         scheduler.set_timesteps(9)
 
@@ -109,12 +108,12 @@ def test_tlcms_schedules_are_taken_as_timesteps(tiny_sd, places):
     """They end at 124, which no count gives; the exported pipeline runs them as a caller lists them, and no other way."""
     wanted = [[999, 874, 749, 624, 499, 374, 249, 124][i] for i in places]
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(phased(steps=8, phases=1, sampling="renoise", embed_guidance=False), teacher)
+    method = consistency(phased(steps=8, phases=1, sampling="renoise", embed_guidance=False), teacher)
     pipeline = teacher.students.pipeline(method.roles()["student"].net, method.scheduler())
     seen: list[int] = []
     pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(int(args[1])))
     pipeline("a coat", timesteps=wanted, output_type="latent")
-    assert seen == wanted and set(wanted) <= set(method.stages[0].grid.t.tolist())
+    assert seen == wanted and set(wanted) <= set(grid_of(method).t.tolist())
     for k in range(1, 1000 // len(wanted)):
         scheduler = LCMScheduler(original_inference_steps=k)
         try:
@@ -131,7 +130,7 @@ PROMPT, SCALES = "a coat", (3.0, 1.0, 2.0, 1.0, 2.5, 1.5, 1.0, 4.0)
 def milestones(tiny_sd, tmp_path_factory):
     """The method of fashion/trajectory_long.yaml, its student, and the export with a scale for each of eight milestones."""
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(
+    method = consistency(
         config(solver_steps=8, steps=8, guidance_range=(1.0, 4.0), export_guidance_scale=SCALES), teacher
     )
     student = nets_for(method)["student"].eval()
@@ -198,7 +197,7 @@ def test_the_artefacts_card_tells_milestones(milestones):
     method, _, path = milestones
     rows = dict(re.findall(r"^\| (\d) \| (999.*) \|$", (path / "README.md").read_text(), re.M))
     assert list(rows) == [str(n) for n in method.allowed_steps()]
-    grid = set(method.stages[0].grid.t.tolist())
+    grid = set(grid_of(method).t.tolist())
     assert all({int(t) for t in told.split(",")} <= grid for told in rows.values())
     assert [len(told.split(",")) for told in rows.values()] == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -235,7 +234,7 @@ def test_phase_maps_are_the_stock_steps_bit_for_bit(teacher, kind, n):
 
 def test_edges_are_the_identity(teacher):
     """One grid point above an end the target is the solver's state itself, whatever the network says there."""
-    method = Consistency(phased(target_decay=0.5), teacher)
+    method = consistency(phased(target_decay=0.5), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     noise, g = torch.randn_like(batch.x0), torch.full((4,), 3.0)
     for index, same in ((torch.tensor([0, 10, 20, 30]), True), (torch.tensor([1, 11, 21, 31]), False)):
@@ -255,7 +254,7 @@ def test_edges_are_the_identity(teacher):
 
 def test_identity_is_tested_on_the_start_and_both_sides_have_its_end(teacher):
     """A pitfall: the state's phase decides, not that of the solver's step, which at an edge is in the next one."""
-    grid = Consistency(phased(), teacher).stages[0].grid
+    grid = grid_of(consistency(phased(), teacher))
     at = grid.at(torch.tensor([10, 11, 9]))
     assert at.t.tolist() == [274, 299, 249]
     assert at.s.tolist() == [249, 274, 224]
@@ -263,7 +262,7 @@ def test_identity_is_tested_on_the_start_and_both_sides_have_its_end(teacher):
 
 
 def test_phase_loss_equals_the_formulas(teacher):
-    method = Consistency(phased(), teacher)
+    method = consistency(phased(), teacher)
     nets, batch = nets_for(method), batch_for(teacher)
     index, noise = torch.tensor([39, 10, 13, 0]), torch.randn_like(batch.x0)
     scale = torch.tensor([3.0, 8.0, 4.5, 6.0])
@@ -288,10 +287,10 @@ def test_phase_loss_equals_the_formulas(teacher):
 
 
 def test_plain_x0_has_no_scalings_but_the_end(teacher):
-    method = Consistency(config(endpoint="x0_plain", solver_steps=40, steps=8), teacher)
-    stage, x = method.stages[0], torch.randn(2, 4, 8, 8)
+    method = consistency(config(endpoint="x0_plain", solver_steps=40, steps=8), teacher)
+    x = torch.randn(2, 4, 8, 8)
     p = teacher.denoiser(x, torch.tensor([19, 0]), teacher.null_condition(2))
-    value = method._endpoint(stage, p, x, torch.tensor([19, 0]), torch.tensor([0, 0]))
+    value = method.stages[0].parts.endpoint(p, x, torch.tensor([19, 0]), torch.tensor([0, 0]))
     assert torch.equal(value[0], p.x0[0]) and torch.equal(value[1], x[1])
 
 
@@ -311,22 +310,27 @@ def test_flow_phases_are_eulers_steps(tmp_path):
 
 
 def test_counts(teacher):
-    assert Consistency(phased(), teacher).allowed_steps() == (4,)
-    stages = (StageConfig(phases=8, iterations=2), StageConfig(phases=2))
-    staged = Consistency(phased(steps=8, stages=stages), teacher)
+    assert consistency(phased(), teacher).allowed_steps() == (4,)
+    stages = (dict(phases=8, iterations=2), dict(phases=2))
+    staged = consistency(phased(steps=8, stages=stages), teacher)
     assert staged.allowed_steps() == (2, 3, 4, 5, 6, 7, 8)
-    assert Consistency(phased(sampling="renoise", steps=8), teacher).allowed_steps() == tuple(range(1, 9))
+    assert consistency(phased(sampling="renoise", steps=8), teacher).allowed_steps() == tuple(range(1, 9))
+
+
+@pytest.mark.parametrize("name", ["cd", "lcm", "ect"])
+def test_phases_are_of_methods_that_have_them(name):
+    with pytest.raises(ValidationError, match=r"phases\n.*Extra inputs"):
+        settings_class(name).model_validate({"optim": {"lr": 1.0}, "phases": 4})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phases": 3}, "phases: 3 does not divide solver_steps"),
-        ({"endpoint": "x0"}, "phases: 4 needs endpoint phase"),
-        ({"steps": 8}, "sampling: jumps need"),
-        ({"stages": (StageConfig(), StageConfig())}, "every stage but the last needs iterations"),
-        ({"stages": (StageConfig(iterations=3),)}, "every stage but the last"),
-        ({"states": "student_rollout", "student_steps": 5}, "student_steps"),
+        ({"phases": 3}, r"phases: found 3; expected a divisor of points \(40\)"),
+        ({"steps": 8}, r"steps: found 8; expected as many as phases \(4\)"),
+        ({"stages": ({}, {})}, "every stage but the last needs iterations"),
+        ({"stages": ({"iterations": 3},)}, "every stage but the last"),
+        ({"states": "student_rollout", "student_steps": 5}, r"states.steps: found 5; expected at most steps"),
         ({"embed_guidance": False, "export_guidance_scale": 3.0}, "does not embed guidance"),
     ],
 )

@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from builders import changed
-from builders.consistency import OPTIM, batch_for, config, nets_for
+from builders.consistency import OPTIM, batch_for, config, consistency, nets_for, sections
 from builders.preparation import placeholder_preparation
-from fewstep.config import DataConfig, OptimConfig, RunConfig
+from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
 from fewstep.methods.base import Preparation
-from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig, StoredConfig
 from fewstep.methods.consistency.endpoints import boundary_scalings
-from fewstep.methods.consistency.method import Consistency
+from fewstep.methods.registry import settings_class
 from fewstep.methods.trajectories import solve
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
@@ -25,14 +24,20 @@ from fewstep.training.trainer import Trainer
 PROMPTS = ["a coat", "a bag", "a shirt"]
 STORED = {
     "solver_steps": 8, "steps": 8, "states": "trajectory", "rollout": "stored",
-    "stored": StoredConfig(count=5, batch_size=3),
+    "stored": dict(count=5, batch_size=3),
     "target_step": "end", "target_decay": None, "guidance_range": (1.0, 3.0),
 }  # fmt: skip
+
+NEIGHBOUR = STORED | {"target_step": "solver", "target_decay": 0.95}
+
+
+def states_of(method):
+    return method.states if method.name == "trajectory" else method.stages[0].parts.states
 
 
 def prepared(path, folder, **changes):
     teacher = load_teacher(str(path))
-    method = Consistency(config(**STORED | changes), teacher)
+    method = consistency(config(**STORED | changes), teacher)
     assert not method.needs_images
     method.prepare(
         Preparation(
@@ -45,7 +50,7 @@ def prepared(path, folder, **changes):
 
 def test_trajectories_are_the_solvers_through_the_grid(tiny_sd, tmp_path):
     method, teacher = prepared(tiny_sd, tmp_path)
-    stored, settings = method.stored, method.stored_settings
+    stored, settings = states_of(method).stored, states_of(method).settings
     assert settings.kept == (999, 874, 749, 624, 499, 374, 249, 124)
     assert settings.timesteps[:4] == (999, 936, 874, 812) and settings.timesteps[-5:] == (124, 61, 30, 14, 6)
     assert stored.x.shape == (5, 9, *teacher.latent_shape)
@@ -57,14 +62,14 @@ def test_trajectories_are_the_solvers_through_the_grid(tiny_sd, tmp_path):
 
 
 @pytest.mark.parametrize("endpoint", ["x0", "x0_plain"])
-@pytest.mark.parametrize("target", ["end", "solver"])
-def test_loss_by_hand(tiny_sd, tmp_path, target, endpoint):
-    """Against the sample itself, or against the target network at the trajectory's next state."""
+@pytest.mark.parametrize(("target", "skip"), [("end", 1), ("solver", 1), ("solver", 3)])
+def test_loss_by_hand(tiny_sd, tmp_path, target, skip, endpoint):
+    """Against the sample itself, or against the target network at a later state of the trajectory."""
     decay = None if target == "end" else 0.95
-    method, teacher = prepared(tiny_sd, tmp_path, target_step=target, target_decay=decay, endpoint=endpoint)
+    method, teacher = prepared(tiny_sd, tmp_path, target_step=target, target_decay=decay, endpoint=endpoint, skip=skip)
     nets, batch = nets_for(method), batch_for(teacher, 4)
     index = torch.tensor([0, 3, 6, 7])
-    stored = method.stored
+    stored = states_of(method).stored
     torch.manual_seed(11)
     output = method.loss(
         nets, batch, index=index, noise=torch.zeros(4, *teacher.latent_shape), guidance_scale=torch.ones(4)
@@ -82,8 +87,8 @@ def test_loss_by_hand(tiny_sd, tmp_path, target, endpoint):
     if target == "end":
         theirs = stored.x[rows, 8]
     else:
-        s = (t - 125).clamp_min(0)
-        x_s = stored.x[rows, 8 - index]
+        s = (t - 125 * skip).clamp_min(0)
+        x_s = stored.x[rows, (7 - index + skip).clamp_max(8)]
         theirs = torch.where((s == 0).view(-1, 1, 1, 1), x_s, f(nets["target"], x_s, s, scale))
     assert output.losses["consistency"].item() == pytest.approx((ours - theirs).square().mean().item(), rel=1e-4)
 
@@ -110,23 +115,23 @@ def test_states_of_all_points_and_scales_are_drawn(tiny_sd, tmp_path):
     for _ in range(12):
         method.loss(nets, batch_for(teacher))
     assert {int(t) for args in told for t in args[1]} == set(range(124, 1000, 125))
-    assert {float(w) for args in told for w in args[3]} == set(method.stored.scale.tolist())
+    assert {float(w) for args in told for w in args[3]} == set(states_of(method).stored.scale.tolist())
 
 
 def run_config(path, folder, prompts, **changes):
-    method = ConsistencyConfig(optim=OptimConfig(**OPTIM), **STORED)
+    method = config(**STORED)
     values = {
         "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts),
         "output_dir": folder,
         "max_iterations": 6, "batch_size": 4, "checkpoint": {"every": 3}, "log": {"every": 1},
         "train": {"mixed_precision": "no"},
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig](**changed(values, changes))
+    return RunConfig[type(method)](**changed(values, changes))
 
 
-def trainer_for(config):
-    teacher = load_teacher(config.teacher)
-    return Trainer(config, Consistency(config.method, teacher), teacher, load_source(config.data, teacher.image_size))
+def trainer_for(run):
+    teacher = load_teacher(run.teacher)
+    return Trainer(run, consistency(run.method, teacher), teacher, load_source(run.data, teacher.image_size))
 
 
 def test_runs_without_images_and_resumes_exactly(tiny_sd, tmp_path):
@@ -147,37 +152,44 @@ def test_runs_without_images_and_resumes_exactly(tiny_sd, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "changes", "message"),
     [
-        ({"stored": None}, "stored: rollout stored needs its trajectories"),
-        ({"rollout": "solver", "target_step": "solver"}, "stored: nothing uses these trajectories"),
-        ({"states": "noised_data"}, "rollout: stored trajectories need, in every stage, states trajectory"),
+        ("trajectory", {"trajectories": None}, "trajectories"),
+        ("trajectory", {"target": {"kind": "solver"}}, "target"),
+        ("trajectory", {"trajectories": {"count": 5, "replay": 64}}, "replay"),
+        ("trajectory", {"points": 12}, r"steps: found 8; expected a divisor of points \(12\)"),
+        ("lcm", {"target": {"kind": "solver"}}, "target: stored trajectories hold the target's state; .* next_state"),
         (
-            {"stages": (StageConfig(iterations=2), StageConfig(solver_steps=40))},
-            "rollout: stored .* the same solver_steps",
+            "lcm",
+            {"states": {"kind": "noised_data"}},
+            "target: kind next_state needs states of kind stored_trajectories",
         ),
-        ({"endpoint": "phase", "phases": 2}, "rollout: stored trajectories need"),
-        ({"grid": "karras"}, "rollout: stored trajectories need"),
-        ({"target_decay": 0.95}, "target_decay: target_step end asks no target network"),
-        ({"rollout": "shared", "stored": None}, "target_step: end is known of stored trajectories only"),
-        ({"guidance_range": None, "keep_guidance": True}, "rollout: stored trajectories have no null conditions"),
-        ({"replay": 64}, "replay: 64 trajectories are kept of states trajectory with rollout shared or solver"),
+        ("lcm", {"guidance": None, "null_share": 0.1}, "null_share"),
+        ("cd", {"grid": {"kind": "karras"}}, "grid: stored trajectories need an even grid"),
+        ("pcm", {}, "stored_trajectories"),
+        ("mlcm", {}, "stored_trajectories"),
     ],
 )
-def test_impossible(changes, message):
+def test_impossible(name, changes, message):
+    """Keys that nothing uses cannot be written; what relates sections is refused."""
+    made = sections(**STORED if name == "trajectory" else NEIGHBOUR) | {"name": name} | changes
+    if name in ("pcm", "mlcm"):
+        made = {"name": name, "optim": OPTIM, "states": made["states"]}
+    if name == "cd":
+        del made["reward"]
     with pytest.raises(ValidationError, match=message):
-        config(**STORED | changes)
+        settings_class(name).model_validate(made)
 
 
 def test_too_many_substeps(tiny_sd):
     with pytest.raises(
-        ValueError, match=r"method\.stored\.substeps: 200 sub-steps do not fit between timesteps 999 and 874"
+        ValueError, match=r"method\.trajectories\.substeps: 200 sub-steps do not fit between timesteps 999 and 874"
     ):
-        Consistency(config(**STORED | {"stored": StoredConfig(count=5, substeps=200)}), load_teacher(str(tiny_sd)))
+        consistency(config(**STORED | {"stored": dict(count=5, substeps=200)}), load_teacher(str(tiny_sd)))
 
 
 def test_a_plan_needs_no_trajectories(tiny_sd):
-    method = Consistency(config(**STORED), load_teacher(str(tiny_sd)))
+    method = consistency(config(**STORED), load_teacher(str(tiny_sd)))
     with pytest.raises(ValueError, match="call prepare first"):
         method.loss(nets_for(method), batch_for(method.teacher))
     method.prepare(placeholder_preparation())
@@ -186,5 +198,5 @@ def test_a_plan_needs_no_trajectories(tiny_sd):
 
 def test_without_guidance(tiny_sd, tmp_path):
     method, teacher = prepared(tiny_sd, tmp_path, guidance_range=None, export_guidance_scale=None)
-    assert method.stored_settings.guidance_range == (1, 1)
+    assert method.states.settings.guidance_range == (1, 1)
     assert method.loss(nets_for(method), replace(batch_for(teacher))).losses["consistency"].isfinite()

@@ -1,9 +1,9 @@
 """States without images: trajectories of the teacher, samples of the student; stages, resuming, costs."""
 
 import json
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +11,18 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from builders import changed
-from builders.consistency import OPTIM, batch_for, config, nets_for
-from builders.states import FREE, MEAN, SCHEDULE, STD, TIMES, exact, fresh, imageless, step
-from fewstep.config import DataConfig, OptimConfig, RunConfig
+from builders.consistency import OPTIM, batch_for, config, consistency, grid_of, nets_for
+from builders.states import FREE, MEAN, SCHEDULE, STD, TIMES, advance, exact, fresh, imageless, onwards
+from fewstep.config import DataConfig, RunConfig
 from fewstep.data import load_source
+from fewstep.diffusion.grids import Grid
+from fewstep.diffusion.guidance import GuidedDenoiser
 from fewstep.diffusion.prediction import Prediction, add_noise, ode_step
 from fewstep.diffusion.rollout import jump, renoise, rollout
-from fewstep.methods.consistency.config import ConsistencyConfig, StageConfig
-from fewstep.methods.consistency.method import Consistency
-from fewstep.methods.consistency.states import Trajectories, teacher_rollout
+from fewstep.methods.consistency.points import FixedPoints
+from fewstep.methods.consistency.pool import Pool
+from fewstep.methods.consistency.states import Draw, SampledTrajectories
+from fewstep.methods.consistency.targets import SolverStep
 from fewstep.teachers import load_teacher
 from fewstep.training.trainer import Trainer
 
@@ -36,21 +39,21 @@ def flow_map(x, t, s):
 
 def test_trajectories_visit_every_segment_once_and_begin_anew():
     torch.manual_seed(0)
-    pool, size = Trajectories(8), 18
+    pool, size = Pool(8), 18
     seen: list[list[int]] = [[] for _ in range(size)]
     for turn in range(19):
-        at = pool.draw(step, TIMES, fresh(size, turn))
+        pool.draw(advance, TIMES, fresh(size, turn))
         assert sorted((pool.visit.unique()).tolist()) == list(range(9))  # all segments in every batch
-        for i, index in enumerate(at.index.tolist()):
+        for i, index in enumerate(pool.index.tolist()):
             seen[i].append(index)
         born = (pool.visit == 0).nonzero().flatten()
-        assert (at.index[born] == 39).all()
-        pool.move(partial(step, at), fresh(size, turn + 1))
+        assert (pool.index[born] == 39).all()
+        pool.move(onwards(pool), fresh(size, turn + 1))
         again = (pool.visit == 0).nonzero().flatten()
-        assert pool.held is not None and pool.held.scale is not None
+        assert pool.held is not None and pool.held.guidance_scale is not None
         assert pool.held.cond["tag"][again].tolist() == (again + 100 * (turn + 1)).tolist()  # new prompts, noise, scale
         assert torch.equal(pool.held.x[again], fresh(size, turn + 1).x[again])
-        assert (pool.held.scale[again] == turn + 1).all()
+        assert (pool.held.guidance_scale[again] == turn + 1).all()
     for i, indices in enumerate(seen):
         start = (9 - i % 9) % 9
         ring = indices[start : start + 9]
@@ -62,16 +65,16 @@ def test_states_lie_on_the_teachers_trajectories():
     """Where the teacher is exact and its steps are many, marginals are those of the noised data."""
     torch.manual_seed(0)
     size = 20_000
-    pool = Trajectories(40)  # a step for every grid point
-    at = pool.draw(step, TIMES, fresh(size))
+    pool = Pool(40)  # a step for every grid point
+    at = pool.draw(advance, TIMES, fresh(size))
     for index in (5, 20, 38):
-        x = at.x[at.index == index]
+        x = at.x[pool.index == index]
         alpha, sigma = SCHEDULE(TIMES[index : index + 1])
         assert x.mean().item() == pytest.approx(float(alpha) * MEAN, abs=0.1)
         assert x.std().item() == pytest.approx(float((alpha**2 * STD**2 + sigma**2).sqrt()), rel=0.12)
 
 
-def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(tiny_sd):
+def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(tiny_sd, monkeypatch):
     """The states of an iteration are, point for point, the x_s of the one before; and no evaluation is added."""
     teacher = load_teacher(str(tiny_sd))
     settings = FREE | {
@@ -82,26 +85,32 @@ def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(t
         "phases": 1,
         "teacher_steps": 3,
     }
-    method = Consistency(config(**settings), teacher)
+    method = consistency(config(**settings), teacher)
     nets, batch = nets_for(method), imageless(teacher)
     torch.manual_seed(0)
     solved: list[torch.Tensor] = []
-    solve = method._solve
-    method._solve = lambda *a: solved.append(solve(*a)) or solved[-1]
+    pool, solve = method.make.pool, SolverStep.__call__
+
+    def watched(*given):
+        found = solve(*given)
+        solved.append(found.x_s)
+        return found
+
+    monkeypatch.setattr(SolverStep, "__call__", watched)
     calls: list[int] = []
     handle = nets["teacher"].net.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         method.loss(nets, batch)
         for _ in range(12):
-            held = method.trajectories.held
-            before, visit = held.x.clone(), method.trajectories.visit.clone()
+            held = pool.held
+            before, visit = held.x.clone(), pool.visit.clone()
             solved.clear(), calls.clear()
             method.loss(nets, batch)
             assert len(solved) == 1 and len(calls) == 3  # three steps of the guided teacher, both sides in one call
-            after, goes_on = method.trajectories.held, visit < 4
+            after, goes_on = pool.held, visit < 4
             assert torch.equal(after.x[goes_on], solved[0][goes_on])
-            assert torch.equal(method.trajectories.visit, torch.where(goes_on, visit + 1, 0))
-            assert torch.equal(after.index, 4 - method.trajectories.visit)
+            assert torch.equal(pool.visit, torch.where(goes_on, visit + 1, 0))
+            assert torch.equal(pool.index, 4 - pool.visit)
             assert not torch.equal(after.x, before)
     handle.remove()
 
@@ -109,13 +118,16 @@ def test_the_solvers_trajectories_go_through_every_point_as_exactly_as_targets(t
 def test_each_states_own_trajectory_takes_the_papers_steps():
     counted: list[int] = []
 
-    def counting(at, t):
+    def counting(x, t, cond):
         counted.append(len(t))
-        return exact(at.x, t)
+        return exact(x, t)
 
     index = torch.tensor([39, 38, 35, 34, 17, 4, 0])
-    start = replace(fresh(7), index=index)
-    x = teacher_rollout(counting, SCHEDULE, TIMES, 8, start)
+    teacher: Any = SimpleNamespace(schedule=SCHEDULE)
+    points = FixedPoints(Grid(TIMES, TIMES - 25, 0 * TIMES))
+    start = fresh(7).with_x(fresh(7).x, TIMES[index])
+    states = SampledTrajectories(Draw(teacher, points, None), 8)
+    x = states.roll(GuidedDenoiser(counting, start.cond, start.cond), index, start)
     assert counted == [6, 4, 3, 3, 3, 2, 2, 2]  # L = 0, 1, 1, 2, 5, 8, 8
     assert torch.equal(x[0], start.x[0])
     one = exact(start.x[1:3], torch.tensor([999, 999]))
@@ -155,33 +167,32 @@ def test_student_rollout_is_the_samplers_loop(tiny_sd):
 def test_the_prediction_that_moves_a_trajectory_is_that_of_the_loss(tiny_sd, teacher_steps):
     """By hand: the same states, the teacher's step, the jumps of both."""
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**FREE, target_decay=None, teacher_steps=teacher_steps), teacher)
+    method = consistency(config(**FREE, target_decay=None, teacher_steps=teacher_steps), teacher)
     nets, batch = nets_for(method), imageless(teacher)
     noise, g = torch.randn(4, 4, 8, 8), torch.tensor([3.0, 4.0, 5.0, 8.0])
     with torch.no_grad():
         method.loss(nets, batch, noise=noise, guidance_scale=g)
-        held = method.trajectories.held
-        assert held is not None and held.scale is not None
-        at = method.stages[0].grid.at(held.index)
+        pool = method.make.pool
+        held = pool.held
+        at = grid_of(method).at(pool.index)
 
         def guided(x, t):
             c, u = (nets["teacher"](x, t, side) for side in (held.cond, batch.uncond))
-            w = held.scale.view(-1, 1, 1, 1)
+            w = held.guidance_scale.view(-1, 1, 1, 1)
             return Prediction(*(b + w * (a - b) for a, b in zip(c, u, strict=True)))
 
         times = [(at.t + (at.s - at.t) * i / teacher_steps).round().long() for i in range(teacher_steps + 1)]
         x_s = held.x
         for t, s in pairwise(times):
             x_s = ode_step(teacher.schedule, guided(x_s, t), s)
-        target = ode_step(teacher.schedule, nets["student"](x_s, at.s, held.cond, held.scale), at.end)
+        target = ode_step(teacher.schedule, nets["student"](x_s, at.s, held.cond, held.guidance_scale), at.end)
         target = torch.where((at.s == at.end).view(-1, 1, 1, 1), x_s, target)
-        own = ode_step(teacher.schedule, nets["student"](held.x, at.t, held.cond, held.scale), at.end)
+        own = ode_step(teacher.schedule, nets["student"](held.x, at.t, held.cond, held.guidance_scale), at.end)
         loss = method.loss(nets, batch, noise=noise, guidance_scale=g).losses["consistency"]
         assert loss.item() == pytest.approx((own - target).square().mean().item(), rel=1e-4)
-        moved = method.trajectories.held
-        assert moved is not None
-        on = method.trajectories.visit > 0
-        x = ode_step(teacher.schedule, guided(held.x, at.t), TIMES[moved.index])
+        moved = pool.held
+        on = pool.visit > 0
+        x = ode_step(teacher.schedule, guided(held.x, at.t), TIMES[pool.index])
         assert torch.allclose(moved.x[on], x[on], atol=1e-4)
 
 
@@ -198,7 +209,7 @@ def test_the_prediction_that_moves_a_trajectory_is_that_of_the_loss(tiny_sd, tea
 def test_forwards_per_sample(tiny_sd, changes, forwards):
     """In units of one forward of the network; the backward pass is two."""
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**FREE | {"target_decay": None} | changes), teacher)
+    method = consistency(config(**FREE | {"target_decay": None} | changes), teacher)
     nets = {name: role.net for name, role in method.roles().items()}
     nets["ema"] = nets["student"].clone().requires_grad_(False)
     batch = batch_for(teacher)
@@ -214,7 +225,7 @@ def test_forwards_per_sample(tiny_sd, changes, forwards):
 def test_own_trajectories_cost_nine_evaluations_more(tiny_sd):
     """Mean over states and the doubled batch of guidance: 2 (M + 1) / 2 = 9 for M = 8 (the paper's)."""
     teacher = load_teacher(str(tiny_sd))
-    method = Consistency(config(**FREE | {"target_decay": None, "rollout": "sample"}), teacher)
+    method = consistency(config(**FREE | {"target_decay": None, "rollout": "sample"}), teacher)
     nets = nets_for(method)
     rows: list[int] = []
     teacher.denoiser.net.register_forward_hook(lambda net, args, out: rows.append(len(args[0])))
@@ -223,7 +234,7 @@ def test_own_trajectories_cost_nine_evaluations_more(tiny_sd):
         for index in torch.arange(40).view(10, 4):
             method.loss(nets, batch, index=index)
     assert sum(rows) / 40 == 2 + 2 * (sum(8 - i // 5 for i in range(39))) / 40
-    assert not method.trajectories.state()
+    assert not method.state()
 
 
 # Training -----------------------------------------------------------------------------------------------------------------
@@ -231,25 +242,25 @@ def test_own_trajectories_cost_nine_evaluations_more(tiny_sd):
 
 def run_config(path, folder, prompts, **changes):
     stages = (
-        StageConfig(phases=8, iterations=3),
-        StageConfig(phases=2, iterations=3, lr=5e-5, solver_steps=80),
-        StageConfig(phases=1, states="student_rollout", endpoint="x0_plain", solver_steps=8, teacher_steps=3),
+        dict(phases=8, iterations=3),
+        dict(phases=2, iterations=3, lr=5e-5, solver_steps=80),
+        dict(phases=1, states="student_rollout", endpoint="x0_plain", solver_steps=8, teacher_steps=3),
     )
-    method = ConsistencyConfig(optim=OptimConfig(**OPTIM), **FREE | {"stages": stages, "guidance_range": (1.0, 3.0)})
+    method = config(**FREE | {"stages": stages, "guidance_range": (1.0, 3.0)})
     values = {
         "teacher": str(path), "method": method, "data": DataConfig(source="prompts", path=prompts),
         "output_dir": folder,
         "max_iterations": 8, "batch_size": 5, "checkpoint": {"every": 4}, "log": {"every": 1},
         "train": {"mixed_precision": "no"},
     }  # fmt: skip
-    return RunConfig[ConsistencyConfig](**changed(values, changes))
+    return RunConfig[type(method)](**changed(values, changes))
 
 
-def trainer_for(config):
-    teacher = load_teacher(config.teacher)
-    method = Consistency(config.method, teacher)
+def trainer_for(run):
+    teacher = load_teacher(run.teacher)
+    method = consistency(run.method, teacher)
     assert not method.needs_images
-    return Trainer(config, method, teacher, load_source(config.data, teacher.image_size))
+    return Trainer(run, method, teacher, load_source(run.data, teacher.image_size))
 
 
 def test_runs_without_images_and_resumes_within_a_stage(tiny_sd, tmp_path):
