@@ -19,6 +19,7 @@ from fewstep.diffusion.prediction import Prediction, ode_step
 from fewstep.diffusion.schedule import RectifiedFlow, VariancePreserving, noise_level
 from fewstep.diffusion.solvers import RULES, heun, solve
 from fewstep.methods.base import Batch
+from fewstep.methods.registry import settings_class
 from fewstep.teachers import load_teacher
 from fewstep.training.optim import new_optimizer
 
@@ -59,8 +60,8 @@ def test_grid_is_nearest_to_the_levels_and_holds_the_samplers_timesteps():
 def test_no_karras_levels_to_pure_noise_or_in_phases():
     with pytest.raises(ValueError, match="ends in pure noise"):
         karras_grid(RectifiedFlow(), 8, 1001, torch.tensor([1000]))
-    with pytest.raises(ValidationError, match="grid: phases are cut on an even grid"):
-        config(grid="karras", endpoint="phase")
+    with pytest.raises(ValidationError, match=r"grid\n.*Extra inputs"):
+        settings_class("pcm").model_validate({"optim": {"lr": 1.0}, "grid": {"kind": "karras"}})
 
 
 # The solver ---------------------------------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ def test_a_teacher_out_of_reach_is_told_in_a_sentence(tmp_path):
 
 
 def test_consistency_costs_six_forwards(tmp_path, tiny_sd):
-    p = planned(tmp_path, "consistency", tiny_sd, {"steps": 10}, "--processes", "2")
+    settings = {"grid": {"kind": "even", "points": 40}, "steps": 8}
+    p = planned(tmp_path, "consistency", tiny_sd, settings, "--processes", "2")
     roles = p["roles"]
     assert (roles["student"]["kind"], roles["teacher"]["kind"], roles["ema"]["kind"]) == ("learnt", "frozen", "average")
     forwards = {name: role["forward"] for name, role in roles.items()}
