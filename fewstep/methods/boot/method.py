@@ -5,7 +5,6 @@ prediction, without gradient, corrected by one step of the teacher there. The ar
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +28,9 @@ from fewstep.methods.base import (
 )
 from fewstep.methods.boot.config import BootConfig, DynamicThresholdConfig, PaperConfig
 from fewstep.methods.boot.grid import sub_times, target_tables
-from fewstep.methods.boot.starts import Pool, Starts, from_student, from_teacher
+from fewstep.methods.boot.starts import Cross, Pool, follow, student_cross
 from fewstep.methods.boot.teacher import GuidedTeacher
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Boot(Method):
         )
         self.count = config.n_sub // config.m_teacher
         self.weights, self.factors = target_tables(config, teacher.schedule, self.grid)
-        self.pool = Pool(config.pool_size, config.steps, config.n_sub)
+        self.pool = Pool(config.pool_size, self.grid[:, 0], config.n_sub)
         quantile = threshold.quantile if isinstance(threshold, DynamicThresholdConfig) else None
         self.guided = GuidedTeacher(teacher, guidance.negative_prompt, threshold is not None, quantile, config.solver)
         self.boundary_errors: list[float] = []
@@ -116,10 +116,9 @@ class Boot(Method):
         m, student = self.config.m_teacher, nets["student"]
         index = self._draw_index(batch.size) if index is None else index
         with torch.no_grad():
-            starts = self._starts(nets, batch, noise, segment, guidance_scale)
-            z, segment, cond, scale = starts.z, starts.segment, starts.cond, starts.scale
+            starts, segment = self._starts(nets, batch, noise, segment, guidance_scale)
+            z, anchor, cond, scale = starts.x, starts.t, starts.cond, starts.guidance_scale
             embedded = scale if self.embedded else None
-            anchor = self.grid[segment, 0].to(z.device)
             times = torch.stack([self.grid[segment, m * index + i] for i in range(m + 1)]).to(z.device)
             own = student(z, anchor, cond, embedded, self._progress(m * index, batch))
             target = self.guided.bootstrap(self.guided.denoiser(nets["teacher"], cond, scale), own, anchor, times)
@@ -147,8 +146,8 @@ class Boot(Method):
         schedule, total, student = self.teacher.schedule, self.teacher.num_train_timesteps, nets["student"]
         index = self._draw_index(batch.size) if index is None else index
         with torch.no_grad():
-            starts = self._starts(nets, batch, noise, None, None)
-            z, cond, scale = starts.z, starts.cond, starts.scale
+            starts, _ = self._starts(nets, batch, noise, None, None)
+            z, cond, scale = starts.x, starts.cond, starts.guidance_scale
             embedded = scale if self.embedded else None
             t, s, t_max = (self.grid[0, i].to(z.device) for i in (index, index + 1, 0 * index))
             anchor = torch.full_like(t, total - 1)
@@ -190,8 +189,9 @@ class Boot(Method):
 
     def _starts(
         self, nets: Networks, batch: Batch, noise: Tensor | None, segment: Tensor | None, scale: Tensor | None
-    ) -> Starts:
-        c, size = self.config, batch.size
+    ) -> tuple[NoisyBatch, Tensor]:
+        """Samples at the starts of segments, and the segments [B], on the CPU; what is None is drawn."""
+        c, size, timesteps = self.config, batch.size, self.grid[:, 0]
         if noise is None:
             noise = torch.randn(size, *self.teacher.latent_shape, device=batch.device)
         if scale is None and c.guidance.range is not None:
@@ -199,29 +199,27 @@ class Boot(Method):
             scale = low + (high - low) * torch.rand(size, device=batch.device)
         if segment is None:
             segment = torch.randint(c.steps, (size,))
-        starts = Starts(noise, segment, batch.cond, scale)
+        initial = NoisyBatch(noise, timesteps[:1].expand(size).to(noise.device), batch.cond, scale)
         if c.steps == 1:
-            return starts
-
-        def cross(s: Starts) -> Tensor:
-            denoise = self.guided.denoiser(nets["teacher"], s.cond, s.scale)
-            return self.guided.walk(denoise, s.z, self.grid[s.segment].T.to(s.z.device))
-
-        starts.z = noise.clone()
+            return initial, segment
         warm = c.warm_start and float(torch.rand(())) >= batch.iteration / c.warm_start
         if c.start.kind == "pool" or warm:
-            starts.segment = torch.zeros_like(segment)
-            return self.pool.draw(cross, starts)
-        if c.start.kind == "teacher":
-            from_teacher(cross, starts)
-        else:
-            self._follow(nets, starts)
-        return starts
+            return self.pool.draw(self._teacher_cross(nets), initial)
+        cross = self._teacher_cross(nets) if c.start.kind == "teacher" else self._student_cross(nets)
+        return follow(cross, initial, segment, timesteps), segment
 
-    def _follow(self, nets: Networks, starts: Starts) -> None:
-        """Take initial noise to the segments' starts as the averaged student does, in place."""
-        renoise = self.config.renoises
-        from_student(nets["ema"], starts, self.teacher.schedule, self.grid[:, 0], self.embedded, renoise)
+    def _teacher_cross(self, nets: Networks) -> Cross:
+        """The teacher's ODE over a segment."""
+
+        def cross(at: NoisyBatch, segment: Tensor) -> Tensor:
+            denoise = self.guided.denoiser(nets["teacher"], at.cond, at.guidance_scale)
+            return self.guided.walk(denoise, at.x, self.grid[segment].T.to(at.x.device))
+
+        return cross
+
+    def _student_cross(self, nets: Networks) -> Cross:
+        """The averaged student's jump over a segment."""
+        return student_cross(nets["ema"], self.teacher.schedule, self.grid[:, 0], self.embedded, self.config.renoises)
 
     # Health -----------------------------------------------------------------------------------------------------------
 
@@ -242,7 +240,7 @@ class Boot(Method):
         """Distance of the pool's states from those that the student reaches."""
         if self.config.start.kind != "pool" and iteration > self.config.warm_start:
             return {}
-        drift = self.pool.drift(partial(self._follow, nets))
+        drift = self.pool.drift(self._student_cross(nets))
         return {} if drift is None else {"pool_drift": drift}
 
     def warnings(self, figures: Mapping[str, float]) -> list[str]:

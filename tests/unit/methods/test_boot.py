@@ -29,7 +29,8 @@ from fewstep.export.pipeline import export
 from fewstep.methods.base import Batch
 from fewstep.methods.boot.config import BootConfig
 from fewstep.methods.boot.method import Boot
-from fewstep.methods.boot.starts import Pool, Starts
+from fewstep.methods.boot.starts import Pool
+from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.training import checkpoint as ckpt
 from fewstep.training.trainer import Trainer
@@ -365,13 +366,13 @@ def test_teacher_starts_are_the_stock_schedulers_states(tiny_sd):
     method, teacher = build(tiny_sd, steps=4, start={"kind": "teacher"}, n_sub=5)
     nets, batch, noise = nets_for(method), batch_for(teacher), noise_for(teacher)
     with torch.no_grad():
-        starts = method._starts(nets, batch, noise, torch.tensor([0, 1, 2, 3]), None)
+        starts, _ = method._starts(nets, batch, noise, torch.tensor([0, 1, 2, 3]), None)
         x, scheduler = noise.clone(), method.scheduler()
         times = torch.cat([method.grid[:3, :-1].flatten(), method.grid[3, :1]]).tolist()
         scheduler.set_timesteps(timesteps=times)
         for i, t in enumerate(times):
             if i % 5 == 0:
-                torch.testing.assert_close(starts.z[i // 5], x[i // 5], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(starts.x[i // 5], x[i // 5], atol=1e-4, rtol=1e-4)
             output = teacher.pipeline.unet(x, torch.tensor(t), **batch.cond).sample
             x = scheduler.step(output, t, x, eta=0.0).prev_sample
     assert torch.equal(noise, noise_for(teacher))
@@ -384,44 +385,47 @@ def test_renoised_starts_have_the_noise_of_their_timestep(tiny_sd):
     nets, noise = nets_for(method), noise_for(teacher)
     with torch.no_grad():
         torch.manual_seed(3)
-        starts = method._starts(nets, batch_for(teacher), noise, torch.full((4,), 1), None)
+        starts, _ = method._starts(nets, batch_for(teacher), noise, torch.full((4,), 1), None)
         x0 = nets["ema"](noise, torch.full((4,), 999), batch_for(teacher).cond, progress=torch.ones(4)).x0
         torch.manual_seed(3)
         alpha, sigma = (like(v, x0) for v in teacher.schedule(torch.full((4,), 749)))
-    torch.testing.assert_close(starts.z, alpha * x0 + sigma * torch.randn_like(x0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(starts.x, alpha * x0 + sigma * torch.randn_like(x0), atol=1e-5, rtol=1e-5)
 
 
 def test_pool_moves_a_few_states_and_goes_on_from_its_state():
-    def cross(starts):
-        return starts.z + 1
+    times = torch.tensor([999, 666, 333])
+
+    def cross(starts, segment):
+        assert torch.equal(starts.t, times[segment])
+        return starts.x + 1
 
     def fresh(value):
-        return Starts(
-            torch.full((4, 2), value), torch.zeros(4, dtype=torch.long), {"c": torch.full((4, 1), value)}, None
-        )
+        return NoisyBatch(torch.full((4, 2), value), times[:1].expand(4), {"c": torch.full((4, 1), value)})
 
     def drawn(pool, first, last):
         found = []
         for i in range(first, last):
             torch.manual_seed(i)
-            starts = pool.draw(cross, fresh(100.0 * i + 100))
+            starts, segment = pool.draw(cross, fresh(100.0 * i + 100))
             # A state carries its own noise and condition, and has made one step for each segment.
-            assert torch.equal(starts.z, (starts.cond["c"] + starts.segment[:, None]).expand(-1, 2))
+            assert torch.equal(starts.x, (starts.cond["c"] + segment[:, None]).expand(-1, 2))
+            assert torch.equal(starts.t, times[segment])
             assert torch.equal(pool.noise, pool.held.cond["c"][:4].expand(-1, 2))
-            found.append(starts)
+            found.append((starts, segment))
         return found
 
-    pool = Pool(6, steps=3, n_sub=2)
+    pool = Pool(6, times, n_sub=2)
     drawn(pool, 0, 3)
     assert len(pool.held) == 6
-    other = Pool(6, steps=3, n_sub=2)
+    assert set(pool.state()) == {"z", "segment", "noise", "cond.c"}
+    other = Pool(6, times, n_sub=2)
     other.load_state({k: v.clone() for k, v in pool.state().items()})
     segments = set()
-    for a, b in zip(drawn(pool, 3, 60), drawn(other, 3, 60), strict=True):
-        assert torch.equal(a.z, b.z) and torch.equal(a.segment, b.segment)
-        segments |= set(a.segment.tolist())
+    for (a, i), (b, j) in zip(drawn(pool, 3, 60), drawn(other, 3, 60), strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.t, b.t) and torch.equal(i, j)
+        segments |= set(i.tolist())
     assert segments == {0, 1, 2}
-    assert pool.held.z.min() > 4000, "old states never left"
+    assert pool.held.x.min() > 4000, "old states never left"
 
 
 def test_warm_start_falls_evenly_from_pool_to_student(tiny_ddpm_grey):
@@ -434,7 +438,7 @@ def test_warm_start_falls_evenly_from_pool_to_student(tiny_ddpm_grey):
     for iteration in (0, 4, 8):
         drawn = []
         for _ in range(40 if iteration == 4 else 4):
-            method.pool = Pool(4, steps=2, n_sub=2)
+            method.pool = Pool(4, method.grid[:, 0], n_sub=2)
             with torch.no_grad():
                 method._starts(nets, batch_for(teacher, 1, iteration), None, None, None)
             drawn.append(method.pool.held is not None)
@@ -717,14 +721,14 @@ def test_drift_of_the_pool_is_the_distance_from_the_students_own_states(tiny_sd)
             before = torch.get_rng_state()
             figures = method.health(nets, i + 1)
             assert torch.equal(before, torch.get_rng_state())
-            held, states, own = method.pool.held, [], []
-            for k in (held.segment[:4] > 0).nonzero().flatten().tolist():
+            held, segment, states, own = method.pool.held, method.pool.segment, [], []
+            for k in (segment[:4] > 0).nonzero().flatten().tolist():
                 z = method.pool.noise[k : k + 1]
                 cond = {key: v[k : k + 1] for key, v in held.cond.items()}
-                for j in range(int(held.segment[k])):
-                    p = nets["ema"](z, method.grid[j, :1], cond, held.scale[k : k + 1], torch.ones(1))
+                for j in range(int(segment[k])):
+                    p = nets["ema"](z, method.grid[j, :1], cond, held.guidance_scale[k : k + 1], torch.ones(1))
                     z = ode_step(teacher.schedule, p, method.grid[j, -1:])
-                states.append(held.z[k : k + 1])
+                states.append(held.x[k : k + 1])
                 own.append(z)
         found.add(len(states))
         if not states:
