@@ -10,6 +10,7 @@
     log             means over a window of iterations, log.jsonl, tracker
     validation      scores and sample grids during training; early_stopping ends a run by them
     checkpoint      all that exact resume needs
+    termination     SIGTERM ends a run after the current iteration, with a checkpoint
     callbacks       functions of the caller's at log lines, checkpoints and the end
     accelerator, offloading, init_from, final_scores
 

@@ -1,6 +1,5 @@
 """The training loop: draws batches, runs the updates of a method's steps, logs, validates, checkpoints."""
 
-import signal
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +22,7 @@ from fewstep.training.log import Log, UpdateResult, Window
 from fewstep.training.offloading import Offloading
 from fewstep.training.optim import new_optimizer
 from fewstep.training.roles import AVERAGE, OptimizerFactory, networks, new_roles
+from fewstep.training.termination import Termination
 from fewstep.training.updates import Updater
 from fewstep.training.validation import BEST, Validation
 
@@ -51,7 +51,7 @@ class Trainer:
     ) -> None:
         check_source(config.data, method, teacher, source)
         self.config, self.method, self.teacher, self.folder = config, method, teacher, config.output_dir
-        self.callbacks, self.stopping = callbacks, False
+        self.callbacks = callbacks
         self.accelerator = new_accelerator(config)
         self.device = self.accelerator.device
         self.offloading = offloading or Offloading.of(config.memory, teacher, self.device)
@@ -113,15 +113,14 @@ class Trainer:
         if c.log.tracker:
             a.init_trackers("fewstep", config={"method": self.method.name})
         self.method.prepare(self.preparation())
-        previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
         try:
-            return self._loop()
+            with Termination(a) as termination:
+                return self._loop(termination)
         finally:
-            signal.signal(signal.SIGTERM, previous)
             if c.log.tracker:
                 a.end_training()
 
-    def _loop(self) -> bool:
+    def _loop(self, termination: Termination) -> bool:
         c, steps, window = self.config, self.method.steps(), Window()
         bar = tqdm(
             total=c.max_iterations, initial=self.iteration, desc=self.method.name,
@@ -139,7 +138,7 @@ class Trainer:
                 self.validation.run()
                 if self.iteration % c.checkpoint.every == 0:
                     self.save()
-                stopped = self._should_stop()
+                stopped = termination.requested()
         if self.iteration % c.checkpoint.every:
             self.save()
         return not stopped
@@ -173,15 +172,6 @@ class Trainer:
         shown = {k: f"{v:.4g}" for k, v in means.items() if "grad_norm" not in k}
         best = {"best fid": f"{self.progress.best['fid']:.3g}"} if self.progress.best else {}
         return shown | {"img/s": f"{record['images_per_second']:.0f}"} | best
-
-    def _ask_to_stop(self, *_: object) -> None:
-        self.stopping = True
-
-    def _should_stop(self) -> bool:
-        if self.accelerator.num_processes == 1:
-            return self.stopping
-        flag = torch.tensor(float(self.stopping), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
