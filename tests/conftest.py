@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders.pipelines import build_ddpm, build_sd
+from builders import shapes
+
+shapes.install()  # before the first import of what it checks
+
+from builders.pipelines import build_ddpm, build_sd  # noqa: E402
 
 torch.set_num_threads(1)
 

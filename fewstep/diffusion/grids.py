@@ -5,26 +5,26 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.schedule import Schedule, noise_level
+from fewstep.diffusion.shapes import Counts, GridTimes, Levels, Scales, Time, Times, TimesOfSteps
 
 
 class Grid(NamedTuple):
-    """Timesteps [N] each, ascending in t: of the state, of the teacher's step from it, and of the end of its phase.
+    """Timesteps, ascending in t: of the state, of the teacher's step from it, and of the end of its phase.
 
     -1 is clean data, as everywhere.
     """
 
-    t: Tensor
-    s: Tensor
-    end: Tensor
+    t: GridTimes
+    s: GridTimes
+    end: GridTimes
 
     def to(self, device: torch.device) -> "Grid":
         return Grid(*(v.to(device) for v in self))
 
-    def at(self, index: Tensor) -> "Grid":
-        """Those at the positions `index` [B]."""
+    def at(self, index: Counts) -> "Grid":
+        """Those at the positions `index`."""
         return Grid(*(v[index] for v in self))
 
 
@@ -35,13 +35,15 @@ def even_grid(points: int, num_train_timesteps: int) -> Grid:
     return Grid(t, (t - k).clamp_min(0), torch.zeros_like(t))
 
 
-def karras_levels(low: float, high: float, n: int, rho: float = 7.0) -> Tensor:
+def karras_levels(low: float, high: float, n: int, rho: float = 7.0) -> Levels:
     """n noise levels from `high` down to `low`, even in their rho-th root (Karras et al. 2022, eq. 5), in float64."""
     roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64)
     return roots**rho
 
 
-def karras_grid(schedule: Schedule, points: int, num_train_timesteps: int, sampled: Tensor, rho: float = 7.0) -> Grid:
+def karras_grid(
+    schedule: Schedule, points: int, num_train_timesteps: int, sampled: GridTimes, rho: float = 7.0
+) -> Grid:
     """The grid of Consistency Models (Song et al. 2023): sigma / alpha at `points` Karras levels between timestep 0, where
     both sides of the lowest pair end, and the noisiest.
 
@@ -64,7 +66,7 @@ def karras_grid(schedule: Schedule, points: int, num_train_timesteps: int, sampl
     return Grid(times[1:], times[:-1], torch.zeros_like(times[1:]))
 
 
-def phase_grid(jumps: Tensor, points: int) -> Grid:
+def phase_grid(jumps: GridTimes, points: int) -> Grid:
     """The grid whose phases are the sampler's jumps, each in as many even steps; whole numbers where `jumps` are.
 
     So that whatever the stock scheduler makes of a step count, the student is trained for it. Where the phases divide
@@ -83,7 +85,7 @@ def phase_grid(jumps: Tensor, points: int) -> Grid:
     return Grid(*(v.flip(0) if whole else v.flip(0).float() for v in grid))
 
 
-def segment_grid(start: float, end: float, n: int, whole: bool) -> Tensor:
+def segment_grid(start: float, end: float, n: int, whole: bool) -> GridTimes:
     """n + 1 even timesteps from `start` down to `end`, whole numbers if asked: those at which a discrete network is valid.
 
     Raises ValueError where whole numbers between the two do not suffice.
@@ -95,14 +97,14 @@ def segment_grid(start: float, end: float, n: int, whole: bool) -> Tensor:
     return torch.linspace(start, end, n + 1, dtype=torch.float64).round().long()
 
 
-def between(start: Tensor, end: Tensor, share: Tensor | float) -> Tensor:
-    """The timesteps at `share` (a number or [B]) of the way from start to end [B]; whole numbers where end's are."""
+def between(start: Time | Times, end: Times, share: Scales | float) -> Times:
+    """The timesteps at `share` of the way from start to end; whole numbers where end's are."""
     times = start + (end - start) * share
     return times if end.is_floating_point() else times.round().long()
 
 
-def even_steps(t: Tensor, s: Tensor, n: int) -> Tensor:
-    """t, n - 1 even timesteps between, and s, for each sample: [n + 1, B]."""
+def even_steps(t: Times, s: Times, n: int) -> TimesOfSteps:
+    """t, n - 1 even timesteps between, and s, for each sample: n + 1 rows."""
     return torch.stack([t, *(between(t, s, i / n) for i in range(1, n)), s])
 
 
@@ -129,12 +131,12 @@ def milestone_timesteps(milestones: Sequence[int], substeps: int, num_train_time
     return tuple(steps)
 
 
-def log_levels(schedule: Schedule, num_train_timesteps: int) -> Tensor:
-    """log sigma / alpha at the timesteps 0 ... T - 1, [T], ascending, in float64."""
+def log_levels(schedule: Schedule, num_train_timesteps: int) -> Levels:
+    """log sigma / alpha at the timesteps 0 ... T - 1, ascending, in float64."""
     return noise_level(schedule, torch.arange(num_train_timesteps)).log()
 
 
-def lognormal_index(levels: Tensor, size: int, mean: float, std: float) -> Tensor:
-    """Positions [size] in ascending logarithms of noise levels [N], nearest to draws from N(mean, std^2)."""
+def lognormal_index(levels: Levels, size: int, mean: float, std: float) -> Counts:
+    """`size` positions in ascending logarithms of noise levels, nearest to draws from N(mean, std^2)."""
     drawn = mean + std * torch.randn(size, dtype=levels.dtype, device=levels.device)
     return torch.bucketize(drawn, (levels[1:] + levels[:-1]) / 2)

@@ -8,23 +8,21 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import Denoise, Prediction
 from fewstep.diffusion.schedule import Schedule, full_precision, like
+from fewstep.diffusion.shapes import Rows, Samples, Scales, Times
 
 Cond = dict[str, Tensor]
 """Conditions of B samples by name, [B, ...] each."""
-Network = Callable[[Tensor, Tensor, Cond], Prediction]
-"""x_t [B, ...], t [B] and conditions to a prediction."""
+Network = Callable[[Samples, Times, Cond], Prediction]
+"""x_t, t and conditions to a prediction."""
 
 
-def guide(cond: Prediction, uncond: Prediction, scale: Tensor | float) -> Prediction:
-    """Classifier-free guidance (Ho & Salimans 2022), uncond + scale (cond - uncond): 1 is none, as in diffusers.
-
-    scale is a number or [B].
-    """
+def guide(cond: Prediction, uncond: Prediction, scale: Scales | float) -> Prediction:
+    """Classifier-free guidance (Ho & Salimans 2022), uncond + scale (cond - uncond): 1 is none, as in diffusers."""
     w = like(scale, cond.x0) if isinstance(scale, Tensor) else scale
     return Prediction(*(u + w * (c - u) for c, u in zip(cond, uncond, strict=True)))
 
 
-def threshold(schedule: Schedule, p: Prediction, x_t: Tensor, t: Tensor, quantile: float | None) -> Prediction:
+def threshold(schedule: Schedule, p: Prediction, x_t: Samples, t: Times, quantile: float | None) -> Prediction:
     """x0 bounded to [-1, 1], and the eps that belongs to it at x_t; for pixels, where guidance leads out of that range.
 
     quantile: None clamps; a number first divides a sample by that quantile of its |x0|, if it is above 1 (dynamic
@@ -44,7 +42,7 @@ def concatenate(a: Cond, b: Cond) -> Cond:
     return {key: torch.cat([a[key], b[key]]) for key in a}
 
 
-def both_sides(network: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond) -> tuple[Prediction, Prediction]:
+def both_sides(network: Network, x_t: Samples, t: Times, cond: Cond, uncond: Cond) -> tuple[Prediction, Prediction]:
     """The network's predictions with and without the condition, in one call."""
     both = network(torch.cat([x_t, x_t]), torch.cat([t, t]), concatenate(cond, uncond))
     x0, eps = (part.chunk(2) for part in both)
@@ -53,30 +51,30 @@ def both_sides(network: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Con
 
 @dataclass(frozen=True)
 class GuidedDenoiser:
-    """A network with its conditions and guidance fixed: (x [B, ...], t [B]) -> Prediction.
+    """A network with its conditions and guidance fixed: (x, t) -> Prediction.
 
     Attributes:
         network: called with x, t and conditions.
         cond, uncond: conditions of the B samples, and those that guidance leads away from.
-        scale: of guidance, [B] or a number. None and the number 1 are no guidance, at half the cost.
+        scale: of guidance. None and the number 1 are no guidance, at half the cost.
         bound: changes a prediction at (x, t), such as `threshold`; None = nothing.
     """
 
     network: Network
     cond: Cond
     uncond: Cond
-    scale: Tensor | float | None = None
-    bound: Callable[[Prediction, Tensor, Tensor], Prediction] | None = None
+    scale: Scales | float | None = None
+    bound: Callable[[Prediction, Samples, Times], Prediction] | None = None
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+    def __call__(self, x: Samples, t: Times) -> Prediction:
         if self.scale is None or (not isinstance(self.scale, Tensor) and self.scale == 1):
             p = self.network(x, t, self.cond)
         else:
             p = guide(*both_sides(self.network, x, t, self.cond, self.uncond), self.scale)
         return p if self.bound is None else self.bound(p, x, t)
 
-    def rows(self, on: Tensor) -> "GuidedDenoiser":
-        """The denoiser of some of the samples, by index [b] or mask [B]."""
+    def rows(self, on: Rows) -> "GuidedDenoiser":
+        """The denoiser of some of the samples, by index or mask."""
         scale = self.scale[on] if isinstance(self.scale, Tensor) else self.scale
         cond, uncond = ({key: v[on] for key, v in c.items()} for c in (self.cond, self.uncond))
         return replace(self, cond=cond, uncond=uncond, scale=scale)

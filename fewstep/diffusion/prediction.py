@@ -3,31 +3,30 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from torch import Tensor
-
 from fewstep.diffusion.schedule import Schedule, full_precision, like
+from fewstep.diffusion.shapes import Samples, Times
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 class Prediction(NamedTuple):
-    """The two readings of one network output, each [B, ...]; every parametrisation gives both."""
+    """The two readings of one network output; every parametrisation gives both."""
 
-    x0: Tensor
-    eps: Tensor
-
-
-Denoise = Callable[[Tensor, Tensor], Prediction]
-"""(x [B, ...], t [B]) -> Prediction: a network with everything else fixed."""
+    x0: Samples
+    eps: Samples
 
 
-def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+Denoise = Callable[[Samples, Times], Prediction]
+"""(x, t) -> Prediction: a network with everything else fixed."""
+
+
+def add_noise(schedule: Schedule, x0: Samples, eps: Samples, t: Times) -> Samples:
     """x_t = alpha(t) x0 + sigma(t) eps."""
     alpha, sigma = (like(v, x0) for v in schedule(t))
     return alpha * x0 + sigma * eps
 
 
-def more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
+def more_noise(schedule: Schedule, x_s: Samples, eps: Samples, s: Times, t: Times) -> Samples:
     """x_t from x_s of less noise, t >= s, by the process itself: x_t is distributed as `add_noise` of the same x0 is.
 
     x_t = r x_s + sqrt(sigma(t)^2 - r^2 sigma(s)^2) eps, r = alpha(t) / alpha(s): for every schedule, not for those that keep
@@ -39,8 +38,8 @@ def more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tenso
     return like(ratio, x_s) * x_s + like(deviation, x_s) * eps
 
 
-def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-    """Read a network output [B, ...] at (x_t, t) as (x0, eps), in float32 (float64 stays).
+def read(schedule: Schedule, kind: PredictionType, output: Samples, x_t: Samples, t: Times) -> Prediction:
+    """Read a network output at (x_t, t) as (x0, eps), in float32 (float64 stays).
 
     v is alpha eps - sigma x0 (Salimans & Ho 2022); flow is eps - x0, for schedules with alpha + sigma = 1.
     Raises ValueError for an unknown kind.
@@ -59,7 +58,7 @@ def read(schedule: Schedule, kind: PredictionType, output: Tensor, x_t: Tensor, 
     raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
 
 
-def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Tensor) -> Tensor:
+def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Times) -> Samples:
     """The network output that `read` reads as p: its inverse, without a division at any t.
 
     Raises ValueError for an unknown kind.
@@ -77,6 +76,6 @@ def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Tensor
     raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
 
 
-def ode_step(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
+def ode_step(schedule: Schedule, p: Prediction, s: Times) -> Samples:
     """One step of the probability-flow ODE to s: DDIM (Song et al. 2021, eq. 12, eta = 0) and, for rectified flow, Euler."""
     return add_noise(schedule, p.x0, p.eps, s)

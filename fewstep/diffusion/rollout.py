@@ -4,46 +4,45 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.prediction import Denoise, Prediction, add_noise, ode_step
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import Counts, GridTimes, Rows, Samples, Times
 
-Move = Callable[[Schedule, Prediction, Tensor], Tensor]
-"""From a prediction to the next state, at timesteps s [B]."""
+Move = Callable[[Schedule, Prediction, Times], Samples]
+"""From a prediction to the next state, at timesteps s."""
 
 
-def jump(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
+def jump(schedule: Schedule, p: Prediction, s: Times) -> Samples:
     """Follow the ODE to s."""
     return ode_step(schedule, p, s)
 
 
-def renoise(schedule: Schedule, p: Prediction, s: Tensor) -> Tensor:
+def renoise(schedule: Schedule, p: Prediction, s: Times) -> Samples:
     """Add fresh noise to x0, up to s."""
     return add_noise(schedule, p.x0, torch.randn_like(p.x0), s)
 
 
-def renoise_as(example: Tensor) -> Move:
+def renoise_as(example: Samples) -> Move:
     """As `renoise`, with noise of the shape, type and device of `example`."""
     return lambda schedule, p, s: add_noise(schedule, p.x0, torch.randn_like(example), s)
 
 
 @torch.no_grad()
-def rollout(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, move: Move) -> Tensor:
-    """The state at the last of `times` [n], from x [B, ...] at the first, by one evaluation and one move a step."""
+def rollout(denoise: Denoise, schedule: Schedule, x: Samples, times: GridTimes, move: Move) -> Samples:
+    """The state at the last of `times`, from x at the first, by one evaluation and one move a step."""
     for t, s in pairwise(times):
         x = move(schedule, denoise(x, t.expand(len(x))), s.expand(len(x)))
     return x
 
 
-def ragged_rollout(step: Callable[[Tensor, Tensor, int], Tensor], x: Tensor, counts: Tensor) -> Tensor:
-    """States [B, ...] after counts[b] steps for sample b, those that still go on in one batch.
+def ragged_rollout(step: Callable[[Samples, Rows, int], Samples], x: Samples, counts: Counts) -> Samples:
+    """Samples after counts[b] steps for sample b, those that still go on in one batch.
 
     Args:
-        step: states [b, ...] of samples, their indices [b] on the device of `counts`, and the number of the step, from 0; to
-            states [b, ...].
-        x: [B, ...]; left as it is.
-        counts: steps of each sample, [B].
+        step: states of samples, their indices on the device of `counts`, and the number of the step, from 0; to states.
+        x: left as it is.
+        counts: steps of each sample.
     """
     x = x.clone()
     for i in range(int(counts.max()) if len(counts) else 0):

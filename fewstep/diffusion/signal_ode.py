@@ -10,14 +10,14 @@ BOOT's y is this x0 for z pure noise. The anchored form and its proof are fewste
 """
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedule import Schedule, like
+from fewstep.diffusion.shapes import PerSample, Samples, Times
 
 
-def shares(schedule: Schedule, anchor: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the way from `anchor` to s lies before t, in alpha / sigma and in sigma / alpha: [B] each, in [0, 1).
+def shares(schedule: Schedule, anchor: Times, t: Times, s: Times) -> tuple[PerSample, PerSample]:
+    """How much of the way from `anchor` to s lies before t, in alpha / sigma and in sigma / alpha, in [0, 1).
 
     (r_t - r_a) / (r_s - r_a) for r = alpha / sigma and for its inverse, without a division by what vanishes at pure
     noise or clean data. anchor >= t > s.
@@ -34,21 +34,21 @@ def shares(schedule: Schedule, anchor: Tensor, t: Tensor, s: Tensor) -> tuple[Te
 
 
 def bootstrap(
-    schedule: Schedule, own: Prediction, teacher: Prediction, anchor: Tensor, t: Tensor, s: Tensor
+    schedule: Schedule, own: Prediction, teacher: Prediction, anchor: Times, t: Times, s: Times
 ) -> Prediction:
     """The anchored pair of s, given that of t (`own`) and the teacher's prediction at x_t = ode_step(own, t).
 
     Exact for one DDIM (Euler) step from t to s: its jump lands where that step lands. At t = anchor it is the teacher's
-    prediction itself, whatever `own` says. anchor, t, s: [B], anchor >= t > s.
+    prediction itself, whatever `own` says. anchor >= t > s.
     """
     x0, eps = (like(c, own.x0) for c in shares(schedule, anchor, t, s))
     return Prediction(x0 * own.x0 + (1 - x0) * teacher.x0, eps * own.eps + (1 - eps) * teacher.eps)
 
 
-def log_noise_slope(schedule: Schedule, t: Tensor, reach: float = 1.0) -> Tensor:
-    """d log(sigma / alpha) / dt at t [B], per timestep, by a central difference over +-reach timesteps."""
+def log_noise_slope(schedule: Schedule, t: Times, reach: float = 1.0) -> PerSample:
+    """d log(sigma / alpha) / dt at t, per timestep, by a central difference over +-reach timesteps."""
 
-    def value(u: Tensor) -> Tensor:
+    def value(u: Times) -> PerSample:
         alpha, sigma = (v.double() for v in schedule(u))
         return sigma.log() - alpha.log()
 
@@ -56,6 +56,6 @@ def log_noise_slope(schedule: Schedule, t: Tensor, reach: float = 1.0) -> Tensor
     return (value(t + step) - value(t - step)) / (2 * reach)
 
 
-def finite_difference(schedule: Schedule, y: Tensor, teacher_x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def finite_difference(schedule: Schedule, y: Samples, teacher_x0: Samples, t: Times, s: Times) -> Samples:
     """BOOT's own target for y at s: one Euler step of the Signal-ODE, y + (t - s) lambda'(t) (teacher_x0 - y)."""
     return y + like((t - s) * log_noise_slope(schedule, t), y) * (teacher_x0 - y)

@@ -10,28 +10,28 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.prediction import Denoise, Prediction, ode_step
 from fewstep.diffusion.schedule import Schedule, like
+from fewstep.diffusion.shapes import GridTimes, Samples, Times, TimesOfSteps
 
-Rule = Callable[[Denoise, Schedule, Tensor, Tensor, Tensor, Prediction | None], Prediction]
+Rule = Callable[[Denoise, Schedule, Samples, Times, Times, Prediction | None], Prediction]
 """(denoise, schedule, x, t, s, first) -> prediction whose `ode_step` to s is the step from x at t.
 
-x [B, ...]; t, s [B]; first: denoise(x, t), where it is known already.
+first: denoise(x, t), where it is known already.
 """
-Mean = Callable[[Schedule, Prediction, Prediction, Tensor, Tensor], Prediction]
+Mean = Callable[[Schedule, Prediction, Prediction, Samples, Times], Prediction]
 """(schedule, first, second, x, t) -> the mean prediction over a step from x at t, with predictions at both its ends."""
 
 
 def ddim(
-    denoise: Denoise, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor, first: Prediction | None = None
+    denoise: Denoise, schedule: Schedule, x: Samples, t: Times, s: Times, first: Prediction | None = None
 ) -> Prediction:
     """DDIM (Song et al. 2021, eq. 12, eta = 0); Euler for rectified flow."""
     return denoise(x, t.clamp_min(0)) if first is None else first
 
 
-def mean_in_noise(schedule: Schedule, first: Prediction, second: Prediction, x: Tensor, t: Tensor) -> Prediction:
+def mean_in_noise(schedule: Schedule, first: Prediction, second: Prediction, x: Samples, t: Times) -> Prediction:
     """Trapezoidal rule in sigma / alpha (Karras et al. 2022, algorithm 1; Song et al. 2023, eq. 6).
 
     In x / alpha the ODE is dx / dk = eps with k = sigma / alpha, so a step takes the mean of eps; where alpha is 0, at pure
@@ -46,7 +46,7 @@ def mean_in_noise(schedule: Schedule, first: Prediction, second: Prediction, x: 
     )
 
 
-def mean_in_signal(schedule: Schedule, first: Prediction, second: Prediction, x: Tensor, t: Tensor) -> Prediction:
+def mean_in_signal(schedule: Schedule, first: Prediction, second: Prediction, x: Samples, t: Times) -> Prediction:
     """Trapezoidal rule in alpha / sigma: the mean of x0, finite at pure noise. t must not be clean data."""
     alpha, sigma = (like(v, x) for v in schedule(t))
     x0 = (first.x0 + second.x0) / 2
@@ -56,9 +56,9 @@ def mean_in_signal(schedule: Schedule, first: Prediction, second: Prediction, x:
 def heun(
     denoise: Denoise,
     schedule: Schedule,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
+    x: Samples,
+    t: Times,
+    s: Times,
     first: Prediction | None = None,
     mean: Mean = mean_in_noise,
 ) -> Prediction:
@@ -76,9 +76,14 @@ RULES: dict[Literal["ddim", "heun"], Rule] = {"ddim": ddim, "heun": heun}
 
 
 def path(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, rule: Rule = ddim, first: Prediction | None = None
-) -> Iterator[Tensor]:
-    """The states [B, ...] that the rule's steps from x reach, at the second of `times` [n, B] and all later ones."""
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Samples,
+    times: TimesOfSteps,
+    rule: Rule = ddim,
+    first: Prediction | None = None,
+) -> Iterator[Samples]:
+    """The states that the rule's steps from x reach, at the second of `times` and all later ones."""
     for t, s in pairwise(times):
         x = ode_step(schedule, rule(denoise, schedule, x, t, s, first), s)
         first = None
@@ -86,16 +91,21 @@ def path(
 
 
 def solve(
-    denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor, rule: Rule = ddim, first: Prediction | None = None
-) -> Tensor:
-    """The state at the last of `times` [n, B], from x at the first; first: denoise(x, times[0]), where it is known."""
+    denoise: Denoise,
+    schedule: Schedule,
+    x: Samples,
+    times: TimesOfSteps,
+    rule: Rule = ddim,
+    first: Prediction | None = None,
+) -> Samples:
+    """The state at the last of `times`, from x at the first; first: denoise(x, times[0]), where it is known."""
     end = x
     for end in path(denoise, schedule, x, times, rule, first):  # noqa: B007  # the last state is the solution
         pass
     return end
 
 
-def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Samples, times: TimesOfSteps) -> Iterator[Samples]:
     """As `path`, by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); all samples share a row of `times`."""
     before = None
     for i, (t, s) in enumerate(pairwise(times)):
@@ -105,11 +115,11 @@ def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Tensor, times: Tensor) -> 
         yield x
 
 
-def second_order(schedule: Schedule, x: Tensor, now: Prediction, before: Prediction, times: Tensor) -> Prediction:
+def second_order(schedule: Schedule, x: Samples, now: Prediction, before: Prediction, times: GridTimes) -> Prediction:
     """The prediction whose `ode_step` is a step of DPM-Solver++(2M).
 
     Args:
-        x: the state at the second of `times`, [B, ...].
+        x: the state at the second of `times`.
         now, before: the predictions there and at the first of them.
         times: [3], descending: of the last step's start, of this one's start and of its end. At pure noise (the first) and
             clean data (the end) log(alpha / sigma) is infinite, and the step is DDIM's.
@@ -121,7 +131,7 @@ def second_order(schedule: Schedule, x: Tensor, now: Prediction, before: Predict
     return Prediction(x0, (x - like(alpha[1:2], x) * x0) / like(sigma[1:2], x))
 
 
-PATHS: dict[Literal["ddim", "dpm"], Callable[[Denoise, Schedule, Tensor, Tensor], Iterator[Tensor]]] = {
+PATHS: dict[Literal["ddim", "dpm"], Callable[[Denoise, Schedule, Samples, TimesOfSteps], Iterator[Samples]]] = {
     "ddim": path,
     "dpm": dpmpp_2m,
 }

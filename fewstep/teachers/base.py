@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from fewstep.diffusion.shapes import Images, Latents, PerSample, Times
 from fewstep.teachers.conditioner import Conditioner
 from fewstep.teachers.denoiser import Cond, Denoiser, Posterior
 from fewstep.teachers.guidance_contract import GuidanceContract
@@ -64,12 +64,12 @@ class Teacher:
         """The cache of the conditions of prompts; None for teachers without prompts."""
         return self.conditioner.cache
 
-    def encode(self, images: Tensor) -> Posterior:
-        """Images [B, 3, H, W] in [-1, 1] to latents, scaled as the denoiser wants them; H = W = image_size."""
+    def encode(self, images: Images) -> Posterior:
+        """Images in [-1, 1] to latents, scaled as the denoiser wants them; H = W = image_size."""
         return self.codec.encode(images)
 
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W], about [-1, 1]; differentiable."""
+    def decode(self, x0: Latents) -> Images:
+        """Latents to images, about [-1, 1]; differentiable."""
         return self.codec.decode(x0)
 
     def condition(self, raw: Sequence[object]) -> Cond:
@@ -84,6 +84,6 @@ class Teacher:
         """What to pass to `condition` for a prompt that guidance leads away from; "" is for unconditional."""
         return self.conditioner.negative(prompt)
 
-    def error_weight(self, t: Tensor) -> Tensor:
-        """Weight [B], in the network's own training, of the squared error of what its denoiser predicts, at t [B]."""
+    def error_weight(self, t: Times) -> PerSample:
+        """Weight, in the network's own training, of the squared error of what its denoiser predicts, at t."""
         return torch.ones(t.shape, device=t.device)

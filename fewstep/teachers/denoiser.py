@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Prediction, PredictionType, read
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import FeatureMap, Latents, PerSample, Samples, Scales, Times
 
 Cond = dict[str, Tensor]
 """Keyword arguments of the network beside sample and timestep, each batched: [B, ...]."""
@@ -22,22 +23,22 @@ class Inputs(NamedTuple):
     """What a network is evaluated at.
 
     Attributes:
-        x_t: noisy latents [B, C, h, w].
-        t: timesteps [B].
+        x_t: noisy latents.
+        t: timesteps.
         cond: conditions, each [B, ...].
-        guidance_scale: [B] (1 = none), for networks that embed it and no others.
-        progress: [B], the target time within its segment in [0, 1], for networks that embed it and no others.
+        guidance_scale: 1 is none; for networks that embed it and no others.
+        progress: the target time within its segment in [0, 1], for networks that embed it and no others.
     """
 
-    x_t: Tensor
-    t: Tensor
+    x_t: Samples
+    t: Times
     cond: Cond
-    guidance_scale: Tensor | None = None
-    progress: Tensor | None = None
+    guidance_scale: Scales | None = None
+    progress: PerSample | None = None
 
 
-Call = Callable[[nn.Module, Inputs], Tensor]
-"""A family's calling convention: network and inputs to its raw output, shaped as x_t."""
+Call = Callable[[nn.Module, Inputs], Samples]
+"""A family's calling convention: network and inputs to its raw output."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Features:
 
     Attributes:
         module: a network to the module in its middle.
-        as_map: the output of any of its blocks to a map [B, C, h, w].
+        as_map: the output of any of its blocks to a map.
     """
 
     module: Callable[[nn.Module], nn.Module]
-    as_map: Callable[[object], Tensor]
+    as_map: Callable[[object], FeatureMap]
 
 
-def first_output(output: object) -> Tensor:
+def first_output(output: object) -> FeatureMap:
     """The feature map of a UNet's block."""
     found = output[0] if isinstance(output, tuple) else output
     assert isinstance(found, Tensor)
@@ -64,12 +65,12 @@ UNET_FEATURES = Features(lambda net: net.get_submodule("mid_block"), first_outpu
 
 
 class Posterior(NamedTuple):
-    """What an image is in the teacher's latent space: x0 = mean + std * noise, each [B, C, h, w]; std is 0 for pixels."""
+    """What an image is in the teacher's latent space: x0 = mean + std * noise; std is 0 for pixels."""
 
-    mean: Tensor
-    std: Tensor
+    mean: Latents
+    std: Latents
 
-    def sample(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Latents) -> Latents:
         return self.mean + self.std * noise
 
 
@@ -78,11 +79,11 @@ class DenoiserLike(Protocol):
 
     def __call__(
         self,
-        x_t: Tensor,
-        t: Tensor,
+        x_t: Samples,
+        t: Times,
         cond: Cond,
-        guidance_scale: Tensor | None = None,
-        progress: Tensor | None = None,
+        guidance_scale: Scales | None = None,
+        progress: PerSample | None = None,
         /,
     ) -> Prediction: ...
 
@@ -92,9 +93,9 @@ class DenoiserLike(Protocol):
 
 
 class Denoiser(nn.Module):
-    """A network of the teacher's kind: (x_t [B, ...], t [B], cond) -> Prediction in float32.
+    """A network of the teacher's kind: (x_t, t, cond) -> Prediction in float32.
 
-    `guidance_scale` [B] (1 = none) goes to networks that embed it, `progress` [B] of the target time in its segment, in
+    `guidance_scale` (1 = none) goes to networks that embed it, `progress` of the target time in its segment, in
     [0, 1], to those that embed that; the others must be given None.
 
     Attributes:
@@ -135,12 +136,17 @@ class Denoiser(nn.Module):
         """The module in the middle of the network whose output, by `feature_map`, a discriminator sees."""
         return self.features.module(self.net)
 
-    def feature_map(self, output: object) -> Tensor:
-        """The output of a block of the network as a map [B, C, h, w]."""
+    def feature_map(self, output: object) -> FeatureMap:
+        """The output of a block of the network as a map."""
         return self.features.as_map(output)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond, guidance_scale: Tensor | None = None, progress: Tensor | None = None
+        self,
+        x_t: Samples,
+        t: Times,
+        cond: Cond,
+        guidance_scale: Scales | None = None,
+        progress: PerSample | None = None,
     ) -> Prediction:
         output = self.call(self.net, Inputs(x_t, t, cond, guidance_scale, progress))
         return read(self.schedule, self.prediction_type, output, x_t, t)

@@ -57,7 +57,7 @@ def even_grid_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> 
     s, e = schedule.shift, 1 / schedule.num_train_timesteps
     b = (1 - 1 / steps) / (1 - e)
     m = 1 + (s - 1) * b / (1 + (s - 1) * (1 / steps - b * e))
-    last = schedule(torch.tensor(schedule.num_train_timesteps / steps - 1, dtype=torch.float64))[1].item()
+    last = schedule(torch.tensor([schedule.num_train_timesteps / steps - 1], dtype=torch.float64))[1].item()
     scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(
         schedule.num_train_timesteps,
         # "Dynamic" with one shift for every size: the other kind is applied twice.
@@ -83,7 +83,7 @@ def twice_shifted_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool)
     total, s = schedule.num_train_timesteps, schedule.shift
     b, q = 1 + (s - 1) / steps, (1 - 1 / steps) / (total - 1)
     m = 2 * s / (b + math.sqrt(b**2 - 4 * (s - 1) * q * s))
-    last = schedule(torch.tensor(total / steps - 1, dtype=torch.float64))[1].item()
+    last = schedule(torch.tensor([total / steps - 1], dtype=torch.float64))[1].item()
     scheduler: SchedulerMixin = FlowMatchEulerDiscreteScheduler(
         total, shift=m, shift_terminal=last, stochastic_sampling=stochastic
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.shapes import Images, Latents
 from fewstep.teachers.denoiser import Posterior
 from fewstep.teachers.placement import Placement
 
@@ -25,14 +26,14 @@ class Codec(ABC):
         self.latent_shape, self.image_size = latent_shape, image_size
 
     @abstractmethod
-    def encode(self, images: Tensor) -> Posterior:
-        """Images [B, 3, H, W] in [-1, 1] to latents, scaled as the network wants them; H = W = image_size."""
+    def encode(self, images: Images) -> Posterior:
+        """Images in [-1, 1] to latents, scaled as the network wants them; H = W = image_size."""
 
     @abstractmethod
-    def decode(self, x0: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to images [B, 3, H, W], about [-1, 1]; differentiable."""
+    def decode(self, x0: Latents) -> Images:
+        """Latents to images, about [-1, 1]; differentiable."""
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Images) -> None:
         """Raises ValueError for images of another size."""
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
@@ -57,7 +58,7 @@ class Autoencoder(Codec):
         own = self.placement.part("vae")
         return self.placement.part_in_float32("vae") if self.upcast and own.config.force_upcast else own
 
-    def encode(self, images: Tensor) -> Posterior:
+    def encode(self, images: Images) -> Posterior:
         self.check(images)
         vae = self.vae
         with torch.no_grad():
@@ -65,7 +66,7 @@ class Autoencoder(Codec):
         scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         return Posterior((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Latents) -> Images:
         vae = self.vae
         z = x0.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         images: Tensor = vae.decode(z, return_dict=False)[0].float()
@@ -78,14 +79,14 @@ class Pixels(Codec):
     def __init__(self, channels: int, image_size: int) -> None:
         super().__init__((channels, image_size, image_size), image_size)
 
-    def encode(self, images: Tensor) -> Posterior:
+    def encode(self, images: Images) -> Posterior:
         self.check(images)
         x0 = images.float()
         if self.latent_shape[0] == 1:
             x0 = x0.mean(1, keepdim=True)
         return Posterior(x0, torch.zeros_like(x0))
 
-    def decode(self, x0: Tensor) -> Tensor:
+    def decode(self, x0: Latents) -> Images:
         x0 = x0.float()
         return x0.expand(-1, 3, -1, -1) if self.latent_shape[0] == 1 else x0
 

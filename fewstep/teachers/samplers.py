@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.diffusion.shapes import GridTimes
 from fewstep.teachers.schedulers import jump_grid, renoise_scheduler
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Samplers(ABC):
         """The stock scheduler that takes `steps` deterministic steps of the ODE (DDIM, Euler), each to the next timestep."""
 
     @abstractmethod
-    def grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+    def grid(self, scheduler: "SchedulerMixin", steps: int) -> GridTimes:
         """The timesteps at which `scheduler`, of either kind, evaluates the network in `steps` steps, and where its last
         step ends: [steps + 1], whole numbers unless the pipeline's are not.
 
@@ -64,7 +65,7 @@ class DiscreteSamplers(Samplers):
     def jump(self, steps: int) -> "SchedulerMixin":
         return self.deterministic(self.scheduler, steps)
 
-    def grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+    def grid(self, scheduler: "SchedulerMixin", steps: int) -> GridTimes:
         return jump_grid(scheduler, steps)
 
 
@@ -101,7 +102,7 @@ class FlowSamplers(Samplers):
         """FlowMatchEulerDiscreteScheduler. It runs any count: it cannot refuse one."""
         return self.scheduler(steps, stochastic=False)
 
-    def grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+    def grid(self, scheduler: "SchedulerMixin", steps: int) -> GridTimes:
         self.set_timesteps(scheduler, steps)
         sigmas: Tensor = scheduler.sigmas[:-1]
         found = self.schedule.timestep(sigmas.double())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import VariancePreserving
+from fewstep.diffusion.shapes import GridTimes
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -106,7 +107,7 @@ def deterministic_scheduler(scheduler: "SchedulerMixin", steps: int) -> "Schedul
     return renoise_scheduler(scheduler, 1) if steps == 1 else dpm_scheduler(scheduler)
 
 
-def jump_grid(scheduler: "SchedulerMixin", steps: int) -> Tensor:
+def jump_grid(scheduler: "SchedulerMixin", steps: int) -> GridTimes:
     """The timesteps [steps + 1] of a deterministic or re-noising scheduler's steps and the end of the last one."""
     from diffusers import TCDScheduler
 

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from fewstep.diffusion.shapes import Embedded, Sinusoids, TimeInputs, Times
 from fewstep.teachers.denoiser import Inputs, Scale
 from fewstep.teachers.embeddings.unet import EMBEDDING_DIM, HARMONICS, ProgressEmbedding, guidance_embedding, waves
 
@@ -29,7 +30,7 @@ class ExtraTimeProjection(nn.Module):
         super().__init__()
         self.inner, self.progress, self.guidance = inner, progress, guidance
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, timestep: TimeInputs) -> Sinusoids:
         if timestep.ndim == 1:
             sinusoids: Tensor = self.inner(timestep)
             return sinusoids
@@ -59,7 +60,7 @@ class ExtraTimeEmbedding(TimestepEmbedding):
             if added is not None:
                 added.to(plain.linear_1.weight.device, plain.linear_1.weight.dtype)
 
-    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Sinusoids, condition: Tensor | None = None) -> Embedded:
         embedded: Tensor = super().forward(sample[:, : self.width], condition)
         if self.progress is not None:
             embedded = embedded + self.progress.of_waves(sample[:, self.width : self.width + HARMONICS])
@@ -109,7 +110,7 @@ def fold_inputs(parents: Sequence[TimeModules], guidance_scale: Scale | None) ->
             parent.timestep_embedder = parent.timestep_embedder.folded(guidance_scale)
 
 
-def time_input(parent: TimeModules, time: Tensor, inputs: Inputs) -> Tensor:
+def time_input(parent: TimeModules, time: Times, inputs: Inputs) -> TimeInputs:
     """The timestep argument of a network whose first module of time is `parent`: [B], or [B, n] with the extra inputs.
 
     time: the timesteps [B] in the network's own units. Raises ValueError where a guidance_scale or progress is given and

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from fewstep.diffusion.shapes import Embedded, Scales, Sinusoids, Times
 from fewstep.teachers.denoiser import Scale
 from fewstep.teachers.placement import in_dtype
 
@@ -18,14 +20,14 @@ if TYPE_CHECKING:
 HARMONICS = 16
 
 
-def waves(progress: Tensor) -> Tensor:
-    """Cosines of progress [B] as [B, HARMONICS] in float32."""
+def waves(progress: Times) -> Sinusoids:
+    """HARMONICS cosines of progress in float32."""
     order = torch.arange(HARMONICS, device=progress.device, dtype=torch.float32)
     return torch.cos(math.pi * order * progress.float()[:, None])
 
 
 class ProgressEmbedding(nn.Module):
-    """Progress [B] in [0, 1] to a vector [B, dim] that is added to the time embedding; zero at the start of training."""
+    """Progress in [0, 1] to a vector that is added to the time embedding; zero at the start of training."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -34,10 +36,10 @@ class ProgressEmbedding(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, progress: Tensor) -> Tensor:
+    def forward(self, progress: Times) -> Embedded:
         return self.of_waves(waves(progress))
 
-    def of_waves(self, waves: Tensor) -> Tensor:
+    def of_waves(self, waves: Sinusoids) -> Embedded:
         embedded: Tensor = self.outer(nn.functional.silu(self.inner(waves.to(self.inner.weight.dtype))))
         return embedded
 
@@ -50,7 +52,7 @@ class LabelProgressEmbedding(nn.Embedding):
         self.weight = plain.weight  # the very tensor, which may be another network's, too
         self.progress = ProgressEmbedding(plain.embedding_dim).to(plain.weight.device, plain.weight.dtype)
 
-    def forward(self, labels: Tensor) -> Tensor:
+    def forward(self, labels: Shaped[Tensor, "b 2"]) -> Embedded:
         return super().forward(labels[:, 0].long()) + self.progress(labels[:, 1])
 
     def plain(self) -> nn.Embedding:
@@ -95,8 +97,8 @@ EMBEDDING_DIM = 256
 COND_PROJ = "time_embedding.cond_proj.weight"
 
 
-def guidance_embedding(guidance_scale: Tensor, dim: int = EMBEDDING_DIM) -> Tensor:
-    """Sinusoids of w = guidance_scale - 1 [B] as [B, dim] in float32: sin, then cos, of 1000 w 10000^(-j / (H - 1))."""
+def guidance_embedding(guidance_scale: Scales, dim: int = EMBEDDING_DIM) -> Sinusoids:
+    """Sinusoids of w = guidance_scale - 1 in float32: sin, then cos, of 1000 w 10000^(-j / (H - 1))."""
     half = dim // 2
     frequencies = torch.exp(
         torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1))
@@ -147,8 +149,8 @@ def fold_guidance(unet: "UNet2DConditionModel", guidance_scale: Scale) -> None:
 
 
 @torch.no_grad()
-def shift_at(layer: nn.Linear, inputs: Tensor, shifts: Tensor) -> None:
-    """Move a layer's outputs at inputs [n, in] by shifts [n, out], exactly, with the least change of its weight, in place.
+def shift_at(layer: nn.Linear, inputs: Float[Tensor, "n i"], shifts: Float[Tensor, "n o"]) -> None:
+    """Move a layer's outputs at inputs by shifts, exactly, with the least change of its weight, in place.
 
     Raises ValueError where the inputs are linearly dependent, so that no weight does.
     """

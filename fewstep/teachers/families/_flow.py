@@ -7,9 +7,8 @@ scheduler at the resolution of the pipeline's default call. Students run on that
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.diffusion.shapes import FeatureMap, PerSample, Times
 from fewstep.teachers.denoiser import Features
 from fewstep.teachers.embeddings.transformer import TimeModules
 from fewstep.teachers.families._transformer import middle_block, tokens_as_map
@@ -25,7 +24,7 @@ JOINT_BLOCK = (
 """Adapters' targets in blocks with attention over image and text together."""
 
 
-def image_stream_as_map(output: object) -> Tensor:
+def image_stream_as_map(output: object) -> FeatureMap:
     """The image's part of the output of a block with two streams, (text, image)."""
     assert isinstance(output, tuple)
     return tokens_as_map(output[1])
@@ -39,8 +38,8 @@ def flow_schedule(scheduler: "SchedulerMixin", image_tokens: int) -> ShiftedFlow
     return ShiftedFlow(shift_of(scheduler.config, image_tokens), scheduler.config.num_train_timesteps)
 
 
-def network_time(schedule: ShiftedFlow, t: Tensor) -> Tensor:
-    """T sigma at timesteps t [B]."""
+def network_time(schedule: ShiftedFlow, t: Times) -> PerSample:
+    """T sigma at timesteps t."""
     return schedule.num_train_timesteps * schedule(t)[1]
 
 

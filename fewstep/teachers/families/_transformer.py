@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from fewstep.diffusion.shapes import FeatureMap
 from fewstep.teachers.denoiser import Denoiser, Features, Scale
 from fewstep.teachers.embeddings.transformer import TimeModules, attach_inputs, fold_inputs
 from fewstep.teachers.lora import plain_copy
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 
-def tokens_as_map(tokens: object) -> Tensor:
+def tokens_as_map(tokens: object) -> FeatureMap:
     """Tokens [B, h h, C] of a square image, row by row, as a map [B, C, h, h]."""
     assert isinstance(tokens, Tensor)
     side = round(tokens.shape[1] ** 0.5)

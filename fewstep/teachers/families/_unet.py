@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.denoiser import Denoiser, Inputs, Scale
 from fewstep.teachers.embeddings.unet import (
     attach_guidance,
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 def call_unet(
     net: "UNet2DConditionModel", inputs: Inputs, added_cond_kwargs: "dict[str, Tensor] | None" = None
-) -> "Tensor":
+) -> Latents:
     """The UNet's output at latents [B, C, h, w]; it takes a guidance_scale if and only if it embeds one."""
     dim, dtype, scale = net.config.time_cond_proj_dim, net.dtype, inputs.guidance_scale
     if (dim is None) != (scale is None):
         has, given = ("no" if dim is None else "a"), ("none" if scale is None else "one")
         raise ValueError(f"the network has {has} guidance embedding and was given {given} guidance_scale")
-    output: Tensor = net(
+    output: Latents = net(
         inputs.x_t.to(dtype),
         inputs.t,
         encoder_hidden_states=inputs.cond["encoder_hidden_states"].to(dtype),

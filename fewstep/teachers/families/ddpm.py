@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Unconditional
 from fewstep.teachers.denoiser import Denoiser, Inputs
@@ -21,11 +20,11 @@ if TYPE_CHECKING:
 LORA_TARGETS = tuple(name for name in UNET if name not in (*FEED_FORWARD, "proj_in", "proj_out"))
 
 
-def call(net: "UNet2DModel", inputs: Inputs) -> Tensor:
+def call(net: "UNet2DModel", inputs: Inputs) -> Latents:
     """The UNet's output at images [B, C, H, W]. Raises ValueError for a guidance_scale, which it cannot embed."""
     if inputs.guidance_scale is not None:
         raise ValueError("an unconditional UNet2DModel takes no guidance_scale")
-    output: Tensor = net(inputs.x_t.to(net.dtype), inputs.t, class_labels=inputs.progress).sample
+    output: Latents = net(inputs.x_t.to(net.dtype), inputs.t, class_labels=inputs.progress).sample
     return output
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Labels
 from fewstep.teachers.denoiser import Denoiser, Inputs, Scale
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, DiTTransformer2DModel, SchedulerMixin
 
 
-def call(net: "DiTTransformer2DModel", inputs: Inputs) -> Tensor:
+def call(net: "DiTTransformer2DModel", inputs: Inputs) -> Latents:
     """The network's output at latents [B, C, h, w], without the variance that it may predict behind it."""
     time = time_input(time_modules(net)[0], inputs.t, inputs)
-    output: Tensor = net(inputs.x_t.to(net.dtype), timestep=time, class_labels=inputs.cond["class_labels"]).sample
+    output: Latents = net(inputs.x_t.to(net.dtype), timestep=time, class_labels=inputs.cond["class_labels"]).sample
     return output[:, : inputs.x_t.shape[1]]
 
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.diffusion.schedule import KarrasLevels
+from fewstep.diffusion.shapes import GridTimes, Latents, PerSample, Times
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Labels, Unconditional
 from fewstep.teachers.denoiser import Denoiser, Inputs
@@ -34,7 +35,7 @@ class Preconditioned:
     sigma_data: float
     ends: bool = False
 
-    def __call__(self, net: "UNet2DModel", inputs: Inputs) -> Tensor:
+    def __call__(self, net: "UNet2DModel", inputs: Inputs) -> Latents:
         if inputs.guidance_scale is not None:
             raise ValueError("a UNet2DModel takes no guidance_scale")
         x_t, progress = inputs.x_t, inputs.progress
@@ -120,7 +121,7 @@ class EdmSamplers(Samplers):
             )
         return self.renoise(1)
 
-    def grid(self, scheduler: "SchedulerMixin", steps: int) -> Tensor:
+    def grid(self, scheduler: "SchedulerMixin", steps: int) -> GridTimes:
         total = self.total
         return torch.tensor([*(total - 1 - i * (total // steps) for i in range(steps)), -1])
 
@@ -163,6 +164,6 @@ class Edm(Teacher):
             samplers=EdmSamplers(scheduler),
         )
 
-    def error_weight(self, t: Tensor) -> Tensor:
+    def error_weight(self, t: Times) -> PerSample:
         """1 / c_out^2 = 1 / k^2 + 1 / sigma_data^2, with which errors in x0 are errors of the network's own output."""
         return (self.schedule.level(t) ** -2 + self.sigma_data**-2).float()

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.diffusion.shapes import Latents, Tokens
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts, call_defaults
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs, Scale
@@ -30,7 +32,7 @@ class FluxCall:
 
     schedule: ShiftedFlow
 
-    def __call__(self, net: "FluxTransformer2DModel", inputs: Inputs) -> Tensor:
+    def __call__(self, net: "FluxTransformer2DModel", inputs: Inputs) -> Latents:
         x_t, cond = inputs.x_t, inputs.cond
         hidden = cond["encoder_hidden_states"].to(net.dtype)
         packed = net(
@@ -46,20 +48,20 @@ class FluxCall:
         return unpack(packed)
 
 
-def pack(x: Tensor) -> Tensor:
+def pack(x: Latents) -> Tokens:
     """x [B, C, 2 h, 2 w] as tokens [B, h w, 4 C]."""
     b, c, h, w = x.shape
     return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpack(tokens: Tensor) -> Tensor:
+def unpack(tokens: Tokens) -> Latents:
     """The inverse of `pack` for square images."""
     b, n, c = tokens.shape
     side = round(n**0.5)
     return tokens.view(b, side, side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * side, 2 * side)
 
 
-def positions(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def positions(side: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "n 3"]:
     """(0, row, column) of the tokens of a square image, [side side, 3]."""
     line = torch.arange(side, device=device, dtype=dtype)
     row, column = torch.meshgrid(line, line, indexing="ij")

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts, call_defaults
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs
@@ -24,10 +23,10 @@ SIZED = 128
 """The `sample_size` of networks that PixArt-alpha's pipeline conditions on the image's size."""
 
 
-def call(net: "PixArtTransformer2DModel", inputs: Inputs) -> Tensor:
+def call(net: "PixArtTransformer2DModel", inputs: Inputs) -> Latents:
     """The network's output at latents [B, C, h, w], without the variance that it may predict behind it."""
     cond = inputs.cond
-    output: Tensor = net(
+    output: Latents = net(
         inputs.x_t.to(net.dtype),
         encoder_hidden_states=cond["encoder_hidden_states"].to(net.dtype),
         encoder_attention_mask=cond["encoder_attention_mask"],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.diffusion.shapes import Images, Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts, call_defaults
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs, Posterior
@@ -34,9 +35,9 @@ class SanaCall:
 
     schedule: ShiftedFlow
 
-    def __call__(self, net: "SanaTransformer2DModel", inputs: Inputs) -> Tensor:
+    def __call__(self, net: "SanaTransformer2DModel", inputs: Inputs) -> Latents:
         time = network_time(self.schedule, inputs.t) * net.config.timestep_scale
-        output: Tensor = net(
+        output: Latents = net(
             hidden_states=inputs.x_t.to(net.dtype),
             encoder_hidden_states=inputs.cond["encoder_hidden_states"].to(net.dtype),
             encoder_attention_mask=inputs.cond["encoder_attention_mask"],
@@ -59,7 +60,7 @@ class SanaPrompts(Prompts):
 class DeepAutoencoder(Autoencoder):
     """An AutoencoderDC, which is deterministic: std is 0."""
 
-    def encode(self, images: Tensor) -> Posterior:
+    def encode(self, images: Images) -> Posterior:
         self.check(images)
         vae = self.vae
         with torch.no_grad():

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts, call_defaults
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs
@@ -28,8 +27,8 @@ class SD3Call:
 
     schedule: ShiftedFlow
 
-    def __call__(self, net: "SD3Transformer2DModel", inputs: Inputs) -> Tensor:
-        output: Tensor = net(
+    def __call__(self, net: "SD3Transformer2DModel", inputs: Inputs) -> Latents:
+        output: Latents = net(
             hidden_states=inputs.x_t.to(net.dtype),
             timestep=time_input(net.time_text_embed, network_time(self.schedule, inputs.t), inputs),
             encoder_hidden_states=inputs.cond["encoder_hidden_states"].to(net.dtype),

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from fewstep.diffusion.shapes import Latents
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 
 
-def call(net: "UNet2DConditionModel", inputs: Inputs) -> Tensor:
+def call(net: "UNet2DConditionModel", inputs: Inputs) -> Latents:
     """The UNet's output, given the pooled prompt and the size, too."""
     added = {key: inputs.cond[key].to(net.dtype) for key in ("text_embeds", "time_ids")}
     return call_unet(net, inputs, added)
