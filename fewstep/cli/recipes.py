@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fewstep.cli.options import Commands
-from fewstep.config.recipes import expected, load_recipe, markdown, recipe_names, recipe_path
+from fewstep.config.recipes import expected, load_recipe, markdown, recipe_names, shipped_file
 from fewstep.errors import FewstepError
 
 
@@ -22,12 +22,12 @@ def list_recipes(args: argparse.Namespace) -> None:
 
 
 def show_recipe(args: argparse.Namespace) -> None:
-    sys.stdout.write(recipe_path(args.name).read_text(encoding="utf-8"))
+    sys.stdout.write(shipped_file(args.name).read_text(encoding="utf-8"))
 
 
 def copy_recipe(args: argparse.Namespace) -> None:
     path = args.file / f"{args.name.replace('/', '_')}.yaml" if args.file.is_dir() else args.file
-    text = recipe_path(args.name).read_text(encoding="utf-8")
+    text = shipped_file(args.name).read_text(encoding="utf-8")
     if path.exists():
         raise FewstepError("file", f"{path}, which exists", "a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,9 @@ def add_recipes(commands: Commands) -> None:
     show = verbs.add_parser("show", help="print a recipe's file")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(run=show_recipe)
-    copy = verbs.add_parser("copy", help="copy a recipe's file, to be changed")
+    copy = verbs.add_parser(
+        "copy", help="copy a recipe's file, or accelerate/ddp or accelerate/two_machines, to be changed"
+    )
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("file", type=Path, metavar="FILE", help="the copy, or a folder for it")
     copy.set_defaults(run=copy_recipe)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fewstep.cli.options import CONFIG_HELP, Commands, at_least
 from fewstep.config import MethodConfig, RunConfig, check, read
 from fewstep.config.help import help_lines
-from fewstep.config.recipes import locate_recipe
+from fewstep.config.recipes import accelerate_files, locate_recipe
 from fewstep.errors import FewstepError, MissingError
 from fewstep.methods.registry import check_run, method_class, name_in, names, settings_class
 
@@ -88,14 +88,20 @@ def launch(words: Sequence[str], processes: int | None, config: Path | None) -> 
     option = "--processes" if processes else "--accelerate-config"
     if launched():
         raise FewstepError(option, "it under a launcher, which has chosen already", "a start without a launcher")
-    if config is not None and not config.is_file():
-        raise MissingError(
-            "--accelerate-config", f"{config}, which does not exist", "a file written by `accelerate config`"
-        )
+    config = None if config is None else _accelerate_file(config)
     if config is None and not _has_gpu():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # without it, each of several processes would train by itself
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *launch_words(processes, config), "-m", "fewstep", *words])
+
+
+def _accelerate_file(word: Path) -> Path:
+    """A file of `accelerate config`, otherwise the package's of that name."""
+    known = accelerate_files()
+    if word.is_file() or str(word) in known:
+        return word if word.is_file() else known[str(word)]
+    expected = f"a file written by `accelerate config`, or {' or '.join(known)}"
+    raise MissingError("--accelerate-config", f"{word}, which does not exist", expected)
 
 
 def _has_gpu() -> bool:
@@ -126,7 +132,10 @@ def add_train(commands: Commands) -> None:
     )
     c.add_argument("--processes", type=at_least(1), help="processes on this machine, one a GPU (default: this one)")
     c.add_argument(
-        "--accelerate-config", type=Path, metavar="FILE", help="launch as this file of `accelerate config` says"
+        "--accelerate-config",
+        type=Path,
+        metavar="FILE|NAME",
+        help="launch as a file of `accelerate config` says, or the package's ddp or two_machines",
     )
     c.add_argument("--keys", action="store_true", help="print every key with its meaning, and exit")
     c.set_defaults(run=train)

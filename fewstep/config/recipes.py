@@ -10,6 +10,8 @@ from fewstep.errors import MissingError
 
 _PACKAGE = Path(__file__).parents[1]
 SUFFIXES = (".yaml", ".yml")
+ACCELERATE = "accelerate"
+"""Folder of files that are no recipes: how accelerate launches the processes of one."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def recipe_names() -> list[str]:
     return sorted(
         file.relative_to(found).with_suffix("").as_posix()
         for file in found.glob("*/*.yaml")
-        if file.parent.name != "accelerate"
+        if file.parent.name != ACCELERATE
     )
 
 
@@ -65,6 +67,17 @@ def recipe_path(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=3) or same
     hint = f"Did you mean {' or '.join(close)}?" if close else "See `fewstep recipes` for all"
     raise MissingError("recipe", repr(name), "the name of a recipe, or a YAML file that exists", hint)
+
+
+def accelerate_files() -> dict[str, Path]:
+    """The files of `accelerate config` that are next to the recipes, by name."""
+    return {file.stem: file for file in sorted((folder() / ACCELERATE).glob("*.yaml"))}
+
+
+def shipped_file(name: str) -> Path:
+    """The file of a recipe, or `accelerate/<name>` of a launch. Raises MissingError for one that does not exist."""
+    family, _, launch = name.partition("/")
+    return recipe_path(name) if family != ACCELERATE or launch not in accelerate_files() else accelerate_files()[launch]
 
 
 def locate_recipe(word: str) -> Path:

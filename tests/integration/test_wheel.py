@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT
-from fewstep.config.recipes import recipe_names
+from fewstep.config.recipes import accelerate_files, recipe_names
 
 Fewstep = Callable[..., str]
 """Words of a command line -> what it prints."""
@@ -62,9 +62,10 @@ def _environment() -> dict[str, str]:
 
 
 SHORT = (
-    "max_iterations=4", "batch_size=4", "method.trajectories.count=16", "method.trajectories.batch_size=8", "checkpoint.every=2",
-    "log.samples_every=0", "evaluate=null", "train.cpu_threads=1", "train.mixed_precision=no",
+    "max_iterations=4", "batch_size=4", "checkpoint.every=2", "log.samples_every=0", "evaluate=null", "train.cpu_threads=1",
+    "train.mixed_precision=no",
 )  # fmt: skip
+FEW = ("method.trajectories.count=16", "method.trajectories.batch_size=8")
 
 
 @pytest.mark.slow
@@ -72,6 +73,7 @@ def test_the_wheel_has_recipes_scripts_and_protocols(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"fewstep/recipes/{name}.yaml" for name in recipe_names()} <= names
     assert {f"fewstep/scripts/{path.name}" for path in (ROOT / "train").glob("*.py")} <= names
+    assert {f"fewstep/recipes/accelerate/{name}.yaml" for name in accelerate_files()} <= names
     assert "fewstep/evaluate/protocols/fashion_10k.yaml" in names
 
 
@@ -90,14 +92,32 @@ def test_recipes_are_listed_shown_and_copied(fewstep: Fewstep, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_student_is_trained_resumed_and_sampled(fewstep: Fewstep, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "fashion" / "trajectory"
-    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, "max_iterations=2")
-    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, "--resume", "latest")
+    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, *FEW, "max_iterations=2")
+    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, *FEW, "--resume", "latest")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
     # Two processes, started by the command itself; and one under accelerate's launcher.
-    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, "output_dir=two", "--processes", "2")
+    fewstep("fewstep", "train", "fashion/trajectory", *SHORT, *FEW, "output_dir=two", "--processes", "2")
     launch = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
-    fewstep("python", *launch, "-m", "fewstep", "train", "fashion/trajectory", *SHORT, "output_dir=one")
+    fewstep("python", *launch, "-m", "fewstep", "train", "fashion/trajectory", *SHORT, *FEW, "output_dir=one")
     for folder in (run, tmp_path / "two", tmp_path / "one"):
         assert (folder / "pipeline" / "model_index.json").is_file()
     fewstep("fewstep", "sample", str(run / "pipeline"), "--prompt", "a coat", "--steps", "2", "--output", "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_student_is_trained_on_images(fewstep: Fewstep, tmp_path: Path) -> None:
+    fewstep("fewstep", "train", "fashion/lcm", *SHORT, "data.limit=16")
+    run = tmp_path / "runs" / "fashion" / "lcm"
+    assert [path.name for path in (run / "checkpoints").iterdir()] and (run / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_python_of_the_readme(fewstep: Fewstep, tmp_path: Path) -> None:
+    """Its first lines, with fewer iterations."""
+    code = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    short = code.replace("max_iterations=200", 'max_iterations=4, batch_size=4, train={"cpu_threads": 1}')
+    assert short != code
+    fewstep("python", "-c", short)
+    assert (tmp_path / "runs" / "mine" / "pipeline" / "model_index.json").is_file()
+    assert (tmp_path / "coat.png").stat().st_size > 0

@@ -64,6 +64,8 @@ def test_several_processes_are_launched(started: Started, monkeypatch: pytest.Mo
     assert launched[1][1:5] == ["-m", "accelerate.commands.launch", "--config_file", str(file)]
     with pytest.raises(SystemExit, match=r"--accelerate-config: found .*b\.yaml, which does not exist"):
         main(["train", "fashion/boot", "--accelerate-config", "b.yaml"])
+    main(["train", "fashion/boot", "--accelerate-config", "ddp"])
+    assert launched.pop()[4] == f"{ROOT}/configs/accelerate/ddp.yaml"
     with pytest.raises(SystemExit, match=r"sede: unknown key; did you mean 'seed'\?"):
         main(["train", "fashion/boot", "sede=4", "--processes", "2"])
     assert len(launched) == 2, "errors in a config are reported before anything starts"

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from builders import ROOT
-from fewstep.config.recipes import load_recipe, locate_recipe, markdown, recipe_names, recipe_path
+from fewstep.config.recipes import (
+    accelerate_files,
+    load_recipe,
+    locate_recipe,
+    markdown,
+    recipe_names,
+    recipe_path,
+    shipped_file,
+)
 from fewstep.errors import FewstepError, MissingError
 from fewstep.methods.registry import METHODS, load_run, names
 from fewstep.pretrain.config import load_training
@@ -72,3 +80,18 @@ def test_every_method_has_a_script_and_a_script_its_methods() -> None:
     with pytest.raises(FewstepError, match=r"found boot; expected one of dmd2\. Train it with train/boot\.py"):
         load_run("fashion/boot", script="dmd2")
     assert names("scm") == ["scm"]
+
+
+@pytest.mark.parametrize(("name", "machines", "processes"), [("ddp", 1, 8), ("two_machines", 2, 16)])
+def test_accelerate_takes_the_launches_of_the_package(name: str, machines: int, processes: int) -> None:
+    """As its own launcher reads them, and none of them is a recipe."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = accelerate_files()[name]
+    words = ["--config_file", str(file), "-m", "fewstep", "train"]
+    args, settings, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (settings.num_machines, args.num_machines, args.num_processes) == (machines, machines, processes)
+    assert args.multi_gpu and settings.main_process_port == 29500
+    assert shipped_file(f"accelerate/{name}") == file and f"accelerate/{name}" not in NAMES
+    with pytest.raises(MissingError):
+        recipe_path(f"accelerate/{name}")
