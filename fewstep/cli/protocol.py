@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,73 +47,95 @@ def add_protocol(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a command line says of a protocol; None = nothing.
+
+    Attributes:
+        protocol: name or file of a protocol; None = the unnamed one.
+        references: [COMPARISON=]PATH.
+        rewards: more rewards than the protocol's; "none" = no reward.
+    """
+
+    protocol: str | None
+    num_images: int | None
+    seed: int | None
+    references: Sequence[str] = ()
+    features: str | None = None
+    clip: str | None = None
+    prompts: Path | None = None
+    teacher_statistics: str | None = None
+    rewards: Sequence[str] | None = None
+
+
 def protocol_of(args: argparse.Namespace, num_images: int | None) -> "tuple[str, Protocol, PathOverrides]":
     """What the options of `add_protocol` ask for."""
     return asked(
-        args.protocol, num_images, args.seed, references=args.reference or [], features=args.features, clip=args.clip,
-        prompts=args.prompts, teacher_statistics=args.teacher_statistics, rewards=args.reward,
+        Options(
+            args.protocol, num_images, args.seed, args.reference or (), args.features, args.clip, args.prompts,
+            args.teacher_statistics, args.reward,
+        )
     )  # fmt: skip
 
 
-def asked(
-    named: str | None,
-    num_images: int | None,
-    seed: int | None,
-    *,
-    references: Sequence[str] = (),
-    features: str | None = None,
-    clip: str | None = None,
-    prompts: Path | None = None,
-    teacher_statistics: str | None = None,
-    rewards: Sequence[str] | None = None,
-) -> "tuple[str, Protocol, PathOverrides]":
-    """A named protocol, whose name then lists its changes, or for None the unnamed one; None changes nothing."""
-    from fewstep.evaluate import PathOverrides, load_protocol
+def asked(options: Options) -> "tuple[str, Protocol, PathOverrides]":
+    """A named protocol, whose name then lists its changes, or the unnamed one."""
+    references = dict(_named(item) for item in options.references)
+    name, protocol, overrides = (_unnamed if options.protocol is None else _changed)(options, references)
+    return _with_teacher(name, protocol, overrides, options.teacher_statistics)
+
+
+def _unnamed(options: Options, references: Mapping[str, str]) -> "tuple[str, Protocol, PathOverrides]":
+    from fewstep.evaluate import PathOverrides
     from fewstep.evaluate import references as reference
 
-    given_references = dict(_named(item) for item in references)
-    if named is None:
-        if len(given_references) > 1 or set(given_references) - {""}:
-            raise FewstepError("--reference", "COMPARISON=PATH", "PATH, without a --protocol that has that comparison")
-        sources = reference.resolve(given_references.get("", "fashion"), features, clip, prompts)
-        protocol = reference.protocol_of(sources, num_images=num_images or 2000, seed=seed or 0)
-        protocol = _with_rewards(protocol, rewards or ())
-        return _with_teacher("custom", protocol, PathOverrides({}), teacher_statistics)
-    name, protocol = load_protocol(named)
-    overrides = PathOverrides(given_references, prompts, folder=name)
-    if features is not None:
+    if len(references) > 1 or set(references) - {""}:
+        raise FewstepError("--reference", "COMPARISON=PATH", "PATH, without a --protocol that has that comparison")
+    sources = reference.resolve(references.get("", "fashion"), options.features, options.clip, options.prompts)
+    protocol = reference.protocol_of(sources, num_images=options.num_images or 2000, seed=options.seed or 0)
+    return "custom", _with_rewards(protocol, options.rewards or ()), PathOverrides({})
+
+
+def _changed(options: Options, references: Mapping[str, str]) -> "tuple[str, Protocol, PathOverrides]":
+    from fewstep.evaluate import PathOverrides, load_protocol
+
+    assert options.protocol is not None  # the caller asks for a named one
+    name, protocol = load_protocol(options.protocol)
+    if options.features is not None:
         raise FewstepError(
             "--features",
-            features,
+            options.features,
             f"nothing with protocol {name}, which has its own",
             "Copy its YAML file and change them there",
         )
-    unknown = set(given_references) - {c.name for c in protocol.comparisons}
-    if unknown:
+    if unknown := set(references) - {c.name for c in protocol.comparisons}:
         raise FewstepError("--reference", ", ".join(map(repr, sorted(unknown))), f"a comparison of protocol {name}")
-    if prompts is not None and not prompts.is_file():
-        raise MissingError("--prompts", repr(str(prompts)), "a file")
-    changes: dict[str, object] = {}
-    if num_images is not None and num_images != protocol.images:
-        changes["images"] = num_images
-    if seed is not None and seed != protocol.seed:
-        changes["seed"] = seed
-    settings = protocol.model_dump(mode="json")
-    if clip == "none":
-        changes["clip"] = None
-    elif clip is not None and protocol.clip is not None and protocol.clip.model is None:
-        changes["clip"] = {**settings["clip"], "model": clip}
-    elif clip is not None:
-        raise FewstepError("--clip", clip, f"none, as the CLIP of protocol {name} is fixed")
-    if rewards is not None:
-        protocol, before = _with_rewards(protocol, rewards), protocol
-        settings = protocol.model_dump(mode="json")
-        if protocol.rewards != before.rewards:
-            changes["rewards"] = protocol.rewards
-    if changes:
-        protocol = type(protocol).model_validate({**settings, **changes})
+    if options.prompts is not None and not options.prompts.is_file():
+        raise MissingError("--prompts", repr(str(options.prompts)), "a file")
+    overrides = PathOverrides(references, options.prompts, folder=name)
+    if changes := _changes(options, name, protocol):
+        protocol = type(protocol).model_validate({**protocol.model_dump(mode="json"), **changes})
         name = f"{name}, changed: {', '.join(changes)}"
-    return _with_teacher(name, protocol, overrides, teacher_statistics)
+    return name, protocol, overrides
+
+
+def _changes(options: Options, name: str, protocol: "Protocol") -> dict[str, object]:
+    """The keys of a named protocol that the options change."""
+    changes: dict[str, object] = {}
+    if options.num_images is not None and options.num_images != protocol.images:
+        changes["images"] = options.num_images
+    if options.seed is not None and options.seed != protocol.seed:
+        changes["seed"] = options.seed
+    if options.clip == "none":
+        changes["clip"] = None
+    elif options.clip is not None and protocol.clip is not None and protocol.clip.model is None:
+        changes["clip"] = {**protocol.clip.model_dump(mode="json"), "model": options.clip}
+    elif options.clip is not None:
+        raise FewstepError("--clip", options.clip, f"none, as the CLIP of protocol {name} is fixed")
+    rewards = protocol.rewards if options.rewards is None else _with_rewards(protocol, options.rewards).rewards
+    if rewards != protocol.rewards:
+        changes["rewards"] = rewards
+    return changes
 
 
 def _with_rewards(protocol: "Protocol", names: Sequence[str]) -> "Protocol":

@@ -14,7 +14,7 @@ from fewstep.cli.options import (
     load_pipeline,
     one_progress_bar,
 )
-from fewstep.cli.protocol import asked
+from fewstep.cli.protocol import Options, asked
 from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _drawn(args: argparse.Namespace, device: "torch.device") -> "Iterator[Tensor
     from fewstep.evaluate.conditions import load_conditions
     from fewstep.evaluate.generate import batches, condition_kind, num_labels
 
-    name, protocol, overrides = asked(args.protocol, args.num_images, args.seed, prompts=args.prompts)
+    name, protocol, overrides = asked(Options(args.protocol, args.num_images, args.seed, prompts=args.prompts))
     scale = recommended_guidance_scale(args.source) if args.guidance_scale is None else args.guidance_scale
     pipeline = load_pipeline(args.source, args.dtype, device)
     what = load_conditions(protocol, condition_kind(pipeline), num_labels(pipeline), name, overrides)
