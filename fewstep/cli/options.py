@@ -55,7 +55,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def count(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"found {text}; allowed: whole numbers of {least} or more")
+            raise argparse.ArgumentTypeError(f"found {text}; expected whole numbers of {least} or more")
         return int(text)
 
     return count

@@ -49,7 +49,9 @@ def reference(args: argparse.Namespace) -> None:
     count, d = made.moments.count, len(made.moments.mean)
     print(f"{count} images, {d} dimensions of {features}; written to {args.output}")
     if count is not None and count <= d:
-        print(f"fewer images than dimensions: distances to these statistics depend on the number of images ({count})")
+        print(
+            f"images: found {count}; expected more than dimensions. Compare distances to these statistics by as many images only"
+        )
 
 
 def _lens(args: argparse.Namespace) -> "tuple[str, View]":

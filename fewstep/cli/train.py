@@ -47,12 +47,11 @@ def keys(methods: Sequence[str]) -> Iterator[str]:
 def train_run(config: RunConfig[MethodConfig]) -> None:
     """Train in this process; loads torch, so that errors in the config are reported before. Errors end the program."""
     method = method_class(config.method.name)
-    from fewstep.export.verify import ExportError
     from fewstep.training.run import run
 
     try:
         run(config, method)
-    except (ValueError, OSError, ExportError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -38,7 +38,9 @@ class RecipeConfig(Strict):
     @model_validator(mode="after")
     def _measured(self) -> "RecipeConfig":
         if self.status == "measured" and self.expected is None:
-            raise ValueError("status 'measured' needs expected, which is null: give steps, fid and images")
+            raise ValueError(
+                "expected: found null with status measured; expected what was measured. Give steps, fid and images"
+            )
         return self
 
 
@@ -121,18 +123,22 @@ class DataConfig(Strict):
     def _complete(self) -> "DataConfig":
         has_path = self.source in ("folder", "parquet", "prompts")
         if has_path and self.path is None:
-            raise ValueError(f"source {self.source!r} needs path, which is null")
+            raise ValueError(f"path: found null with source {self.source}; expected a file or folder. Set data.path")
         if not has_path and self.path is not None:
-            raise ValueError(f"source {self.source!r} takes no path, found {str(self.path)!r}: set path=null")
+            raise ValueError(
+                f"path: found {str(self.path)!r} with source {self.source}, which reads none; expected null. Leave path out"
+            )
         if self.source == "labels" and self.num_labels is None:
-            raise ValueError("source 'labels' needs num_labels, which is null")
+            raise ValueError(
+                "num_labels: found null with source labels; expected the number of classes. Set data.num_labels"
+            )
         if self.source in ("prompts", "none") and self.num_labels is not None:
             raise ValueError(
-                f"source {self.source!r} has no labels, found num_labels {self.num_labels}: set num_labels=null"
+                f"num_labels: found {self.num_labels} with source {self.source}, which has no labels; expected null"
             )
         if self.cache_latents and self.source in ("prompts", "labels", "none"):
             raise ValueError(
-                f"cache_latents needs images, and source {self.source!r} has none: set cache_latents=false"
+                f"cache_latents: found true with source {self.source}, which has no images; expected false"
             )
         return self
 
@@ -163,9 +169,7 @@ class ScoreConfig(ReferenceConfig):
     @model_validator(mode="after")
     def _patient(self) -> "ScoreConfig":
         if self.patience is not None and not self.every:
-            raise ValueError(
-                f"patience: {self.patience} scores are never taken while every is 0; set every, or patience=null"
-            )
+            raise ValueError(f"patience: found {self.patience} with every 0; expected null, or scores. Set every")
         return self
 
 

@@ -65,7 +65,7 @@ def load_idx(split: Literal["train", "test"], folder: Path = DEBIAN_FOLDER) -> t
     for file in (images_file, labels_file):
         if not file.exists():
             raise MissingError(
-                str(file), "nothing", "a file of Fashion-MNIST", "Install Debian's package dataset-fashion-mnist"
+                str(file), "no such file", "a file of Fashion-MNIST", "Install Debian's package dataset-fashion-mnist"
             )
     # An idx header is the magic number and one big-endian uint32 per dimension.
     images = np.frombuffer(gzip.decompress(images_file.read_bytes()), np.uint8, offset=16)

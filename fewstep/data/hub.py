@@ -52,19 +52,19 @@ def dataset_files(source: str, key: str) -> tuple[Path, list[Path]]:
     match = DATASET.fullmatch(source)
     assert match is not None  # is_dataset
     name, split = match.groups()
-    bring = f"`hf download --repo-type dataset {name}`"
+    download = f"`hf download --repo-type dataset {name}`"
     root = os.environ.get(DATA)
     places = [Path(name)] + ([Path(root) / "datasets" / name] if root else [])
     folder = next((place for place in places if place.is_dir()), None) or cached(name, "dataset")
     if folder is None:
-        raise MissingError(key, repr(source), "a path, or a data set in the hub's cache", f"{bring} puts it there")
+        raise MissingError(key, repr(source), "a path, or a data set in the hub's cache", f"{download} puts it there")
     if files := sorted(folder.rglob("*.parquet")):
         groups: dict[str, list[Path]] = {}
         for file in files:
             groups.setdefault(_split(file.relative_to(folder)), []).append(file)
         shards = groups[_chosen(list(groups), split, key, source)]
         if (whole := max(_total(file) for file in shards)) > len(shards):
-            raise MissingError(key, f"{len(shards)} files of {source!r}", whole, f"{bring} downloads the others")
+            raise MissingError(key, f"{len(shards)} files of {source!r}", whole, f"{download} downloads the others")
         return folder, shards
     inner = [sub for place in (folder, folder / "data") if place.is_dir() for sub in sorted(place.iterdir())]
     splits = {sub.name: sub for sub in inner if sub.is_dir() and sub.name in SPLITS}

@@ -23,7 +23,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.Deco
 
 
 def unreadable(where: str, error: Exception) -> FewstepError:
-    return FewstepError(f"image {where}", f"what cannot be read ({error})", "an image")
+    return FewstepError(f"image {where}", f"a file that cannot be read ({error})", "an image")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -50,7 +50,7 @@ def decode(content: Path | bytes | None, where: str, size: int) -> NDArray[np.ui
     """A file or its bytes as `square` gives it. Raises FewstepError, with `where`, for what is not an image."""
     try:
         if content is None:
-            raise ValueError("no image bytes")
+            raise ValueError("empty")
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return square(image, size)
     except UNREADABLE as e:
@@ -64,7 +64,7 @@ def check_whole(content: Path | bytes | None, where: str) -> None:
     """
     try:
         if content is None:
-            raise ValueError("no image bytes")
+            raise ValueError("empty")
         with (
             io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file,
             Image.open(file) as image,

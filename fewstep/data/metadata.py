@@ -49,7 +49,7 @@ def read_metadata(metadata: Path) -> tuple[list[Path], list[str]]:
             )
         file = metadata.parent / name
         if not file.is_file():
-            raise MissingError(where, f"image {file}, which does not exist", "a file beside it")
+            raise MissingError(where, f"image {file}, which does not exist", "a file in the folder")
         files.append(file)
         captions.append(str(row.get("text") or ""))
         names |= row.keys()

@@ -33,7 +33,7 @@ class LazyColumn:
         for file, metadata in zip(files, self.metadata, strict=True):
             if name not in (names := metadata.schema.to_arrow_schema().names):
                 raise FewstepError(
-                    "data.path", f"columns {', '.join(names)} in {file}", f"{name}, which other files beside it have"
+                    "data.path", f"columns {', '.join(names)} in {file}", f"{name}, as in the other files of the folder"
                 )
         self.groups = [(f, g) for f, m in enumerate(self.metadata) for g in range(m.num_row_groups)]
         self.starts = [0, *accumulate(self.metadata[f].row_group(g).num_rows for f, g in self.groups)]

@@ -17,7 +17,7 @@ class Stream(Iterator[Raw]):
 
     def __init__(self, source: Source, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: found {rank}; expected 0 to {world_size - 1}")
+            raise FewstepError("rank", rank, f"0 to {world_size - 1}")
         self.source, self.batch_size, self.seed, self.rank, self.world_size = source, batch_size, seed, rank, world_size
         self.position = 0
         self._epoch, self._order = -1, np.zeros(0, np.int64)

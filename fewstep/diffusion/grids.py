@@ -8,6 +8,7 @@ import torch
 
 from fewstep.diffusion.schedule import Schedule, noise_level
 from fewstep.diffusion.shapes import Counts, GridTimes, Levels, Scales, Time, Times, TimesOfSteps
+from fewstep.errors import FewstepError
 
 
 class Grid(NamedTuple):
@@ -54,7 +55,9 @@ def karras_grid(
     """
     every = torch.arange(num_train_timesteps)
     if float(schedule(every[-1:])[0]) < 1e-4:
-        raise ValueError("karras levels need an end to sigma / alpha, and the teacher's schedule ends in pure noise")
+        raise FewstepError(
+            "karras", "a schedule that ends in pure noise", "a largest sigma / alpha", "Set grid.kind to even"
+        )
     levels = noise_level(schedule, every).log()
     wanted = karras_levels(float(levels[0].exp()), float(levels[-1].exp()), points, rho).log()
     times = torch.unique((levels[:, None] - wanted).abs().argmin(0))
@@ -93,7 +96,9 @@ def segment_grid(start: float, end: float, n: int, whole: bool) -> GridTimes:
     if not whole:
         return torch.linspace(start, end, n + 1, dtype=torch.float64)
     if start - end < n:
-        raise ValueError(f"{n} sub-steps do not fit between timesteps {start:g} and {end:g}")
+        raise FewstepError(
+            "sub-steps", f"{n} between timesteps {start:g} and {end:g}", f"at most {max(0, int(start - end))}"
+        )
     return torch.linspace(start, end, n + 1, dtype=torch.float64).round().long()
 
 
@@ -122,7 +127,7 @@ def milestone_timesteps(milestones: Sequence[int], substeps: int, num_train_time
     steps = []
     for t, s in pairwise(milestones):
         if t - s < substeps:
-            raise ValueError(f"{substeps} sub-steps do not fit between timesteps {t} and {s}")
+            raise FewstepError("sub-steps", f"{substeps} between timesteps {t} and {s}", f"at most {t - s}")
         steps += torch.linspace(t, s, substeps + 1, dtype=torch.float64).round().long()[:-1].tolist()
     last = milestones[-1] + 1
     while last >= max(2, num_train_timesteps / 200):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fewstep.diffusion.shapes import Logits, Numbers, PerSample, Samples, Scalar, Values
+from fewstep.errors import FewstepError
 
 Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon"]
 Adversarial = Literal["softplus", "hinge"]
@@ -97,7 +98,7 @@ def divergence_weights(kind: Divergence, logits: Logits) -> PerSample:
         case "jensen_shannon":
             weight = ratio / (1 + ratio)
         case _:
-            raise ValueError(f"unknown divergence {kind!r}: reverse_kl, forward_kl or jensen_shannon")
+            raise FewstepError("divergence", repr(kind), "reverse_kl, forward_kl or jensen_shannon")
     return weight / weight.mean()
 
 

@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from fewstep.diffusion.schedule import Schedule, full_precision, like
 from fewstep.diffusion.shapes import Samples, Times
+from fewstep.errors import FewstepError
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -55,7 +56,7 @@ def read(schedule: Schedule, kind: PredictionType, output: Samples, x_t: Samples
             return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output)
         case "flow":
             return Prediction(x_t - sigma * output, x_t + alpha * output)
-    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
+    raise FewstepError("prediction_type", repr(kind), "epsilon, v_prediction, sample or flow")
 
 
 def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Times) -> Samples:
@@ -73,7 +74,7 @@ def output_of(schedule: Schedule, kind: PredictionType, p: Prediction, t: Times)
             return alpha * p.eps - sigma * p.x0
         case "flow":
             return p.eps - p.x0
-    raise ValueError(f"unknown prediction type {kind!r}: epsilon, v_prediction, sample or flow")
+    raise FewstepError("prediction_type", repr(kind), "epsilon, v_prediction, sample or flow")
 
 
 def ode_step(schedule: Schedule, p: Prediction, s: Times) -> Samples:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import Condition
+from fewstep.errors import FewstepError
 from fewstep.evaluate.generate import Rounding, sample
 from fewstep.evaluate.models.features import ImageFeatures
 from fewstep.evaluate.models.view import View, apply_view
@@ -54,7 +55,7 @@ def distances(a: Tensor, b: Tensor, features: ImageFeatures, view: View, batch_s
     """
     if a.shape != b.shape:
         sizes = " and ".join(f"{v.shape[-1]} x {v.shape[-2]}" for v in (a, b))
-        raise ValueError(f"images of {sizes} pixels are not compared pixel by pixel")
+        raise FewstepError("images", f"{sizes} pixels", "images of one size, to compare pixel by pixel")
     pixels = (a.double() - b.double()).div(255).square().mean((1, 2, 3)).sqrt()
     gaps = [
         (features(apply_view(x, view)).double() - features(apply_view(y, view)).double()).norm(dim=1).cpu()

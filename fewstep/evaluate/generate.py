@@ -29,7 +29,7 @@ def network(pipeline: "DiffusionPipeline") -> nn.Module:
     for name in NETWORKS:
         if isinstance(module := pipeline.components.get(name), nn.Module):
             return module
-    raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer")
+    raise FewstepError("pipeline", type(pipeline).__name__, f"a pipeline with one of {', '.join(NETWORKS)}")
 
 
 def num_labels(pipeline: "DiffusionPipeline") -> int | None:
@@ -49,7 +49,9 @@ def condition_kind(pipeline: "DiffusionPipeline") -> ConditionKind:
         return "label"
     if "batch_size" in parameters:
         return "none"
-    raise ValueError(f"{type(pipeline).__name__} takes neither prompt nor class_labels nor batch_size")
+    raise FewstepError(
+        "pipeline", type(pipeline).__name__, "a pipeline whose call takes prompt, class_labels or batch_size"
+    )
 
 
 def check_guidance_scale(pipeline: "DiffusionPipeline", guidance_scale: float | None) -> None:
@@ -95,7 +97,7 @@ def sample(
     Raises ValueError for a guidance scale that the pipeline cannot take, and for images that are not finite.
     """
     if len(conditions) != len(indices):
-        raise ValueError(f"{len(conditions)} conditions but {len(indices)} indices")
+        raise FewstepError("conditions", f"{len(conditions)} for {len(indices)} indices", "as many as indices")
     kwargs: dict[str, object] = {}
     match condition_kind(pipeline):
         case "prompt":
@@ -116,7 +118,12 @@ def sample(
         images = pipeline(num_inference_steps=steps, generator=generators, output_type="np", **kwargs).images
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     if not pixels.isfinite().all():
-        raise ValueError(f"{type(pipeline).__name__} drew images that are not finite in {steps} steps")
+        raise FewstepError(
+            "images",
+            f"values that are not finite, by {type(pipeline).__name__} in {steps} steps",
+            "finite pixels",
+            "Load the pipeline in another dtype, or train it again",
+        )
     return _uint8(pixels, uint8).expand(-1, 3, -1, -1).contiguous()
 
 

@@ -6,12 +6,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fewstep.errors import FewstepError
+
 
 def grid(rows: Sequence[Tensor], labels: Sequence[str] | None = None, *, min_size: int = 64) -> Image.Image:
     """One picture of uint8 images, each row [N, 3, H, W] behind its label; small images are enlarged to `min_size`."""
     labels = [""] * len(rows) if labels is None else labels
     if not rows or len(rows) != len(labels):
-        raise ValueError(f"{len(rows)} rows of images but {len(labels)} labels")
+        raise FewstepError("labels", f"{len(labels)} for {len(rows)} rows of images", "as many as rows")
     height, width = rows[0].shape[-2:]
     zoom = max(1, min_size // height)
     cell_w, cell_h, gap = width * zoom, height * zoom, 2

@@ -70,9 +70,13 @@ class ConditionSource(Strict):
     @model_validator(mode="after")
     def _complete(self) -> "ConditionSource":
         if self.source != "labels" and (self.num_labels is not None or self.draw != "cycle"):
-            raise ValueError(f"source {self.source!r} has no labels: leave out num_labels and draw")
+            raise ValueError(
+                f"found num_labels or draw with source {self.source}; expected them for source labels only. Leave them out"
+            )
         if self.source != "prompts" and (self.file is not None or self.count is not None):
-            raise ValueError(f"source {self.source!r} reads no file: leave out file and count")
+            raise ValueError(
+                f"found file or count with source {self.source}; expected them for source prompts only. Leave them out"
+            )
         return self
 
 
@@ -100,9 +104,9 @@ class Comparison(Strict):
     @model_validator(mode="after")
     def _complete(self) -> "Comparison":
         if not self.metrics:
-            raise ValueError("metrics is empty; name at least one")
-        if self.reference is None and (wanting := NEED_REFERENCE & set(self.metrics)):
-            raise ValueError(f"{', '.join(sorted(wanting))} need a reference, which is null")
+            raise ValueError("metrics: found none; expected at least one")
+        if self.reference is None and (needing := NEED_REFERENCE & set(self.metrics)):
+            raise ValueError(f"reference: found null; expected one for {', '.join(sorted(needing))}. Name a reference")
         return self
 
 
@@ -156,7 +160,7 @@ class Protocol(Strict):
         if len(set(self.rewards)) < len(self.rewards):
             raise ValueError(f"rewards: found {', '.join(self.rewards)}; expected each once")
         if not self.comparisons and self.clip is None and not self.rewards:
-            raise ValueError("comparisons and rewards are empty and clip is null: nothing would be scored")
+            raise ValueError("comparisons, rewards, clip: found none; expected at least one score")
         return self
 
     def hash(self) -> str:

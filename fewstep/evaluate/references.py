@@ -132,7 +132,7 @@ def collect(
             sums = FrechetDistance(features, pivot, sync_on_compute=False)
         sums.update(part)
     if count < 2:
-        raise ValueError(f"statistics need at least 2 images, got {count}")
+        raise FewstepError("images", count, "at least 2, for statistics")
     whole = torch.cat(parts) if keep else None
     m = sums.moments() if sums is not None else moments(torch.cat(parts))
     metadata = {

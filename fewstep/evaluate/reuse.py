@@ -71,7 +71,7 @@ def earlier_rows(
         report = io.read_json(file)
         settings, rows = dict(report["protocol"]), [dict(row) for row in report["results"]]
     except OSError as e:
-        raise FewstepError(str(file), f"what cannot be read ({e.strerror})", "a report of scores") from None
+        raise FewstepError(str(file), f"a file that cannot be read ({e.strerror})", "a report of scores") from None
     except (ValueError, KeyError, TypeError):
         raise FewstepError(
             str(file), "other content", "a report of scores, such as evaluation.json in the folder of a run"

@@ -193,7 +193,7 @@ def check_indices(indices: Sequence[int], num_images: int) -> None:
     if sorted(indices) != list(range(num_images)):
         missing, extra = set(range(num_images)) - set(indices), len(indices) - len(set(indices))
         raise RuntimeError(
-            f"scored {len(indices)} images instead of {num_images}: {len(missing)} missing, {extra} twice"
+            f"images: found {len(indices)} scored, {len(missing)} missing and {extra} repeated; expected {num_images}, each once"
         )
 
 

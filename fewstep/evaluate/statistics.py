@@ -31,7 +31,7 @@ class Moments:
 def moments(features: Tensor) -> Moments:
     """Moments of features [N, D]; ValueError for fewer than two."""
     if len(features) < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {len(features)}")
+        raise FewstepError("images", len(features), "at least 2, for a covariance")
     features = features.double()
     return Moments(features.mean(0), features.T.cov().reshape(features.shape[1], -1), len(features))
 
@@ -56,7 +56,7 @@ def save_statistics(statistics: Statistics, file: Path) -> None:
     """Write .npz (mu, sigma and, which other libraries ignore, features and metadata) or .safetensors; no pickles."""
     m = statistics.moments
     if m is None:
-        raise ValueError("statistics without moments are not written")
+        raise FewstepError("statistics", "no moments", "a mean and a covariance of features")
     metadata = {**statistics.metadata, "ddof": "1"} | ({} if m.count is None else {"count": str(m.count)})
     if file.suffix == ".safetensors":
         tensors = {"mean": m.mean.cpu().contiguous(), "covariance": m.covariance.cpu().contiguous()}
@@ -135,23 +135,25 @@ def _npz(file: Path) -> Statistics:
                 m = None if features is None else moments(features)
         except ValueError as e:
             # numpy says so of an array that would need unpickling.
-            raise ValueError(f"{file}: {e}") from None
+            raise FewstepError("reference", f"{file}, which cannot be read ({e})", "a file of statistics") from None
     return Statistics(m, features, images, metadata)
 
 
 def _images(array: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise ValueError(f"arr_0 must be images, uint8 [N, H, W, 3], and is {array.dtype} {list(array.shape)}")
+        raise ValueError(f"arr_0: found {array.dtype} {list(array.shape)}; expected images, uint8 [N, H, W, 3]")
     return array
 
 
 def _moments(mean: Tensor, covariance: Tensor, metadata: Mapping[str, str], file: Path) -> Moments:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"{file}: found shapes {list(mean.shape)} and {list(covariance.shape)}; expected a mean [D] and a covariance [D, D]"
+        raise FewstepError(
+            "reference",
+            f"shapes {list(mean.shape)} and {list(covariance.shape)} in {file}",
+            "a mean [D] and a covariance [D, D]",
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(f"{file}: its statistics are not finite")
+        raise FewstepError("reference", f"values in {file} that are not finite", "finite statistics")
     count = int(metadata["count"]) if "count" in metadata else None
     return Moments(mean.double(), covariance.double(), count)
 

@@ -91,7 +91,7 @@ def update_of(teacher: Teacher, student: Denoiser, guidance_scale: Scale | None 
             "lora",
             f"{wrong[0]}, which changed",
             "changes of adapted weights and of biases only",
-            "Set method.export_guidance_scale, which becomes a part of the biases",
+            "Set method.guidance.export_scale, which becomes a part of the biases",
         )
     shift = {k.removesuffix(".bias"): after[k].float() - before[k].float() for k in changed}
     rank = first.r[NAME]
@@ -157,7 +157,9 @@ def _tolerance(teacher: Teacher, student: Denoiser) -> float:
 def _check(opened: Opened, found: Sampled, update: Update, tolerance: float) -> None:
     """Compare samples beside the base's weights, and merged into them where they can be."""
     if (count := int(found["adapted"])) != len(update.up):
-        raise ExportError(f"plain diffusers loads {count} of the {len(update.up)} adapted modules")
+        raise ExportError(
+            "lora", f"{count} modules with adapters in plain diffusers", f"{len(update.up)}, as were trained"
+        )
     for prefix in ("", *(() if update.shift else ("merged_",))):
         kinds, steps = ("timesteps", "images"), opened.call.steps
         reloaded = {f"{kind}_{n}": found[f"{prefix}{kind}_{n}"] for kind in kinds for n in steps}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fewstep.errors import FewstepError
 from fewstep.export.card import Call
 
 if TYPE_CHECKING:
@@ -27,14 +28,19 @@ PROGRAM = Path(__file__).parent / "_isolated.py"
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Largest difference between reloaded and in-memory pixels in [0, 1]: rounding of the dtype, no more."""
 
-_TOO_MANY = (
-    "num_inference_steps={} does not raise, though at most {} steps were trained: the scheduler's grid and "
-    "allowed_steps do not belong together"
-)
 
-
-class ExportError(RuntimeError):
+class ExportError(FewstepError):
     """The exported folder does not do in plain diffusers what the student does in memory."""
+
+
+def too_many(steps: Sequence[int]) -> ExportError:
+    """The error about a count above those trained that runs."""
+    return ExportError(
+        f"num_inference_steps={max(steps) + 1}",
+        "images",
+        f"an error, for at most {max(steps)} steps were trained",
+        "The scheduler's grid and allowed_steps do not belong together",
+    )
 
 
 def run_isolated(folder: Path, call: Call, adapted: str | None = None, merges: bool = False) -> Sampled:
@@ -63,7 +69,12 @@ def run_isolated(folder: Path, call: Call, adapted: str | None = None, merges: b
             text=True,
         )
         if run.returncode or not result.exists():
-            raise ExportError(f"the exported pipeline does not run in plain diffusers:\n{run.stderr.strip()[-2000:]}")
+            raise ExportError(
+                "pipeline",
+                "an error in plain diffusers",
+                "a run of the card's code",
+                f"It ended with:\n{run.stderr.strip()[-2000:]}",
+            )
         with np.load(result) as found:
             return dict(found)
 
@@ -85,7 +96,7 @@ def sample_in_memory(pipeline: "DiffusionPipeline", call: Call, refuses: bool) -
                     *call.arguments, num_inference_steps=count, generator=generator, output_type="np", **options
                 ).images
         except ValueError as error:
-            raise ExportError(f"num_inference_steps={count} does not run: {error}") from error
+            raise ExportError(f"num_inference_steps={count}", f"an error ({error})", "images") from error
         sampled[f"timesteps_{count}"] = np.asarray(pipeline.scheduler.timesteps.tolist(), dtype=np.float64)
         sampled[f"images_{count}"] = np.asarray(images, dtype=np.float32)
     if not refuses:
@@ -94,7 +105,7 @@ def sample_in_memory(pipeline: "DiffusionPipeline", call: Call, refuses: bool) -
         pipeline(*call.arguments, num_inference_steps=max(call.steps) + 1, **options)
     except ValueError:
         return sampled
-    raise ExportError(_TOO_MANY.format(max(call.steps) + 1, max(call.steps)))
+    raise too_many(call.steps)
 
 
 def timesteps_of(sampled: Mapping[str, "NDArray[np.float64]"], steps: Sequence[int]) -> dict[int, list[float]]:
@@ -108,17 +119,18 @@ def compare(memory: Sampled, reloaded: Sampled, steps: Sequence[int], tolerance:
         expected, found = memory[f"timesteps_{count}"].tolist(), reloaded[f"timesteps_{count}"].tolist()
         if expected != found:
             raise ExportError(
-                f"num_inference_steps={count} runs timesteps {found} in plain diffusers, {expected} in memory"
+                f"num_inference_steps={count}", f"timesteps {found} in plain diffusers", f"{expected}, as in memory"
             )
         difference = float(np.abs(memory[f"images_{count}"] - reloaded[f"images_{count}"]).max())
         # Not `>`: a NaN must fail too.
         if not difference <= tolerance:
             raise ExportError(
-                f"num_inference_steps={count} gives other pixels in plain diffusers than in memory: largest difference "
-                f"{difference:.2g}, allowed {tolerance:.2g}"
+                f"num_inference_steps={count}",
+                f"other pixels in plain diffusers than in memory, by {difference:.2g}",
+                f"a difference of at most {tolerance:.2g}",
             )
     if refuses and not reloaded["too_many_raised"]:
-        raise ExportError(_TOO_MANY.format(max(steps) + 1, max(steps)))
+        raise too_many(steps)
 
 
 def tolerance_of(student: "Denoiser", last_timestep: int, dtype: str) -> float:

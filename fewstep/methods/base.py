@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import MethodConfig, OptimConfig
+from fewstep.errors import FewstepError
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
@@ -46,24 +47,19 @@ NOTHING: Carry = MappingProxyType({})
 def require_guidable(teacher: Teacher, key: str, off: str) -> None:
     """Raise ValueError, naming `key` and the value that turns guidance off, for a teacher that cannot be guided."""
     if not teacher.guidance.guidable:
-        raise ValueError(f"method.{key}: the teacher has no unconditional answer, so no guidance; set it to {off}")
+        raise FewstepError(
+            f"method.{key}", "guidance", f"{off}, for the teacher has no unconditional prediction", f"Set it to {off}"
+        )
 
 
 def require_live_guidance(teacher: Teacher) -> None:
     """Raise ValueError where the stock pipeline does not pass its caller's guidance scale on to the student."""
     if not teacher.guidance.live:
-        raise ValueError(
-            "method.export_guidance_scale: the stock pipeline of this teacher's family passes no guidance scale to its "
-            "network; set the one that is to be part of the student's weights"
-        )
-
-
-def require_guidance_by_step(teacher: Teacher) -> None:
-    """Raise ValueError where a guidance scale for each step of the sampler cannot be folded into the weights."""
-    if not teacher.guidance.live:
-        raise ValueError(
-            "method.export_guidance_scale: one scale for each step is for Stable Diffusion and SDXL, whose UNets embed it; "
-            "give one number"
+        raise FewstepError(
+            "method.guidance.export_scale",
+            "null",
+            "a scale, for the stock pipeline of this teacher's family passes none to its network",
+            "Set the one that becomes part of the student's weights",
         )
 
 
@@ -90,9 +86,7 @@ class Batch:
     @property
     def x0(self) -> Tensor:
         if self.latents is None:
-            raise ValueError(
-                "this method needs images, and the data source gives none: set data.source to one with images"
-            )
+            raise FewstepError("data.source", "no images", "a source with images, which this method needs")
         return self.latents
 
 

@@ -33,7 +33,7 @@ class GuidanceSettings(Strict):
             raise ValueError(f"range: found {list(self.range)}; expected two ascending scales >= 1")
         if self.export_scales and not self.embed:
             raise ValueError(
-                "export_scale: a student that does not embed guidance has no scale of its own; set it to null"
+                "export_scale: found a scale with embed false; expected null, for the student receives none. Leave it out"
             )
         for scale in self.export_scales:
             if not low <= scale <= high:

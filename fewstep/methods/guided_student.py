@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fewstep.errors import FewstepError
 from fewstep.methods.base import require_guidable
 from fewstep.methods.dropout import set_dropout
 from fewstep.methods.guidance_settings import GuidanceSettings
@@ -27,14 +28,18 @@ def check_guidance(teacher: Teacher, guidance: GuidanceSettings | None) -> None:
         return
     require_guidable(teacher, "guidance", "null")
     if guidance.embed and not guidance.export_scales and not teacher.guidance.live:
-        raise ValueError(
-            "method.guidance.export_scale: found null; the stock pipeline of this teacher's family passes no guidance scale to "
-            "its network: set the one that is to be part of the student's weights"
+        raise FewstepError(
+            "method.guidance.export_scale",
+            "null",
+            "a scale, for the stock pipeline of this teacher's family passes none to its network",
+            "Set the one that becomes part of the student's weights",
         )
     if len(guidance.export_scales) > 1 and not teacher.guidance.live:
-        raise ValueError(
-            "method.guidance.export_scale: one scale for each step is for Stable Diffusion and SDXL, whose UNets embed it; give "
-            "one number"
+        raise FewstepError(
+            "method.guidance.export_scale",
+            "a scale for each step",
+            "one number for this teacher",
+            "Only the UNets of Stable Diffusion and SDXL embed the scale by timestep",
         )
 
 

@@ -11,7 +11,7 @@ SIDE = 224
 """Pixels a side to which smaller images are enlarged: those of the network's own training."""
 
 
-def load_lpips(key: str = "regression_distance", instead: str = "huber") -> Callable[[Tensor, Tensor], Tensor]:
+def load_lpips(key: str = "regression.distance", instead: str = "huber") -> Callable[[Tensor, Tensor], Tensor]:
     """The LPIPS distances (VGG16) [B] of two batches of images [B, 3, H, W] in about [-1, 1], differentiable.
 
     key, instead: of the method's config, for the message.
@@ -24,9 +24,9 @@ def load_lpips(key: str = "regression_distance", instead: str = "huber") -> Call
     except (OSError, ImportError, ModuleNotFoundError, RuntimeError) as error:
         raise MissingError(
             f"method.{key}",
-            f"lpips, without torchvision's weights of VGG16 ({error})",
-            "these weights",
-            f"Or take l2 or {instead}",
+            f"lpips without torchvision's weights of VGG16 ({error})",
+            "these weights in torch's cache",
+            f"Download them, or set it to l2 or {instead}",
         ) from None
 
     def distance(a: Tensor, b: Tensor) -> Tensor:

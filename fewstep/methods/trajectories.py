@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from fewstep import io
 from fewstep.diffusion.guidance import GuidedDenoiser
 from fewstep.diffusion.solvers import PATHS
+from fewstep.errors import FewstepError
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
@@ -144,7 +145,9 @@ def _check(path: Path, settings: TrajectorySettings, seed: int) -> None:
     with safe_open(path, "pt") as file:
         found = file.metadata()["settings"]
     if found != settings.written(seed):
-        raise ValueError(
-            f"{path} holds trajectories of other settings: {found}; wanted: {settings.written(seed)}. Delete the folder or take "
-            "another output_dir"
+        raise FewstepError(
+            str(path),
+            f"trajectories of other settings, {found}",
+            settings.written(seed),
+            "Delete the folder or set another output_dir",
         )

@@ -54,9 +54,10 @@ def _folder(name_or_path: str) -> Path:
     # Offline, unknown, gated, misspelt: each has an exception of its own.
     except Exception as error:
         raise MissingError(
-            "teacher", f"no configs of {source}, neither on this machine nor at the hub ({type(error).__name__})", "",
-            "A folder with its model_index.json, configs and tokenizers, without weights, is enough",
-        ) from None  # fmt: skip
+            "teacher",
+            f"no configs of {source}, neither on this machine nor on the Hub ({type(error).__name__})",
+            "a folder with model_index.json, configs and tokenizers; weights are not needed",
+        ) from None
 
 
 def _pipeline(name: str, folder: Path, within: Within) -> "DiffusionPipeline":
@@ -90,7 +91,9 @@ def _part(folder: Path, library_and_name: Sequence[str], within: Within) -> obje
             return kind(kind.config_class.from_pretrained(folder))
     except Exception as error:  # diffusers and transformers raise what they like for files that are missing or broken
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FewstepError("teacher", f"{folder}, which cannot be read: {reason}", "") from error
+        raise FewstepError(
+            "teacher", f"{folder}, which cannot be read ({reason})", "a pipeline of diffusers"
+        ) from error
 
 
 def _network(folder: Path, library_and_name: Sequence[str], within: Within) -> nn.Module:

@@ -53,7 +53,7 @@ def read_run(path: Path) -> Run:
         try:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise FewstepError(str(path / "config.yaml"), f"what cannot be read ({e})", "YAML") from None
+            raise FewstepError(str(path / "config.yaml"), f"a file that cannot be read ({e})", "YAML") from None
     rows = _rows(report, path / "evaluation.json") if report else []
     name = path.resolve().name
     return Run(
@@ -65,7 +65,7 @@ def _json(file: Path) -> Row:
     try:
         found = io.read_json(file)
     except (OSError, ValueError) as e:
-        raise FewstepError(str(file), f"what cannot be read ({e})", "a report of scores") from None
+        raise FewstepError(str(file), f"a file that cannot be read ({e})", "a report of scores") from None
     if not isinstance(found, dict) or not isinstance(found.get("results"), list):
         raise FewstepError(str(file), "no list of results", "a report of scores")
     return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Cond
 from fewstep.teachers.placement import Placement
 from fewstep.teachers.prompt_cache import PromptCache
@@ -83,9 +84,11 @@ class Labels(Conditioner):
         labels = [v for v in raw if isinstance(v, int) and 0 <= v < self.count]
         if len(labels) < len(raw):
             wrong = next(v for v in raw if not isinstance(v, int) or not 0 <= v < self.count)
-            raise ValueError(
-                f"the teacher's conditions are labels 0 to {self.count - 1}; found {wrong!r}: set data.source to one with "
-                "labels, and data.num_labels"
+            raise FewstepError(
+                "data.source",
+                f"condition {wrong!r}",
+                f"labels 0 to {self.count - 1}, the teacher's conditions",
+                "Set data.source to one with labels, and data.num_labels",
             )
         return {"class_labels": torch.tensor(labels, dtype=self.dtype, device=self.placement.device)}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewstep.diffusion.schedule import ShiftedFlow
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -21,8 +22,10 @@ def shift_of(config: Mapping[str, Any], image_tokens: int) -> float:
     Raises ValueError for other schedulers.
     """
     if "use_dynamic_shifting" not in config:
-        raise ValueError(
-            "the teacher's scheduler is no FlowMatchEulerDiscreteScheduler, which its class has by default"
+        raise FewstepError(
+            "teacher",
+            "a scheduler without use_dynamic_shifting",
+            "FlowMatchEulerDiscreteScheduler, this family's default",
         )
     if not config["use_dynamic_shifting"]:
         return float(config["shift"])

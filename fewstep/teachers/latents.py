@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.shapes import Images, Latents
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Posterior
 from fewstep.teachers.placement import Placement
 
@@ -37,7 +38,7 @@ class Codec(ABC):
         """Raises ValueError for images of another size."""
         expected = (3, self.image_size, self.image_size)
         if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images are {tuple(images.shape[1:])}; the teacher takes {expected}")
+            raise FewstepError("images", f"size {tuple(images.shape[1:])}", f"{expected}, the teacher's")
 
 
 class Autoencoder(Codec):
@@ -95,5 +96,5 @@ def square_size(network: "ModelMixin", pipeline: "DiffusionPipeline") -> tuple[i
     """Sides of a latent and of an image: the network's sample_size, which must be one number, and what the VAE makes of it."""
     side = network.config.sample_size
     if not isinstance(side, int):
-        raise ValueError(f"the teacher's sample_size is {side}; only square images are supported")
+        raise FewstepError("teacher", f"sample_size {side}", "one number: square images")
     return side, side * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)

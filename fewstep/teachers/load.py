@@ -86,7 +86,9 @@ def _from_files(name_or_path: str) -> Teacher:
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **extra)
         except Exception as error:  # diffusers, transformers and safetensors each raise what they like for broken files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FewstepError("teacher", f"{name_or_path}, which cannot be loaded: {reason}", "") from error
+            raise FewstepError(
+                "teacher", f"{name_or_path}, which cannot be loaded ({reason})", "a pipeline of diffusers"
+            ) from error
     _check_weights(source, pipeline)
     teacher = teacher_of(pipeline)
 
@@ -117,7 +119,9 @@ def _from_memory(pipeline: "DiffusionPipeline") -> Teacher:
         own = type(pipeline).from_pipe(pipeline, dtype=torch.float32, **left_out(kind))
     except Exception as error:  # such as quantized networks, which cannot be converted
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FewstepError("teacher", f"a {kind} that cannot be converted to float32: {reason}", "") from error
+        raise FewstepError(
+            "teacher", f"a {kind} that cannot be converted to float32 ({reason})", "one that can"
+        ) from error
     return teacher_of(own)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fewstep.config import LoraConfig
+from fewstep.errors import FewstepError, MissingError
 from fewstep.teachers.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def adapted_modules(net: nn.Module, targets: Sequence[str]) -> list[str]:
         if not matches:
             ends = {name.split(".")[-1] for name in names} | {".".join(name.split(".")[-2:]) for name in names}
             close = difflib.get_close_matches(target, ends, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(ends)[:20])}"
-            raise ValueError(f"lora.targets: no linear or convolutional module of the network ends in {target!r}{hint}")
+            hint = f"Did you mean {close[0]!r}?" if close else f"The network has {', '.join(sorted(ends)[:20])}"
+            raise FewstepError(
+                "train.student.targets", repr(target), "the end of a linear or convolutional module's name", hint
+            )
     return list(dict.fromkeys(chain.from_iterable(found.values())))
 
 
@@ -90,5 +93,7 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError:
-        raise ValueError("train.student.kind: lora needs peft, which is not installed: pip install peft") from None
+        raise MissingError(
+            "train.student.kind", "lora without the package peft", "its package", "pip install peft"
+        ) from None
     return peft

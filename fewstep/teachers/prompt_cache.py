@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Cond
 
 CACHED = 4096
@@ -35,8 +36,11 @@ class PromptCache:
         prompts = [prompt for prompt in raw if isinstance(prompt, str)]
         if len(prompts) < len(raw):
             wrong = next(prompt for prompt in raw if not isinstance(prompt, str))
-            raise ValueError(
-                f"the teacher's conditions are prompts; found {wrong!r}: set data.source to one with prompts"
+            raise FewstepError(
+                "data.source",
+                f"condition {wrong!r}",
+                "prompts, the teacher's conditions",
+                "Set data.source to one with prompts",
             )
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if new:

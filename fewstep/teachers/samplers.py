@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.schedule import ShiftedFlow
 from fewstep.diffusion.shapes import GridTimes
+from fewstep.errors import FewstepError
 from fewstep.teachers.schedulers import jump_grid, renoise_scheduler
 
 if TYPE_CHECKING:
@@ -91,10 +92,16 @@ class FlowSamplers(Samplers):
         """
         total = self.schedule.num_train_timesteps
         if spacing is not None and spacing != total // steps:
-            raise ValueError(f"steps: a flow starts at pure noise, timestep {total - 1}, not at {steps * spacing - 1}")
+            raise FewstepError(
+                "steps",
+                f"a grid from timestep {steps * spacing - 1}",
+                f"one from {total - 1}, for a flow starts at pure noise",
+            )
         if timestep_scaling * (total / steps - 1) < 50:
-            raise ValueError(
-                f"timestep_scaling: {timestep_scaling} is too small for {steps} steps: the stock scheduler has no c_skip"
+            raise FewstepError(
+                "timestep_scaling",
+                f"{timestep_scaling} with {steps} steps",
+                "a larger one, for the stock scheduler has no c_skip",
             )
         return self.scheduler(steps, stochastic=True)
 
@@ -108,6 +115,6 @@ class FlowSamplers(Samplers):
         found = self.schedule.timestep(sigmas.double())
         even = self.schedule.num_train_timesteps * torch.arange(steps, 0, -1).double() / steps - 1
         if not torch.allclose(found, even, atol=1e-2):
-            raise ValueError(f"the scheduler's {steps} timesteps are {found.tolist()}, which is no even grid")
+            raise FewstepError("scheduler", f"timesteps {found.tolist()}", f"{steps} even ones")
         grid = torch.cat([even, even.new_tensor([-1])])
         return grid.long() if bool((grid == grid.round()).all()) else grid.float()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.diffusion.shapes import GridTimes
+from fewstep.errors import FewstepError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -23,12 +24,13 @@ def read_schedule(scheduler: "SchedulerMixin") -> VariancePreserving:
     """
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"the teacher's prediction_type is {kind!r}; supported: epsilon, v_prediction, sample")
+        raise FewstepError("teacher", f"prediction_type {kind!r}", "epsilon, v_prediction or sample")
     table: Tensor = scheduler.alphas_cumprod.float()
     if kind == "epsilon" and table[-1] < 1e-6:
-        raise ValueError(
-            "the teacher predicts epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): x0 is "
-            "undefined at its last timestep; use a v_prediction or sample teacher"
+        raise FewstepError(
+            "teacher",
+            "prediction_type epsilon with zero terminal SNR (rescale_betas_zero_snr)",
+            "v_prediction or sample, for x0 is undefined at the last timestep",
         )
     return VariancePreserving(table)
 
@@ -49,11 +51,11 @@ def renoise_scheduler(
     total = scheduler.config.num_train_timesteps
     if spacing is None and (steps < 1 or total % steps):
         divisors = ", ".join(str(n) for n in range(1, min(total, 200) + 1) if total % n == 0)
-        raise ValueError(f"steps is {steps}, which does not divide num_train_timesteps = {total}; allowed: {divisors}")
+        raise FewstepError("steps", steps, f"a divisor of num_train_timesteps {total}: {divisors}")
     spacing = total // steps if spacing is None else spacing
     if not 1 <= steps * spacing <= total:
-        raise ValueError(
-            f"steps: the grid starts at timestep {steps * spacing - 1}; the teacher's are 0 to {total - 1}"
+        raise FewstepError(
+            "steps", f"a grid from timestep {steps * spacing - 1}", f"the teacher's timesteps, 0 to {total - 1}"
         )
     settings: dict[str, object] = {}
     if total // steps != spacing:
@@ -121,5 +123,9 @@ def _on_schedule_of(scheduler: "SchedulerMixin", kind: "type[SchedulerMixin]", *
     stock: SchedulerMixin = kind(**own | settings)
     table = scheduler.alphas_cumprod.float().cpu()[: len(stock.alphas_cumprod)]
     if not torch.allclose(stock.alphas_cumprod, table, atol=1e-6):
-        raise ValueError(f"{kind.__name__} cannot reproduce the schedule of the teacher's {type(scheduler).__name__}")
+        raise FewstepError(
+            "teacher",
+            f"a schedule of {type(scheduler).__name__} that {kind.__name__} cannot reproduce",
+            "one that it can",
+        )
     return stock

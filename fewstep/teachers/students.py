@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from fewstep.config import LoraConfig
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Denoiser, Scale
 from fewstep.teachers.lora import adapted_modules, under_adapters
 from fewstep.teachers.placement import NETWORKS, Placement, in_dtype
@@ -75,7 +76,9 @@ class Students(ABC):
 
         Raises ValueError for a family that has none.
         """
-        raise ValueError("method.keep_guidance: for Stable Diffusion and SDXL only; set it to false")
+        raise FewstepError(
+            "method.null_share", "a number", "null for this teacher", "Only Stable Diffusion and SDXL keep guidance"
+        )
 
     def assembled(
         self, kind: "type[DiffusionPipeline]", net: "ModelMixin", scheduler: "SchedulerMixin", **settings: object

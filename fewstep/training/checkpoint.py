@@ -204,7 +204,7 @@ def find(folder: Path, name: str) -> Path:
         found = checkpoints(folder)
         if not found:
             raise MissingError(
-                "checkpoint.resume", f"latest, and no checkpoint in {folder}", "a checkpoint",
+                "checkpoint.resume", f"latest with no checkpoint in {folder}", "a checkpoint",
                 "Leave it out to start from the beginning",
             )  # fmt: skip
         return found[-1]

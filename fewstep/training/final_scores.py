@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 from diffusers import DiffusionPipeline
 
 from fewstep.config import EvaluateConfig, MethodConfig, RunConfig
+from fewstep.errors import FewstepError
 from fewstep.evaluate import (
     REMEASURED,
     EarlierScores,
@@ -61,15 +62,16 @@ class Scoring:
         """Raises ValueError where `evaluate` is null, and for an `evaluate.teacher_from` that is no report."""
         settings = config.evaluate
         if settings is None:
-            raise ValueError("evaluate is null: nothing would be scored")
+            raise FewstepError("evaluate", "null", "settings of the evaluation")
         scoring = cls(config, settings, fingerprints(teacher.pipeline), EarlierScores({}, ""))
         if settings.teacher_from is None:
             return scoring
         wanted, scale = protocol(**scoring.asked), teacher_guidance_scale(config)
         try:
             found = earlier_rows(settings.teacher_from, wanted, scoring.fingerprints, scale, settings.teacher_steps)
-        except ValueError as error:
-            raise ValueError(f"evaluate.teacher_from: {error}") from None
+        except FewstepError as e:
+            file = settings.teacher_from
+            raise type(e)("evaluate.teacher_from", f"{file}, {e.found}", e.expected, e.hint) from None
         return cls(config, settings, scoring.fingerprints, found)
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError, MissingError
 from fewstep.methods.base import Role
 from fewstep.teachers import NETWORKS
 from fewstep.teachers.denoiser import Denoiser, own_tensors
@@ -29,8 +30,10 @@ def _of_checkpoint(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path
     files = {name: folder / f"{name}.safetensors" for name, role in roles.items() if role.optim}
     found = {name: (file, load_file(file)) for name, file in files.items() if file.exists()}
     if not found:
-        raise FileNotFoundError(
-            f"train.init_from: {folder} holds none of {', '.join(file.name for file in files.values())}"
+        raise MissingError(
+            "train.init_from",
+            f"{folder} without weights of a trained role",
+            f"one of {', '.join(file.name for file in files.values())} in it",
         )
     return found
 
@@ -39,22 +42,28 @@ def _of_pipeline(roles: dict[str, Role], folder: Path) -> dict[str, tuple[Path, 
     student = roles["student"].net
     assert isinstance(student, Denoiser)
     if student.shared:
-        raise ValueError(
-            f"train.init_from: {folder} is a pipeline, whose whole weights are no start for adapters: give a checkpoint of a run "
-            "with train.student.kind: lora, or make that pipeline the teacher"
+        raise FewstepError(
+            "train.init_from",
+            f"{folder}, a pipeline of whole weights",
+            "a checkpoint of a run with train.student.kind lora",
+            "Or make that pipeline the teacher",
         )
     kind = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("prediction_type")
     if kind is not None and kind != student.prediction_type:
-        raise ValueError(f"train.init_from: {folder} predicts {kind}, the teacher {student.prediction_type}")
+        raise FewstepError(
+            "train.init_from", f"{folder}, which predicts {kind}", f"{student.prediction_type}, as the teacher"
+        )
     files = sorted(file for part in NETWORKS for file in (folder / part).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"train.init_from: {folder} has no safetensors in {' or '.join(NETWORKS)}")
+        raise MissingError("train.init_from", f"no safetensors in {folder}", f"some in {' or '.join(NETWORKS)}")
     weights = {f"net.{key}": value for file in files for key, value in load_file(file).items()}
     lacking = [key for key in roles["teacher"].net.state_dict() if key not in weights]
     if lacking:
-        raise ValueError(
-            f"train.init_from: {folder} lacks {lacking[0]}, which the teacher has: export made it part of other weights, and it "
-            "would count twice"
+        raise FewstepError(
+            "train.init_from",
+            f"{folder} without {lacking[0]}",
+            "all of the teacher's weights",
+            "Export folded it into other weights, where it would count twice; start from the run's checkpoint",
         )
     return {"student": (files[0].parent, weights)}
 
@@ -65,7 +74,9 @@ def _fill(name: str, net: nn.Module, file: Path, weights: dict[str, Tensor]) -> 
     weights = {key: value for key, value in weights.items() if key in own or value.any()}
     wrong = [key for key, value in weights.items() if key not in own or own[key].shape != value.shape]
     if wrong:
-        raise ValueError(
-            f"train.init_from: {file} does not fit the {name}: {len(wrong)} weights differ, first {wrong[0]}"
+        raise FewstepError(
+            "train.init_from",
+            f"{file}, where {len(wrong)} weights differ, first {wrong[0]}",
+            f"weights of the {name}",
         )
     net.load_state_dict(weights, strict=False)

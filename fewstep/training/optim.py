@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fewstep.config import OptimConfig
+from fewstep.errors import MissingError
 
 
 class _Settings(TypedDict):
@@ -28,8 +29,11 @@ def new_optimizer(parameters: Sequence[nn.Parameter], o: OptimConfig) -> torch.o
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise ValueError(
-            "method.optim.optimizer: adamw8bit needs bitsandbytes, which is not installed: pip install 'fewstep[8bit]'"
+        raise MissingError(
+            "method.optim.optimizer",
+            "adamw8bit without the package bitsandbytes",
+            "its package",
+            "pip install 'fewstep[8bit]'",
         ) from None
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
     return optimizer

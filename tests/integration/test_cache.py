@@ -260,7 +260,7 @@ def test_filling_goes_on_where_it_stopped(
     good = files[9].read_bytes()
     files[9].write_bytes(bytes(len(good)))
     teacher, mine = load_teacher(built("sd")), tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"9\.png: found what cannot be read"):
+    with pytest.raises(ValueError, match=r"9\.png: found a file that cannot be read"):
         EncodingCache(mine, teacher).fill(of(tmp_path / "images"), teacher, ["an extra"], True, 4)
     first = {path: path.stat().st_mtime_ns for path in mine.rglob("*.safetensors")}
     assert len(first) == 3 and not list(mine.rglob("index.json"))

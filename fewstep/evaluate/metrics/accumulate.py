@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.metrics.distances import diversity, inception_score
 
 
@@ -38,7 +39,9 @@ class AllFeatures(Metric):
         """All features. Raises RuntimeError unless every image came once."""
         if bool((self.seen != 1).any()):
             missing, twice = int((self.seen == 0).sum()), int((self.seen > 1).sum())
-            raise RuntimeError(f"of {len(self.seen)} images, {missing} are missing and {twice} came more than once")
+            raise RuntimeError(
+                f"images: found {missing} missing and {twice} repeated; expected {len(self.seen)}, each once"
+            )
         return self.features
 
 
@@ -59,7 +62,12 @@ class Mean(Metric):
     def update(self, values: Tensor) -> None:
         """[B]; ValueError for one that is not finite."""
         if not values.isfinite().all():
-            raise ValueError("a reward is not finite")
+            raise FewstepError(
+                "reward",
+                "a value that is not finite",
+                "finite numbers",
+                "Check the images and the reward model's weights",
+            )
         self.count += len(values)
         self.sum += values.double().sum()
 
@@ -81,7 +89,12 @@ class InceptionScore(Metric):
         """Part s has the images of index s N // splits to (s + 1) N // splits, in order and not shuffled."""
         super().__init__(sync_on_compute=sync_on_compute)
         if num_images < splits:
-            raise ValueError(f"inception_score: {num_images} images cannot be split into {splits} parts")
+            raise FewstepError(
+                "inception_score",
+                f"{num_images} images",
+                f"at least {splits}, one for each of its splits",
+                "Raise --num-images",
+            )
         starts = torch.tensor([s * num_images // splits for s in range(1, splits)])
         self.register_buffer("starts", starts, persistent=False)
         self.add_state("count", torch.zeros(splits, dtype=torch.float64), dist_reduce_fx="sum")

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.errors import FewstepError
+
 BLOCK = 1024
 """Rows at a time: what is held of a matrix of pairs."""
 
@@ -20,7 +22,7 @@ def kernel_distance(
     _check(generated, real)
     size = min(subset_size, len(generated), len(real))
     if size < 2:
-        raise ValueError("kid needs at least 2 images on either side")
+        raise FewstepError("kid", f"{size} image", "at least 2, generated and real", "Raise --num-images")
     rng = np.random.RandomState(seed)
     total = 0.0
     for _ in range(subsets):
@@ -89,9 +91,19 @@ def _within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
 
 def _check(generated: Tensor, real: Tensor, nearest_k: int = 0) -> None:
     if generated.shape[1] != real.shape[1]:
-        raise ValueError(f"features of {generated.shape[1]} and of {real.shape[1]} dimensions cannot be compared")
+        raise FewstepError(
+            "features",
+            f"{generated.shape[1]} dimensions of generated and {real.shape[1]} of real images",
+            "the same features of both",
+            "Make the reference again with these features",
+        )
     if min(len(generated), len(real)) <= nearest_k:
-        raise ValueError(f"nearest_k {nearest_k} needs more images than {min(len(generated), len(real))}")
+        raise FewstepError(
+            "nearest_k",
+            f"{nearest_k} for {min(len(generated), len(real))} images",
+            "fewer neighbours than images",
+            "Raise --num-images",
+        )
 
 
 def inception_score(count: Tensor, entropy: Tensor, mass: Tensor) -> tuple[float, float]:
@@ -111,6 +123,8 @@ def diversity(count: Tensor, total: Tensor) -> float:
     """
     several = count > 1
     if not several.any():
-        raise ValueError("diversity needs prompts or labels that are drawn more than once")
+        raise FewstepError(
+            "diversity", "one image of each prompt or label", "conditions drawn more than once", "Raise --num-images"
+        )
     n, squared = count[several], total[several].square().sum(1)
     return float((1 - (squared - n) / (n * (n - 1))).mean())

@@ -32,7 +32,8 @@ def warn_few(count: int | None, dimensions: int) -> None:
     """Says once in a process that so many images leave directions of the features without variance; None is not known."""
     if count is not None and count <= dimensions:
         log.warning(
-            "a covariance of %d images in %d dimensions is singular: compare FID with that of as many images only",
+            "covariance: found %d images; expected more than the %d dimensions of the features. Compare this FID with others of "
+            "as many images only",
             count,
             dimensions,
         )
@@ -40,12 +41,19 @@ def warn_few(count: int | None, dimensions: int) -> None:
 
 def _distance(a: Moments, b: Moments) -> float:
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"features of {len(a.mean)} and of {len(b.mean)} dimensions cannot be compared: "
-            "the reference was made with another feature extractor"
+        raise FewstepError(
+            "features",
+            f"{len(a.mean)} and {len(b.mean)} dimensions",
+            "the same features of both",
+            "Make the reference again with these features",
         )
     if not all(v.isfinite().all() for m in (a, b) for v in (m.mean, m.covariance)):
-        raise ValueError("a mean or a covariance of image features is not finite")
+        raise FewstepError(
+            "features",
+            "a mean or a covariance that is not finite",
+            "finite moments",
+            "Check the images and the reference",
+        )
     traces = a.covariance.trace() + b.covariance.trace()
     squared = (a.mean - b.mean).square().sum()
     # What never varies in one of them, as a feature that never fires, adds nothing to the root of A B.
@@ -77,7 +85,7 @@ def frechet_infinity(generated: Tensor, real: Moments, *, points: int = 15, seed
     """
     n = len(generated)
     if n < 20:
-        raise ValueError(f"fid_infinity needs at least 20 images, got {n}")
+        raise FewstepError("fid_infinity", f"{n} images", "at least 20", "Raise --num-images")
     g = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(min(5000, n // 10), n, points).long().tolist()
     warn_few(real.count, len(real.mean))
@@ -141,7 +149,10 @@ def _pivoted_cholesky(covariance: Tensor, block: int = 64) -> Tensor:
 @functools.cache
 def _warn_rank(rank: int, dimensions: int) -> None:
     log.warning(
-        "a covariance in %d dimensions has rank %d: too few images, or features that never vary", dimensions, rank
+        "covariance: found rank %d; expected the %d dimensions of the features. Use more images; features that never vary add "
+        "nothing",
+        rank,
+        dimensions,
     )
 
 
@@ -186,7 +197,12 @@ class FrechetDistance(Metric):
         features = (self.features(images) if images.dtype == torch.uint8 else images).double()
         check_width(self.features.name, features.shape[1], len(self.reference.mean))
         if not features.isfinite().all():
-            raise ValueError("image features are not finite")
+            raise FewstepError(
+                "features",
+                "values that are not finite",
+                "finite features",
+                "Check the images and the feature extractor's weights",
+            )
         # Sums about the reference's mean: the same covariance, and far less cancellation than about zero.
         centred = features - self.reference.mean.to(features.device)
         self.count += len(centred)
@@ -196,7 +212,7 @@ class FrechetDistance(Metric):
     def moments(self) -> Moments:
         """Moments of this process's images so far; ValueError for fewer than two."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {int(self.count)}")
+            raise FewstepError("images", int(self.count), "at least 2, for a covariance", "Raise --num-images")
         mean = (self.sum / self.count).cpu()
         scatter = self.outer.cpu() - self.count.cpu() * mean.outer(mean)
         return Moments(mean + self.reference.mean, scatter / (self.count.cpu() - 1), int(self.count))

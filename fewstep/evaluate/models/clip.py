@@ -172,16 +172,18 @@ class ClipScore(Metric):
         """uint8 images [B, 3, H, W] and their B prompts; or the cosines [B] of both, where they are known."""
         cosines = (self.cosines(images, prompts) if images.dtype == torch.uint8 else images).double()
         if cosines.ndim != 1:
-            raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+            raise FewstepError("images", f"{images.dtype} {list(images.shape)}", "uint8 [B, 3, H, W]")
         if not cosines.isfinite().all():
-            raise ValueError("a CLIP score is not finite")
+            raise FewstepError(
+                "clip", "a score that is not finite", "finite scores", "Check the images and the model's weights"
+            )
         self.sum += (self.scoring.scale * (cosines.clamp(min=0) if self.scoring.clamp else cosines)).sum()
         self.count += len(cosines)
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B], the score's state left as it is."""
         if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+            raise FewstepError("prompts", f"{len(prompts)} for {len(images)} images", "as many as images")
         texts = [self.scoring.prefix + prompt for prompt in prompts]
         seen = self.clip.image_embeddings(apply_view(images, self.scoring.view))
         return (seen * self.clip.text_embeddings(texts)).sum(1)

@@ -39,7 +39,12 @@ class Preprocess(nn.Module):
         self.crop = _pair(config["crop_size"]) if config.get("do_center_crop", False) else None
         resample = config.get("resample", 2)
         if resample not in RESAMPLE:
-            raise ValueError(f"preprocessor: resample {resample} is not one of {sorted(RESAMPLE)}")
+            raise FewstepError(
+                "preprocessor.resample",
+                resample,
+                f"one of {', '.join(map(str, sorted(RESAMPLE)))}",
+                "Change preprocessor_config.json",
+            )
         self.mode = RESAMPLE[resample]
         self.factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
         normalize = config.get("do_normalize", True)
@@ -72,7 +77,12 @@ class Preprocess(nn.Module):
         if self.crop is not None:
             top, left = (x.shape[-2] - self.crop[0]) // 2, (x.shape[-1] - self.crop[1]) // 2
             if top < 0 or left < 0:
-                raise ValueError(f"preprocessor: a crop of {self.crop} does not fit into {tuple(x.shape[-2:])}")
+                raise FewstepError(
+                    "preprocessor.crop_size",
+                    f"{self.crop} for images of {tuple(x.shape[-2:])}",
+                    "at most the images' size",
+                    "Change preprocessor_config.json",
+                )
             x = x[..., top : top + self.crop[0], left : left + self.crop[1]]
         return (x * self.factor - self.mean) / self.std
 
@@ -107,14 +117,19 @@ class ImageFeatures(nn.Module):
     @torch.no_grad()
     def measure(self, images: Tensor) -> dict[str, Tensor]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+            raise FewstepError("images", f"{images.dtype} {list(images.shape)}", "uint8 [B, 3, H, W]")
         outputs = self.network(images.to(self.anchor.device))
         values = {key: value.to(self.anchor.dtype) for key, value in outputs.items()}
         if values["features"].ndim != 2 or len(values["features"]) != len(images):
             shape = list(values["features"].shape)
-            raise ValueError(f"features {self.name!r} of {len(images)} images have the shape {shape}, not [B, D]")
+            raise FewstepError("features", f"shape {shape} from {self.name!r}", f"[{len(images)}, D]")
         if not all(value.isfinite().all() for value in values.values()):
-            raise ValueError(f"features {self.name!r} of these images are not finite")
+            raise FewstepError(
+                "features",
+                f"values from {self.name!r} that are not finite",
+                "finite features",
+                "Check the images and the model's weights",
+            )
         return values
 
     def forward(self, images: Tensor) -> Tensor:
@@ -267,7 +282,11 @@ def _transformers(name: str) -> ImageFeatures:
         # transformers 4 returns CLIP's embedding itself.
         pooled: Tensor | None = output if isinstance(output, Tensor) else output.pooler_output
         if pooled is None:
-            raise ValueError(f"features {name!r}: {type(backbone).__name__} has no pooled output")
+            raise FewstepError(
+                "features",
+                f"{name!r}, a {type(backbone).__name__} without a pooled output",
+                "a model with pooler_output or image_embeds",
+            )
         return {"features": pooled.flatten(1)}
 
     return ImageFeatures(name, network, nn.ModuleList([backbone, preprocess]))

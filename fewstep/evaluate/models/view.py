@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.protocol import View
 
 FILTERS = {
@@ -21,7 +22,9 @@ def apply_view(images: Tensor, view: View) -> Tensor:
     if view.crop is not None:
         side = min(height, width) if view.crop == "square" else view.crop
         if side > min(height, width):
-            raise ValueError(f"view.crop {side} is larger than images of {width} x {height} pixels")
+            raise FewstepError(
+                "view.crop", f"{side} for images of {width} x {height} pixels", "at most the images' size"
+            )
         top, left = (height - side) // 2, (width - side) // 2
         images = images[..., top : top + side, left : left + side]
     if view.size is None or images.shape[-2:] == (view.size, view.size):

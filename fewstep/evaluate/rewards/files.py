@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.hub import DATA
+from fewstep.errors import FewstepError, MissingError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def downloaded(reward: str, given: str | None) -> Path:
     if given:
         if (file := Path(given).expanduser()).is_file():
             return file
-        raise ValueError(f"reward {reward!r}: {given} is not a file")
+        raise MissingError(f"reward {reward!r}", given, "a file")
     checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
     folders = [checkpoints] + ([Path(d.cache).expanduser()] if d.cache else [])
     if root := os.environ.get(DATA):
@@ -62,9 +63,11 @@ def downloaded(reward: str, given: str | None) -> Path:
             return Path(found)
     how = f"`hf download {d.hub} {d.file}` puts it into the hub's cache" if d.hub else f"put it into {checkpoints}"
     where = f"{root}/models" if root else f"models/ under the folder that ${DATA} names"
-    raise ValueError(
-        f"reward {reward!r} needs {d.file}{f' {d.source}' if d.source else ''}: {how}; or put it into {where}, or name its path "
-        f"as {reward}@FILE"
+    raise MissingError(
+        f"reward {reward!r}",
+        f"no {d.file}",
+        f"it{f' {d.source}' if d.source else ''}",
+        f"{how}; or put it into {where}, or name its path as {reward}@FILE",
     )
 
 
@@ -75,9 +78,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{file} cannot be read as weights: {str(e).strip().splitlines()[0]}") from None
+        raise FewstepError(
+            "reward", f"{file}, which cannot be read ({str(e).strip().splitlines()[0]})", "a file of weights"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{file} cannot be read as weights: it holds a {type(state).__name__}")
+        raise FewstepError("reward", f"a {type(state).__name__} in {file}", "weights by name")
     return dict(state.get("state_dict", state))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.rewards.files import part_of, read_tensors
 
 if TYPE_CHECKING:
@@ -129,4 +130,6 @@ def load_image_reward(file: Path, words: Path) -> ImageRewardNet:
         return build(read_tensors(file), BertTokenizer.from_pretrained(words, local_files_only=True))
     except (KeyError, RuntimeError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise ValueError(f"{file} and {words} do not hold ImageReward's weights and BERT's words: {reason}") from None
+        raise FewstepError(
+            "reward", f"{file} and {words} ({reason})", "weights of ImageReward and the tokenizer of BERT"
+        ) from None

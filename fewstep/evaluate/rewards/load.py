@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.assets import ASSETS
+from fewstep.errors import FewstepError, MissingError
 from fewstep.evaluate.models.clip import Clip, clip_folder, load_clip, load_clip_folder
 from fewstep.evaluate.models.features import Preprocess, load_preprocess, model_folder
 from fewstep.evaluate.protocol import REWARDS, WORDLESS_REWARDS, is_own_reward
@@ -62,12 +63,12 @@ class Reward(nn.Module):
     def checked(self, images: Tensor, prompts: Sequence[str] | None) -> Tensor:
         """The images, in float32 or float64."""
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"images must be float [B, 3, H, W] in [0, 1], got {images.dtype} {list(images.shape)}")
+            raise FewstepError("images", f"{images.dtype} {list(images.shape)}", "float [B, 3, H, W] in [0, 1]")
         base = self.name.partition("@")[0]
         if prompts is None and base not in WORDLESS_REWARDS and not is_own_reward(base):
-            raise ValueError(f"reward {base!r} needs prompts, and there are none")
+            raise FewstepError(f"reward {base!r}", "no prompts", "a prompt for each image")
         if prompts is not None and len(prompts) != len(images):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+            raise FewstepError("prompts", f"{len(prompts)} for {len(images)} images", "as many as images")
         return images if images.dtype == torch.float64 else images.float()
 
     def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
@@ -157,13 +158,17 @@ class OwnReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         result = self.function(images, prompts or None)
         if not isinstance(result, Tensor):
-            raise ValueError(f"reward {self.name!r} returned a {type(result).__name__}, not a tensor")
+            raise FewstepError(f"reward {self.name!r}", f"a result of type {type(result).__name__}", "a tensor")
         if result.shape != images.shape[:1] or not result.is_floating_point():
-            raise ValueError(
-                f"reward {self.name!r} returned {result.dtype} {list(result.shape)} of {len(images)} images, not a float of each"
+            raise FewstepError(
+                f"reward {self.name!r}",
+                f"a result {result.dtype} {list(result.shape)}",
+                f"floats [{len(images)}], one for each image",
             )
         if images.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
-            raise ValueError(f"reward {self.name!r} returned a result without a gradient to the images")
+            raise FewstepError(
+                f"reward {self.name!r}", "a result without a gradient", "one that is differentiable in the images"
+            )
         return result.to(images.dtype)
 
     def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
@@ -172,7 +177,9 @@ class OwnReward(Reward):
             result = self(images, prompts)
             (gradient,) = torch.autograd.grad(result.sum(), images, allow_unused=True)
         if gradient is None:
-            raise ValueError(f"reward {self.name!r} returned a result without a gradient to the images")
+            raise FewstepError(
+                f"reward {self.name!r}", "a result without a gradient", "one that is differentiable in the images"
+            )
 
 
 def own_function(name: str) -> Callable[..., object]:
@@ -182,14 +189,18 @@ def own_function(name: str) -> Callable[..., object]:
         found = importlib.import_module(module)
     except Exception as e:  # whatever the module does while it is imported
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
-        hint = "; is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else ""
-        raise ValueError(f"reward {name!r}: {module} cannot be imported, {reason}{hint}") from None
+        hint = "Is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else None
+        raise FewstepError(
+            f"reward {name!r}", f"{module}, which cannot be imported ({reason})", "package.module:callable", hint
+        ) from None
     try:
         function: Callable[..., object] = getattr(found, attribute)
     except AttributeError:
-        raise ValueError(f"reward {name!r}: {found.__name__}, of {found.__file__}, has no {attribute!r}") from None
+        raise FewstepError(
+            f"reward {name!r}", f"no {attribute!r} in {found.__name__} ({found.__file__})", "a callable of that name"
+        ) from None
     if not callable(function):
-        raise ValueError(f"reward {name!r}: {attribute} is of type {type(function).__name__}, which cannot be called")
+        raise FewstepError(f"reward {name!r}", f"{attribute} of type {type(function).__name__}", "a callable")
     return function
 
 
@@ -208,7 +219,7 @@ def load_reward(name: str) -> Reward:
     match base:
         case "clip":
             if not path:
-                raise ValueError(f"reward 'clip' needs a model: clip@FOLDER, or clip@{next(iter(ASSETS))}")
+                raise FewstepError("reward 'clip'", "no model", f"clip@FOLDER or clip@{next(iter(ASSETS))}")
             return ClipReward(name, load_clip(path), 100.0)
         case "pickscore":
             folder, processor = _pickscore(path)
@@ -227,7 +238,7 @@ def load_reward(name: str) -> Reward:
             file = downloaded(base, path)
             clip_of_mps = model_folder(MPS_CLIP, "reward 'mps': config, tokenizer and processor of")
             return Reader(name, load_mps(file, clip_of_mps), load_preprocess(clip_of_mps))
-    raise ValueError(f"reward {name!r} is none of clip@FOLDER, {', '.join(REWARDS)}, package.module:callable")
+    raise FewstepError("reward", repr(name), f"clip@FOLDER, {', '.join(REWARDS)}, or package.module:callable")
 
 
 def load_training_reward(name: str, device: torch.device, side: int, with_prompts: bool) -> Reward:
@@ -274,7 +285,9 @@ def _head(file: Path) -> nn.Sequential:
     try:
         return linear_stack(read_tensors(file))
     except (KeyError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{file} does not hold a stack of linear layers: {str(e).strip().splitlines()[0]}") from None
+        raise FewstepError(
+            "reward", f"{file} ({str(e).strip().splitlines()[0]})", "weights of a stack of linear layers"
+        ) from None
 
 
 HPS_MODEL = "ViT-H-14"
@@ -284,11 +297,15 @@ def _hps(name: str, file: Path) -> Hps:
     try:
         import open_clip
     except ImportError:
-        raise ValueError(f"reward {name!r} needs the extra: pip install 'fewstep[open_clip]'") from None
+        raise MissingError(
+            f"reward {name!r}", "no package open_clip", "its package", "pip install 'fewstep[open_clip]'"
+        ) from None
     model = open_clip.create_model(HPS_MODEL, pretrained=None)
     try:
         model.load_state_dict(read_tensors(file))
     except RuntimeError as e:
-        raise ValueError(f"{file} does not hold the weights of {HPS_MODEL}: {str(e).strip().splitlines()[0]}") from None
+        raise FewstepError(
+            "reward", f"{file} ({str(e).strip().splitlines()[0]})", f"the weights of {HPS_MODEL}"
+        ) from None
     side = model.visual.image_size
     return Hps(name, model, open_clip.get_tokenizer(HPS_MODEL), _preprocess(side if isinstance(side, int) else side[0]))

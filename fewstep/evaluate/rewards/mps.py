@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.errors import FewstepError
 from fewstep.evaluate.rewards.files import MPS_CONVERSION, part_of, read_tensors
 
 if TYPE_CHECKING:
@@ -190,9 +191,11 @@ def load_mps(file: Path, clip: Path) -> MpsNet:
     try:
         state = read_tensors(file)
     except ValueError:
-        raise ValueError(f"{file} cannot be read as tensors alone: {MPS_CONVERSION}") from None
+        raise FewstepError(
+            "reward 'mps'", f"{file}, which cannot be read as tensors alone", "tensors of MPS", MPS_CONVERSION
+        ) from None
     try:
         config = CLIPConfig.from_pretrained(clip, local_files_only=True)
         return build(state, config, CLIPTokenizer.from_pretrained(clip, local_files_only=True))
     except (KeyError, RuntimeError, OSError) as e:
-        raise ValueError(f"{file} does not hold MPS's weights: {str(e).strip().splitlines()[0]}") from None
+        raise FewstepError("reward 'mps'", f"{file} ({str(e).strip().splitlines()[0]})", "the weights of MPS") from None

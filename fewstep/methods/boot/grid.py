@@ -27,8 +27,8 @@ def sub_times(config: BootConfig, jumps: Tensor, num_train_timesteps: int) -> Te
     whole = not jumps.is_floating_point()
     try:
         grid = torch.stack([segment_grid(a, b, config.n_sub, whole) for a, b in pairs])
-    except ValueError as error:
-        raise ValueError(f"method.n_sub: {error}") from None
+    except FewstepError as e:
+        raise FewstepError("method.n_sub", e.found, e.expected) from None
     return grid if whole else grid.float()
 
 

@@ -49,16 +49,22 @@ def check_target(states: Strict, target: Strict, guidance: object) -> None:
     stored, following = isinstance(states, parts.StoredTrajectories), isinstance(target, parts.NextState)
     if stored and not following:
         raise ValueError(
-            "target: stored trajectories hold the target's state; expected kind next_state (to train on their ends, use the "
-            "method trajectory)"
+            "target: found another kind than next_state with stored trajectories; expected next_state, whose state they hold. "
+            "To train on their ends, use the method trajectory"
         )
     if following and not stored:
-        raise ValueError("target: kind next_state needs states of kind stored_trajectories")
+        raise ValueError(
+            "target: found next_state without stored trajectories; expected states of kind stored_trajectories"
+        )
     if isinstance(target, parts.SameNoise):
         if not isinstance(states, parts.NoisedData):
-            raise ValueError("target: kind same_noise needs the image of x_t; expected states of kind noised_data")
+            raise ValueError(
+                "target: found same_noise, which needs the image of x_t; expected states of kind noised_data"
+            )
         if guidance is not None:
-            raise ValueError("target: kind same_noise calls no teacher to guide; set guidance to null")
+            raise ValueError(
+                "guidance: found a range with target same_noise, which calls no teacher; expected null. Set guidance to null"
+            )
 
 
 def check_divides(steps: int, points: int, key: str, name: str = "steps") -> None:
@@ -93,7 +99,7 @@ class CdSettings(ConsistencySettings):
         if isinstance(self.grid, parts.EvenGrid):
             check_divides(self.steps, self.grid.points, "grid.points")
         elif isinstance(self.states, parts.StoredTrajectories):
-            raise ValueError("grid: stored trajectories need an even grid; set grid.kind to even")
+            raise ValueError("grid: found karras with stored trajectories; expected even. Set grid.kind to even")
         return self
 
 
@@ -175,7 +181,9 @@ class PcmSettings(ConsistencySettings):
         if self.sampling == "jump" and self.steps != self.phases:
             raise ValueError(f"steps: found {self.steps}; expected as many as phases ({self.phases}) for sampling jump")
         if self.null_share is not None and self.guidance is not None:
-            raise ValueError("null_share: the teacher's steps must not be guided then; set guidance to null")
+            raise ValueError(
+                "null_share: found a number with guidance; expected null, or no guidance. Set guidance to null"
+            )
         return self
 
 
@@ -227,20 +235,19 @@ class MlcmSettings(ConsistencySettings):
         most = max(stage.phases or 1 for stage in self.stages)
         if self.sampling == "jump" and (self.stages[-1].phases is None or self.steps != most):
             raise ValueError(
-                f"sampling: jump needs phases in the last stage, and steps ({self.steps}) to be the most phases ({most})"
+                f"sampling: found jump with steps {self.steps}; expected phases in the last stage, at most {most}, as many "
+                "as steps"
             )
         kept = {s for stage in self.stages if not isinstance(s := stage.states or self.states, parts.StudentRollout)}
         if len(kept - {parts.NoisedData()}) > 1:
-            raise ValueError(
-                "stages: found trajectories of several kinds; expected the same in all stages that have any"
-            )
+            raise ValueError("stages: found trajectories of several kinds; expected one kind in all stages")
         return self
 
     def _check(self, key: str, stage: MlcmStage, last: bool) -> None:
         states, points = stage.states or self.states, stage.points or self.points
         if (stage.iterations is None) != last:
             raise ValueError(
-                f"{key}.iterations: every stage but the last needs iterations; the last lasts to the end of the run"
+                f"{key}.iterations: found null; expected a number in all stages but the last, which lasts to the end of the run"
             )
         check_target(states, self.target, self.guidance)
         check_divides(self.steps, points, f"{key}.points")
@@ -248,6 +255,10 @@ class MlcmSettings(ConsistencySettings):
         if isinstance(states, parts.StudentRollout):
             check_rollout(self.steps, states.steps, f"{key}.states.steps")
         if stage.reward_weight and self.reward is None:
-            raise ValueError(f"{key}.reward_weight: needs a reward, which is null; such as reward.name=clip@fashion")
+            raise ValueError(
+                f"{key}.reward_weight: found a weight; expected null without a reward. Set one, such as reward.name=clip@fashion"
+            )
         if stage.steps_per_point is not None and not isinstance(self.target, parts.SolverTarget):
-            raise ValueError(f"{key}.steps_per_point: needs target of kind solver")
+            raise ValueError(
+                f"{key}.steps_per_point: found a number; expected null for any target but solver. Leave it out"
+            )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fewstep.diffusion.grids import phase_grid
+from fewstep.errors import FewstepError
 from fewstep.methods.consistency.loss import Consistency
 from fewstep.methods.consistency.method_settings import MlcmSettings, PcmSettings
 from fewstep.methods.consistency.points import FixedPoints
@@ -28,8 +29,8 @@ class Phased(Consistency):
         samplers = self.teacher.samplers
         try:
             return FixedPoints(phase_grid(samplers.grid(samplers.jump(phases), phases), points))
-        except ValueError as error:
-            raise ValueError(f"method.points: {error}") from None
+        except FewstepError as e:
+            raise FewstepError("method.points", e.found, e.expected) from None
 
     def scheduler(self) -> "SchedulerMixin":
         return self.teacher.samplers.jump(self.config.steps) if self.jumps else super().scheduler()

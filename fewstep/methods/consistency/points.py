@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.grids import Grid, even_grid, karras_grid
 from fewstep.diffusion.schedule import Schedule, noise_level
+from fewstep.errors import FewstepError
 from fewstep.methods.consistency import settings
 from fewstep.methods.consistency.endpoints import SIGMA_DATA
 from fewstep.teachers.base import Teacher
@@ -87,9 +88,11 @@ def even_points(points: int, teacher: Teacher, key: str, skip: int = 1) -> Fixed
     """Even timesteps from the noisiest down, with targets `skip` points on. ValueError where they do not divide T."""
     total = teacher.num_train_timesteps
     if total % points:
-        raise ValueError(
-            f"method.{key}: found {points}; expected a divisor of the teacher's {total} timesteps, or its noisiest one would "
-            "never be trained"
+        raise FewstepError(
+            f"method.{key}",
+            points,
+            f"a divisor of the teacher's {total} timesteps",
+            "Otherwise its noisiest timestep would never be trained",
         )
     grid = even_grid(points, total)
     return FixedPoints(grid._replace(s=(grid.t - total // points * skip).clamp_min(0)))
@@ -99,8 +102,8 @@ def karras_points(grid: settings.KarrasGrid, teacher: Teacher, sampled: Tensor) 
     """Karras levels, through the timesteps `sampled`. ValueError for teachers that end in pure noise."""
     try:
         return FixedPoints(karras_grid(teacher.schedule, grid.points, teacher.num_train_timesteps, sampled, grid.rho))
-    except ValueError as error:
-        raise ValueError(f"method.grid: {error}; set grid.kind to even") from None
+    except FewstepError as e:
+        raise FewstepError("method.grid", e.found, e.expected, e.hint) from None
 
 
 def uniform(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:

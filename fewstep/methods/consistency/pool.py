@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fewstep.diffusion.rollout import ragged_rollout
 from fewstep.diffusion.schedule import like
+from fewstep.errors import FewstepError
 from fewstep.methods.noisy_batch import NoisyBatch
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -117,9 +118,11 @@ class Replay(Pool):
 
     def draw(self, advance: Advance, times: Tensor, fresh: NoisyBatch) -> NoisyBatch:
         if self.size < (count := len(fresh)):
-            raise ValueError(
-                f"method.states.replay: found {self.size}; expected at least a batch's {count} samples: set it to several "
-                "batches, or to 0, which keeps one trajectory for each sample of a batch"
+            raise FewstepError(
+                "method.states.replay",
+                self.size,
+                f"at least a batch's {count} samples",
+                "Set it to several batches, or to 0, which keeps one trajectory for each sample of a batch",
             )
         if not torch.equal(times, self.times):
             self.times, self.kept = times, None

@@ -11,6 +11,7 @@ from fewstep.diffusion.prediction import Denoise, Prediction, add_noise, ode_ste
 from fewstep.diffusion.rollout import Move, ragged_rollout, rollout
 from fewstep.diffusion.schedule import Schedule, like, noise_level
 from fewstep.diffusion.solvers import Rule, solve
+from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Networks, Preparation
 from fewstep.methods.consistency import settings
 from fewstep.methods.consistency.points import Points
@@ -211,8 +212,8 @@ class StoredTrajectories(States):
         teacher, points = draw.teacher, tuple(draw.points.t.flip(0).tolist())
         try:
             times = milestone_timesteps(points, stored.substeps, teacher.num_train_timesteps)
-        except ValueError as error:
-            raise ValueError(f"method.{key}.substeps: {error}") from None
+        except FewstepError as e:
+            raise FewstepError(f"method.{key}.substeps", e.found, e.expected) from None
         scales = draw.guidance or (1.0, 1.0)
         self.settings = TrajectorySettings(stored.count, stored.batch_size, times, points, stored.solver, scales)
         self.skip = skip
@@ -220,7 +221,7 @@ class StoredTrajectories(States):
 
     def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
         if self.stored is None:
-            raise ValueError("the teacher's trajectories are not there yet: call prepare first")
+            raise RuntimeError("trajectories: found none; expected those that prepare draws. Call prepare first")
         index, fresh = self.draw(batch, given)
         rows, cond = self.stored.pick(batch.size, self.draw.teacher)
         last, device = self.stored.x.shape[1] - 1, batch.device

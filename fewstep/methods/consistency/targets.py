@@ -55,7 +55,7 @@ class SameNoise:
 def next_state(nets: Networks, batch: Batch, state: State) -> Neighbour:
     """x_s that was stored with x_t."""
     if state.x_s is None:
-        raise ValueError("these states do not hold their targets' states")
+        raise RuntimeError("states: found none of the target; expected stored trajectories")
     return Neighbour(state.x_s, None)
 
 

@@ -10,6 +10,7 @@ from fewstep.diffusion.guidance import unguided
 from fewstep.diffusion.losses import discriminator_loss, generator_loss
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rollout import Move, rollout
+from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Carry, Networks, Preparation, Reward, Role, Step, StepOutput
 from fewstep.methods.consistency import settings
 from fewstep.methods.consistency.adversarial import Ends, judge, new_discriminator, times_in_phase
@@ -62,7 +63,7 @@ class RewardTerm:
     ) -> StepOutput:
         """-reward, or max(0, ceiling - reward); gradients go through decoder and reward model."""
         if self.reward is None or sample is None:
-            raise ValueError("the reward is not there yet: call prepare first")
+            raise RuntimeError("reward: found none; expected the model that prepare loads. Call prepare first")
         images = (self.teacher.decode(sample.x0) / 2 + 0.5).clamp(0, 1)
         prompts = list(batch.raw[: len(images)]) if self.teacher.conditions == "prompt" else None
         reward, ceiling = self.reward(images, prompts), self.settings.ceiling
@@ -70,10 +71,14 @@ class RewardTerm:
         return StepOutput({"reward": self.weight * loss}, {"reward_value": reward.detach().mean()})
 
     def prepare(self, at: Preparation) -> None:
+        name = self.settings.name
         try:
-            self.reward = at.load_reward(self.settings.name)
-        except ValueError as error:
-            raise ValueError(f"method.reward.name: {error}") from None
+            self.reward = at.load_reward(name)
+        except FewstepError as e:
+            found = e.found if name in str(e.found) else f"{name} with {e.found}"
+            raise type(e)("method.reward.name", found, e.expected, e.hint) from None
+        except ValueError as e:
+            raise FewstepError("method.reward.name", f"{name}, which fails ({e})", "a reward of two images") from None
 
 
 class AdversarialTerm:

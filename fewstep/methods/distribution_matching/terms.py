@@ -43,7 +43,7 @@ def pick_pairs(
 ) -> tuple[Tensor, Tensor, Cond]:
     """Initial noise, the teacher's samples from it [size, C, h, w] and their conditions, drawn with replacement."""
     if pairs is None:
-        raise RuntimeError("the teacher's pairs are not loaded: call prepare first")
+        raise RuntimeError("pairs: found none; expected those that prepare loads. Call prepare first")
     index, cond = pairs.pick(size, teacher)
     noise, x0 = pairs.x[index].to(device).unbind(1)
     return noise, x0, cond

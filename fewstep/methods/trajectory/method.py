@@ -81,7 +81,7 @@ class Trajectory(Method):
         with torch.no_grad():
             state = self.states(nets, batch, Given(index, noise, guidance_scale))
         if state.x_s is None:
-            raise ValueError("the stored trajectories have no ends")
+            raise RuntimeError("trajectories: found none; expected those that prepare draws. Call prepare first")
         student = state.at.denoised(nets["student"], embeds(self.config.guidance))
         prediction = self.endpoint(student, state.at.x, state.at.t, state.end)
         return StepOutput({"consistency": self.distance(prediction, state.x_s).mean()})

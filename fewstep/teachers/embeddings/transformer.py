@@ -12,6 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from fewstep.diffusion.shapes import Embedded, Sinusoids, TimeInputs, Times
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Inputs, Scale
 from fewstep.teachers.embeddings.unet import EMBEDDING_DIM, HARMONICS, ProgressEmbedding, guidance_embedding, waves
 
@@ -97,12 +98,19 @@ def fold_inputs(parents: Sequence[TimeModules], guidance_scale: Scale | None) ->
     pipeline would pass it, and for one that differs between timesteps.
     """
     if isinstance(guidance_scale, Mapping):
-        raise ValueError("a guidance scale for each timestep cannot be folded into a transformer: give one number")
+        raise FewstepError(
+            "guidance_scale", "one for each timestep", "one number, which can be folded into a transformer"
+        )
     embeds = _embeds(parents[0])[1]
     if guidance_scale is not None and not embeds:
-        raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
+        raise FewstepError("guidance_scale", guidance_scale, "null, for the student embeds no guidance")
     if guidance_scale is None and embeds:
-        raise ValueError("the student embeds the guidance scale, which its stock pipeline cannot pass: set one to fold")
+        raise FewstepError(
+            "guidance_scale",
+            "null",
+            "a number, for the stock pipeline cannot pass one to the student",
+            "Set the one to fold",
+        )
     for parent in parents:
         if isinstance(parent.time_proj, ExtraTimeProjection):
             parent.time_proj = parent.time_proj.inner
@@ -122,8 +130,7 @@ def time_input(parent: TimeModules, time: Times, inputs: Inputs) -> TimeInputs:
     ):  # fmt: skip
         if embeds != (value is not None):
             raise ValueError(
-                f"the network has {'a' if embeds else 'no'} {name} embedding and was given "
-                f"{'none' if value is None else 'one'}"
+                f"{name}: found {'none' if value is None else 'one'}; expected {'one' if embeds else 'none'} for this network"
             )
     if not isinstance(parent.time_proj, ExtraTimeProjection):
         return time

@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from fewstep.diffusion.shapes import Embedded, Scales, Sinusoids, Times
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Scale
 from fewstep.teachers.placement import in_dtype
 
@@ -66,10 +67,14 @@ def attach_progress(unet: "UNet2DModel | UNet2DConditionModel") -> None:
     where that slot is taken, or where something else follows the time embedding.
     """
     if unet.class_embedding is not None or unet.config.get("class_embed_type") is not None:
-        raise ValueError("the UNet embeds class labels in the place where the target time would go")
+        raise FewstepError(
+            "UNet", "class labels in the slot of the target time's embedding", "a UNet without class_embed_type"
+        )
     if unet.time_embedding.post_act is not None:
-        raise ValueError(
-            "the UNet has an activation after its time embedding (time_embedding_act_fn), so a target time cannot be folded"
+        raise FewstepError(
+            "UNet",
+            "an activation after its time embedding (time_embedding_act_fn)",
+            "none, so that a target time can be folded",
         )
     unet.class_embedding = ProgressEmbedding(unet.time_embedding.linear_2.out_features).to(unet.device, unet.dtype)
 
@@ -116,7 +121,9 @@ def with_guidance_embedding(unet: "UNet2DConditionModel") -> "UNet2DConditionMod
     wider = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=EMBEDDING_DIM)
     missing, unexpected = wider.load_state_dict(unet.state_dict(), strict=False)
     if set(missing) != {COND_PROJ} or unexpected:
-        raise ValueError(f"the UNet's weights do not fit its config: missing {missing}, unexpected {unexpected}")
+        raise FewstepError(
+            "UNet", f"missing weights {missing} and unexpected {unexpected}", "the weights of its config"
+        )
     nn.init.zeros_(wider.time_embedding.cond_proj.weight)
     return in_dtype(wider, unet.dtype).to(unet.device)
 
@@ -159,6 +166,10 @@ def shift_at(layer: nn.Linear, inputs: Float[Tensor, "n i"], shifts: Float[Tenso
     change = torch.linalg.pinv(inputs) @ (shifts - mean)
     error = (inputs @ change - (shifts - mean)).abs().max()
     if error > 1e-6 * shifts.abs().max():
-        raise ValueError(f"{len(inputs)} inputs of {inputs.shape[1]} numbers cannot be told apart by a linear layer")
+        raise FewstepError(
+            "inputs",
+            f"{len(inputs)} of {inputs.shape[1]} numbers",
+            "linearly independent ones, to shift each in a linear layer",
+        )
     layer.weight.add_(change.T.to(layer.weight.dtype))
     layer.bias.add_(mean.to(layer.bias.dtype))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Denoiser, Scale
 from fewstep.teachers.embeddings.unet import attach_progress, fold_progress
 from fewstep.teachers.lora import plain_copy
@@ -15,14 +16,15 @@ def check_network(net: "UNet2DModel") -> None:
     """Raises ValueError for a network that is none of a denoiser of square images."""
     config = net.config
     if config.class_embed_type is not None:
-        raise ValueError(f"the teacher's UNet2DModel has class_embed_type {config.class_embed_type!r}; supported: none")
+        raise FewstepError("teacher", f"a UNet2DModel with class_embed_type {config.class_embed_type!r}", "none")
     if config.in_channels != config.out_channels or config.in_channels not in (1, 3):
-        raise ValueError(
-            f"the teacher's UNet2DModel has {config.in_channels} channels in and {config.out_channels} out; "
-            "supported: 1 or 3, and as many out as in (no learnt variance)"
+        raise FewstepError(
+            "teacher",
+            f"a UNet2DModel with {config.in_channels} input and {config.out_channels} output channels",
+            "1 or 3 of both (no learnt variance)",
         )
     if not isinstance(config.sample_size, int):
-        raise ValueError(f"the teacher's sample_size is {config.sample_size}; only square images are supported")
+        raise FewstepError("teacher", f"sample_size {config.sample_size}", "one number: square images")
 
 
 class PixelStudents(Students):
@@ -33,7 +35,9 @@ class PixelStudents(Students):
 
     def new(self, guidance_embedding: bool = False, progress_embedding: bool = False) -> Denoiser:
         if guidance_embedding:
-            raise ValueError("an unconditional UNet2DModel has no guidance to embed: switch the guidance embedding off")
+            raise FewstepError(
+                "guidance", "an embedding for an unconditional UNet2DModel", "none", "Set method.guidance to null"
+            )
         student = self.trainable()
         if progress_embedding:
             attach_progress(student.net)
@@ -41,7 +45,7 @@ class PixelStudents(Students):
 
     def fold(self, student: Denoiser, guidance_scale: Scale | None = None) -> "UNet2DModel":
         if guidance_scale is not None:
-            raise ValueError(f"guidance_scale is {guidance_scale}, but an unconditional student has no guidance")
+            raise FewstepError("guidance_scale", guidance_scale, "null, for an unconditional student has no guidance")
         unet = plain_copy(student)
         fold_progress(unet)
         return unet

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from fewstep.diffusion.shapes import Latents
+from fewstep.errors import FewstepError
 from fewstep.teachers.denoiser import Denoiser, Inputs, Scale
 from fewstep.teachers.embeddings.unet import (
     attach_guidance,
@@ -27,8 +28,8 @@ def call_unet(
     """The UNet's output at latents [B, C, h, w]; it takes a guidance_scale if and only if it embeds one."""
     dim, dtype, scale = net.config.time_cond_proj_dim, net.dtype, inputs.guidance_scale
     if (dim is None) != (scale is None):
-        has, given = ("no" if dim is None else "a"), ("none" if scale is None else "one")
-        raise ValueError(f"the network has {has} guidance embedding and was given {given} guidance_scale")
+        given = "none" if scale is None else "one"
+        raise ValueError(f"guidance_scale: found {given}; expected {'none' if dim is None else 'one'} for this network")
     output: Latents = net(
         inputs.x_t.to(dtype),
         inputs.t,
@@ -63,7 +64,7 @@ class UNetStudents(Students):
         fold_progress(unet)
         embeds = unet.config.time_cond_proj_dim is not None
         if guidance_scale is not None and not embeds:
-            raise ValueError(f"guidance_scale is {guidance_scale}, but the student has no guidance embedding")
+            raise FewstepError("guidance_scale", guidance_scale, "null, for the student embeds no guidance")
         if guidance_scale is not None:
             fold_guidance(unet, guidance_scale)
         return unet
@@ -91,4 +92,6 @@ class UNetStudents(Students):
 def check_no_student(unet: "UNet2DConditionModel") -> None:
     """Raises ValueError for a UNet that embeds the guidance scale."""
     if unet.config.time_cond_proj_dim is not None:
-        raise ValueError("the teacher's UNet embeds the guidance scale (time_cond_proj_dim): it is a student already")
+        raise FewstepError(
+            "teacher", "a UNet that embeds the guidance scale (time_cond_proj_dim)", "a teacher, not a student"
+        )

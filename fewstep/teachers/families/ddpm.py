@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fewstep.diffusion.shapes import Latents
+from fewstep.errors import FewstepError
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Unconditional
 from fewstep.teachers.denoiser import Denoiser, Inputs
@@ -23,7 +24,7 @@ LORA_TARGETS = tuple(name for name in UNET if name not in (*FEED_FORWARD, "proj_
 def call(net: "UNet2DModel", inputs: Inputs) -> Latents:
     """The UNet's output at images [B, C, H, W]. Raises ValueError for a guidance_scale, which it cannot embed."""
     if inputs.guidance_scale is not None:
-        raise ValueError("an unconditional UNet2DModel takes no guidance_scale")
+        raise FewstepError("guidance_scale", "one", "none, for an unconditional UNet2DModel takes none")
     output: Latents = net(inputs.x_t.to(net.dtype), inputs.t, class_labels=inputs.progress).sample
     return output
 
@@ -40,9 +41,7 @@ class Pixel(Teacher):
     def __init__(self, pipeline: "DiffusionPipeline") -> None:
         unet, scheduler = pipeline.unet, pipeline.scheduler
         if unet.config.num_class_embeds is not None:
-            raise ValueError(
-                "the teacher's UNet2DModel is class-conditional; only unconditional ones are supported in its pipeline"
-            )
+            raise FewstepError("teacher", "a class-conditional UNet2DModel", "an unconditional one in this pipeline")
         check_network(unet)
         placement = Placement(pipeline, unet)
         denoiser = Denoiser(unet, call, read_schedule(scheduler), scheduler.config.prediction_type)

@@ -8,6 +8,7 @@ from torch import nn
 
 from fewstep.diffusion.schedule import KarrasLevels
 from fewstep.diffusion.shapes import GridTimes, Latents, PerSample, Times
+from fewstep.errors import FewstepError
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Labels, Unconditional
 from fewstep.teachers.denoiser import Denoiser, Inputs
@@ -37,7 +38,7 @@ class Preconditioned:
 
     def __call__(self, net: "UNet2DModel", inputs: Inputs) -> Latents:
         if inputs.guidance_scale is not None:
-            raise ValueError("a UNet2DModel takes no guidance_scale")
+            raise FewstepError("guidance_scale", "one", "none, for a UNet2DModel takes none")
         x_t, progress = inputs.x_t, inputs.progress
         k, data = self.schedule.level(inputs.t), self.sigma_data
         shape, kind = (-1, 1, 1, 1), torch.promote_types(x_t.dtype, torch.float32)
@@ -92,17 +93,18 @@ class EdmSamplers(Samplers):
         total = self.total
         if steps < 1 or total % steps:
             divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-            raise ValueError(
-                f"steps is {steps}, which does not divide num_train_timesteps = {total}; allowed: {divisors}"
-            )
+            raise FewstepError("steps", steps, f"a divisor of num_train_timesteps {total}: {divisors}")
         if spacing not in (None, total // steps):
-            raise ValueError(
-                f"steps: CMStochasticIterativeScheduler starts at timestep {total - 1}, and the grid at {steps * spacing - 1}"
+            raise FewstepError(
+                "steps",
+                f"a grid from timestep {steps * spacing - 1}",
+                f"one from {total - 1}, where CMStochasticIterativeScheduler starts",
             )
         if timestep_scaling * (total // steps - 1) < 16:
-            raise ValueError(
-                f"timestep_scaling: {timestep_scaling:g} is too small for {steps} steps of {total} levels: the stock scheduler "
-                "does not have its c_skip"
+            raise FewstepError(
+                "timestep_scaling",
+                f"{timestep_scaling:g} with {steps} steps of {total} levels",
+                "a larger one, for the stock scheduler has no c_skip",
             )
         scheduler: SchedulerMixin = CMStochasticIterativeScheduler.from_config(
             self.config, clip_denoised=False, s_noise=1.0
@@ -116,8 +118,8 @@ class EdmSamplers(Samplers):
     def jump(self, steps: int) -> "SchedulerMixin":
         """One step. ValueError for more: no stock scheduler with this network's scalings goes on without noise."""
         if steps != 1:
-            raise ValueError(
-                f"steps is {steps}: ConsistencyModelPipeline takes one deterministic step; more of them are re-noised"
+            raise FewstepError(
+                "steps", steps, "1, for ConsistencyModelPipeline takes one deterministic step and re-noises for more"
             )
         return self.renoise(1)
 
@@ -145,9 +147,7 @@ class Edm(Teacher):
         unet, scheduler = pipeline.unet, pipeline.scheduler
         check_network(unet)
         if not isinstance(scheduler, CMStochasticIterativeScheduler):
-            raise ValueError(
-                f"the teacher's scheduler is a {type(scheduler).__name__}; supported: CMStochasticIterativeScheduler"
-            )
+            raise FewstepError("teacher", f"a scheduler {type(scheduler).__name__}", "CMStochasticIterativeScheduler")
         s = scheduler.config
         schedule = KarrasLevels(s.sigma_min, s.sigma_max, s.rho, s.num_train_timesteps)
         placement, labels = Placement(pipeline, unet), unet.config.num_class_embeds

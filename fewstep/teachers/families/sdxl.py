@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fewstep.diffusion.shapes import Latents
+from fewstep.errors import FewstepError
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.conditioner import Prompts
 from fewstep.teachers.denoiser import Cond, Denoiser, Inputs
@@ -65,7 +66,7 @@ class StableDiffusionXL(Teacher):
         unet, scheduler = pipeline.unet, pipeline.scheduler
         check_no_student(unet)
         if pipeline.vae.config.get("latents_mean") is not None:
-            raise ValueError("the teacher's VAE has a latents_mean; only those with a scaling_factor are supported")
+            raise FewstepError("teacher", "a VAE with latents_mean", "one with scaling_factor alone")
         placement = Placement(pipeline, unet, text_parts=("text_encoder", "text_encoder_2"), image_parts=("vae",))
         denoiser = Denoiser(unet, call, read_schedule(scheduler), scheduler.config.prediction_type)
         side, image_size = square_size(unet, pipeline)

@@ -57,11 +57,11 @@ def test_a_wrong_name_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["sample", "--steps", "0"], "argument --steps: found 0; allowed: whole numbers of 1 or more"),
-        (["sample", "--steps", "1", "--num-images", "-2"], "argument --num-images: found -2; allowed: "),
-        (["evaluate", "--steps", "1", "x"], "argument --steps: found x; allowed: whole numbers of 1 or more"),
-        (["evaluate", "--num-images", "1"], "argument --num-images: found 1; allowed: whole numbers of 2 or more"),
-        (["evaluate", "--batch-size", "0"], "argument --batch-size: found 0; allowed: "),
+        (["sample", "--steps", "0"], "argument --steps: found 0; expected whole numbers of 1 or more"),
+        (["sample", "--steps", "1", "--num-images", "-2"], "argument --num-images: found -2; expected "),
+        (["evaluate", "--steps", "1", "x"], "argument --steps: found x; expected whole numbers of 1 or more"),
+        (["evaluate", "--num-images", "1"], "argument --num-images: found 1; expected whole numbers of 2 or more"),
+        (["evaluate", "--batch-size", "0"], "argument --batch-size: found 0; expected "),
     ],
 )
 def test_counts_are_checked(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

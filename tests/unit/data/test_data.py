@@ -214,7 +214,7 @@ def test_broken_image(tmp_path: Path, whole: bool) -> None:
     content = (tmp_path / "bad.jpg").read_bytes()
     (tmp_path / "bad.jpg").write_bytes(b"" if whole else content[: len(content) // 2])
     stream = Stream(source("folder", path=tmp_path), 2, 0)
-    with pytest.raises(ValueError, match=r"image .*bad\.jpg: found what cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*bad\.jpg: found a file that cannot be read"):
         next(stream)
     assert stream.position == 0
 
@@ -342,7 +342,7 @@ def test_parquet(tmp_path: Path, struct: bool) -> None:
     assert data.has_images and raw.conditions == ["", "red"]
     assert raw.images is not None and raw.images[:, :, 0, 0].tolist() == [[-1, 1, -1], [1, -1, -1]]
     assert source("parquet", path=tmp_path, num_labels=5).get([1]).conditions == [4]
-    with pytest.raises(ValueError, match=r"image .*a\.parquet, row 2: found what cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*a\.parquet, row 2: found a file that cannot be read"):
         data.get([2])
     with pytest.raises(ValueError, match=r"found label 4 in row 1 of .*; expected 0 to 3"):
         source("parquet", path=tmp_path, num_labels=4)

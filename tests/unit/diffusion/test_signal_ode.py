@@ -188,7 +188,7 @@ def test_grid():
     assert segment_grid(1.0, 0.0, 2, False).tolist() == [1.0, 0.5, 0.0]
     times = segment_grid(249, 0, 100, True)
     assert (times[:-1] > times[1:]).all()
-    with pytest.raises(ValueError, match="30 sub-steps do not fit between timesteps 20 and -1"):
+    with pytest.raises(ValueError, match="found 30 between timesteps 20 and -1; expected at most 21"):
         segment_grid(20, -1, 30, True)
 
 

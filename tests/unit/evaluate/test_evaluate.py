@@ -221,7 +221,7 @@ def test_batches_do_not_depend_on_the_world() -> None:
     whole = batches(103, 10)
     for world in (2, 3, 20):
         assert sorted((b for r in range(world) for b in batches(103, 10, r, world)), key=lambda b: b[0]) == whole
-    with pytest.raises(RuntimeError, match="1 missing, 1 twice"):
+    with pytest.raises(RuntimeError, match="1 missing and 1 repeated"):
         check_indices([0, 1, 1], 3)
 
 

@@ -123,5 +123,5 @@ def test_fid_infinity_takes_away_the_bias_of_few_images() -> None:
     assert frechet_infinity(drawn, truth) == extrapolated
     shifted = frechet_infinity(drawn + 0.5, truth)
     assert shifted == pytest.approx(16 * 0.25, rel=0.03)
-    with pytest.raises(ValueError, match="needs at least 20 images, got 19"):
+    with pytest.raises(ValueError, match="found 19 images; expected at least 20"):
         frechet_infinity(drawn[:19], truth)

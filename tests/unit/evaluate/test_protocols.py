@@ -76,11 +76,11 @@ def test_the_hash_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> N
         ({"imags": 3}, "imags: unknown key; did you mean 'images'"),
         ({"images": 1}, "images: found 1; expected whole number >= 2"),
         ({"uint8": "rund"}, "did you mean 'round'"),
-        ({"comparisons": []}, "nothing would be scored"),
-        ({"comparisons": [{"features": "fashion", "metrics": ["kid"]}]}, "kid need a reference, which is null"),
+        ({"comparisons": []}, "expected at least one score"),
+        ({"comparisons": [{"features": "fashion", "metrics": ["kid"]}]}, "reference: found null; expected one for kid"),
         ({"comparisons": SMALL["comparisons"] * 2}, "duplicate score fid; expected distinct names"),
-        ({"conditions": {"source": "fashion", "draw": "random"}}, "'fashion' has no labels"),
-        ({"conditions": {"source": "labels", "file": "x.txt"}}, "'labels' reads no file"),
+        ({"conditions": {"source": "fashion", "draw": "random"}}, "found num_labels or draw with source fashion"),
+        ({"conditions": {"source": "labels", "file": "x.txt"}}, "found file or count with source labels"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -135,5 +135,5 @@ def test_views_are_pils_resizing_of_the_central_square() -> None:
         assert torch.equal(got.permute(1, 2, 0).flatten(), wanted)
     assert torch.equal(apply_view(images, View(crop=10)), images[..., 5:15, 10:20])
     assert apply_view(images, View()) is images
-    with pytest.raises(ValueError, match=r"view\.crop 21 is larger"):
+    with pytest.raises(ValueError, match=r"view\.crop: found 21"):
         apply_view(images, View(crop=21))

@@ -98,8 +98,8 @@ def test_what_is_no_report_is_told_before_the_training(content: str | None, tiny
     file = tmp_path / "earlier.json"
     if content is not None:
         file.write_text(content)
-    said = r"found what cannot be read \(No such file" if content is None else "expected a report of scores"
-    with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: {file}: .*{said}"):
+    said = r"a file that cannot be read \(No such file" if content is None else "expected a report of scores"
+    with pytest.raises(ValueError, match=rf"evaluate\.teacher_from: found {file}, .*{said}"):
         run(_config(tiny_sd, tmp_path / "run", file), LCM)
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -792,7 +792,7 @@ def test_configs_that_do_not_fit_the_teacher(tiny_sd, tiny_ddpm):
     for path, changes, message in (
         (tiny_ddpm, {"guidance": {"scale": 2.0}}, r"method\.guidance\.scale"),
         (tiny_sd, {"thresholding": {"kind": "static"}}, r"method\.thresholding"),
-        (tiny_sd, {"n_sub": 1100}, r"method\.n_sub: 1100 sub-steps do not fit"),
+        (tiny_sd, {"n_sub": 1100}, r"method\.n_sub: found 1100 between timesteps"),
         (tiny_sd, {"form": {"kind": "paper", "t_max": 0.9999}}, r"method\.form\.t_max"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -190,7 +190,7 @@ def test_lpips_needs_its_weights(tiny_ddpm, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(ValueError, match=r"method\.distance: found lpips, without.*take l2 or pseudo_huber"):
+    with pytest.raises(ValueError, match=r"method\.distance: found lpips without.*set it to l2 or pseudo_huber"):
         consistency(config(**CD, distance="lpips"), load_teacher(str(tiny_ddpm)))
 
 

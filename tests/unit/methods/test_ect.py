@@ -149,7 +149,7 @@ def test_dropout_is_the_students_and_shared_with_its_target(tiny_ddpm):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"guidance": {"range": (1.0, 2.0)}}, "no teacher to guide"),
+        ({"guidance": {"range": (1.0, 2.0)}}, "calls no teacher"),
         ({"states": {"kind": "shared_trajectories"}}, "states"),
         ({"endpoint": {"kind": "boundary"}}, "endpoint"),
         ({"grid": {"kind": "even"}}, "grid"),

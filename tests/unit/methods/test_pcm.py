@@ -328,10 +328,10 @@ def test_phases_are_of_methods_that_have_them(name):
     [
         ({"phases": 3}, r"phases: found 3; expected a divisor of points \(40\)"),
         ({"steps": 8}, r"steps: found 8; expected as many as phases \(4\)"),
-        ({"stages": ({}, {})}, "every stage but the last needs iterations"),
-        ({"stages": ({"iterations": 3},)}, "every stage but the last"),
+        ({"stages": ({}, {})}, "found null; expected a number in all stages but the last"),
+        ({"stages": ({"iterations": 3},)}, "all stages but the last"),
         ({"states": "student_rollout", "student_steps": 5}, r"states.steps: found 5; expected at most steps"),
-        ({"embed_guidance": False, "export_guidance_scale": 3.0}, "does not embed guidance"),
+        ({"embed_guidance": False, "export_guidance_scale": 3.0}, "embed false"),
     ],
 )
 def test_impossible_configs(changes, message):

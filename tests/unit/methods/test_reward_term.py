@@ -105,13 +105,14 @@ def test_a_reward_of_ones_own_teaches_and_is_told_before_training_where_it_canno
         "stages": [{"iterations": 5}, {"reward_weight": 0.5}],
     }
     with pytest.raises(
-        ValueError, match=r"^method\.reward\.name: reward 'fewstep_mine:flat' returned torch\.float32 \[\] of 2 images"
+        ValueError,
+        match=r"^method\.reward\.name: found fewstep_mine:flat with a result torch\.float32 \[\]; expected floats \[2\]",
     ):
         make(tiny_sd, tmp_path / "b", max_iterations=1, method=late).fit()
 
 
 def test_impossible(tiny_sd, tmp_path):
-    with pytest.raises(ValidationError, match="needs a reward"):
+    with pytest.raises(ValidationError, match="without a reward"):
         config(endpoint="x0_plain", stages=({"reward_weight": 0.1},))
     method = consistency(config(reward="clip@nowhere", reward_weight=0.1, steps=10), load_teacher(str(tiny_sd)))
     with pytest.raises(ValueError, match=r"method\.reward\.name: "):

@@ -32,7 +32,7 @@ def test_timesteps():
     assert trailing_timesteps(3, 1000) == (999, 666, 332)
     assert milestone_timesteps((999, 749, 499), 2, 1000) == (999, 874, 749, 624, 499, 249, 124, 61, 30, 14, 6)
     assert milestone_timesteps((9, 7, 5), 1, 10) == (9, 7, 5, 2)
-    with pytest.raises(ValueError, match="3 sub-steps do not fit between timesteps 9 and 7"):
+    with pytest.raises(ValueError, match="found 3 between timesteps 9 and 7; expected at most 2"):
         milestone_timesteps((9, 7), 3, 10)
 
 
@@ -131,7 +131,7 @@ def test_other_settings_are_refused(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
     draw_trajectories(teacher, prompts, 3, tmp_path, SETTINGS, SEED, CPU)
     other = replace(SETTINGS, guidance_range=(3.0, 3.0))
-    with pytest.raises(ValueError, match=r"000000\.safetensors holds .*\[2\.0, 2\.0\].*\[3\.0, 3\.0\].*Delete"):
+    with pytest.raises(ValueError, match=r"000000\.safetensors: found .*\[2\.0, 2\.0\].*\[3\.0, 3\.0\].*Delete"):
         draw_trajectories(teacher, prompts, 3, tmp_path, other, SEED, CPU)
     with pytest.raises(ValueError, match=r"other settings"):
         read_trajectories(tmp_path, SETTINGS, SEED + 1)
@@ -168,5 +168,5 @@ def test_lpips_without_its_weights_is_one_sentence(tiny_sd, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(ValueError, match=r"method\.regression\.distance: found lpips, without.*take l2 or huber"):
+    with pytest.raises(ValueError, match=r"method\.regression\.distance: found lpips without.*set it to l2 or huber"):
         load_lpips()

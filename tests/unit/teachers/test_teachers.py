@@ -64,9 +64,9 @@ def test_typo_gets_the_nearest_name() -> None:
     ("broken", "expected"),
     [
         ("tokenizer", "expected a folder tokenizer in it, which its model_index.json names"),
-        ("unet/diffusion_pytorch_model.safetensors", "cannot be loaded: .*no file named diffusion_pytorch_model"),
-        ("text_encoder/model.safetensors", "cannot be loaded: "),
-        ("unet/config.json", "cannot be loaded: .*config.json"),
+        ("unet/diffusion_pytorch_model.safetensors", r"cannot be loaded \(.*no file named diffusion_pytorch_model"),
+        ("text_encoder/model.safetensors", r"cannot be loaded \("),
+        ("unet/config.json", r"cannot be loaded \(.*config.json"),
     ],
 )
 def test_broken_folder_is_one_sentence(broken: str, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_latents_are_the_pipelines(sd: Teacher) -> None:
     assert decoded.shape == images.shape
     decoded.sum().backward()
     assert latents.grad is not None
-    with pytest.raises(ValueError, match="images are"):
+    with pytest.raises(ValueError, match="images: found size"):
         sd.encode(images[..., :16])
 
 
@@ -198,9 +198,9 @@ def test_student_starts_as_the_teacher(sd: Teacher, guidance: bool) -> None:
 
 def test_guidance_scale_goes_where_it_is_embedded(sd: Teacher) -> None:
     cond, scale = sd.condition(PROMPTS), torch.ones(2)
-    with pytest.raises(ValueError, match="no guidance embedding"):
+    with pytest.raises(ValueError, match="guidance_scale: found one; expected none"):
         sd.denoiser(noise(sd), T, cond, scale)
-    with pytest.raises(ValueError, match="given none"):
+    with pytest.raises(ValueError, match="guidance_scale: found none"):
         sd.students.new(True)(noise(sd), T, cond)
 
 
@@ -241,7 +241,7 @@ def test_more_shifts_than_a_layer_has_inputs_are_refused() -> None:
     shift_at(layer, torch.eye(3), torch.arange(6.0).view(3, 2))
     torch.testing.assert_close(layer(torch.eye(3).double()) - before, torch.arange(6.0).view(3, 2).double())
     dependent = torch.cat([torch.eye(3), torch.ones(1, 3)])
-    with pytest.raises(ValueError, match="4 inputs of 3 numbers"):
+    with pytest.raises(ValueError, match="found 4 of 3 numbers"):
         shift_at(layer, dependent, torch.tensor([[1.0, 0], [0, 1], [1, 1], [5, 5]]))
 
 
@@ -286,7 +286,7 @@ def test_other_schedulers_get_the_plain_pipeline_without_guidance(tiny_sd: Path)
 
 def test_guidance_without_an_embedding_is_refused(sd: Teacher, pixel: Teacher) -> None:
     for teacher in (sd, pixel):
-        with pytest.raises(ValueError, match="guidance_scale is"):
+        with pytest.raises(ValueError, match="guidance_scale: found"):
             teacher.students.pipeline(teacher.students.new(), teacher.samplers.renoise(4), 2.0)
 
 
@@ -299,7 +299,7 @@ def test_grid(sd: Teacher, pixel: Teacher) -> None:
             assert scheduler.timesteps.tolist() == grid
         with pytest.raises(ValueError):
             scheduler.set_timesteps(9)
-        with pytest.raises(ValueError, match="steps is 7"):
+        with pytest.raises(ValueError, match="steps: found 7"):
             teacher.samplers.renoise(7)
 
 

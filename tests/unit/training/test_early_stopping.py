@@ -115,5 +115,5 @@ def test_stages_tell_when_the_last_begins(tiny_sd):
 
 
 def test_needs_scores():
-    with pytest.raises(ValidationError, match="while every is 0"):
+    with pytest.raises(ValidationError, match="with every 0"):
         ScoreConfig(patience=3)

@@ -179,11 +179,14 @@ def test_start_from_an_earlier_run(whole_run, teacher_path, tmp_path):
     for role in ("student", "target", "ema"):
         assert_equal(trainer.roles[role].net.state_dict(), earlier)
     assert trainer.iteration == 0
-    with pytest.raises(FileNotFoundError, match=r"train.init_from: .*nowhere holds none of student\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"train.init_from: .*nowhere without weights of .*; expected one of student\.safetensors",
+    ):
         make(teacher_path, tmp_path, train={"init_from": str(tmp_path / "nowhere")})
     unguided = {"guidance_range": None}
     with pytest.raises(
-        ValueError, match=r"train.init_from: .*does not fit the student: 1 weights differ, first .*cond_proj"
+        ValueError, match=r"train.init_from: .*where 1 weights differ, first .*cond_proj.* weights of the student"
     ):
         make(teacher_path, tmp_path, train={"init_from": str(folder / "checkpoints" / "6")}, method=unguided)
 
