@@ -129,7 +129,7 @@ def _data(data: "Data", base: Raw, teacher: object) -> "tuple[Raw, Sequence[str]
 
 
 def _kind(data: str | Path) -> str:
-    """What a path is to `data.source`."""
+    """The `data.source` of a path."""
     path = Path(data).expanduser()
     if data == "fashion":
         return "fashion"

@@ -1,4 +1,4 @@
-"""What several commands share: loading a pipeline, and options of drawing."""
+"""Shared by commands: loading a pipeline, and options of sampling."""
 
 import argparse
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=float,
-        help="default: what the embedded pipeline recommends, else the pipeline's own default",
+        help="default: what the embedded pipeline recommends, otherwise the pipeline's own default",
     )
 
 

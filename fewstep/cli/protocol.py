@@ -69,7 +69,7 @@ class Options:
 
 
 def protocol_of(args: argparse.Namespace, num_images: int | None) -> "tuple[str, Protocol, PathOverrides]":
-    """What the options of `add_protocol` ask for."""
+    """The protocol of the options of `add_protocol`."""
     return asked(
         Options(
             args.protocol, num_images, args.seed, args.reference or (), args.features, args.clip, args.prompts,

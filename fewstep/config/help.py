@@ -42,7 +42,7 @@ def choices(annotation: object) -> list[str]:
 
 
 def discriminator(field: FieldInfo) -> str | None:
-    """The key by which a union of settings tells its members apart; None for any other field."""
+    """The key by which a union of settings distinguishes its members; None for any other field."""
     return next(_discriminators(field.annotation, [field]), None)
 
 

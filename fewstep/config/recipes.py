@@ -43,7 +43,7 @@ class Recipe:
 
 
 def folder() -> Path:
-    """Where the recipes are: in the installed package, or `configs/` of a clone."""
+    """The folder of the recipes: in the installed package, or `configs/` of a clone."""
     inside = _PACKAGE / "recipes"
     return inside if inside.is_dir() else _PACKAGE.parent / "configs"
 

@@ -32,7 +32,7 @@ class RunConfig(Strict, Generic[M]):
     """Keys of version 0.1 that no key of today ends with -> their place."""
 
     recipe: RecipeConfig | None = None
-    """What is known of these settings; null = nothing."""
+    """Provenance and expected scores of these settings; null = unknown."""
     teacher: str
     """Pipeline to distill: an asset's name, a folder, or a hub id."""
     method: M

@@ -26,12 +26,12 @@ class ExpectedConfig(Strict):
 
 
 class RecipeConfig(Strict):
-    """What is known of a recipe; a run with other settings keeps it for comparison."""
+    """Provenance and expected scores of a recipe; a run with other settings keeps them for comparison."""
 
     status: Literal["measured", "untested"]
     """Whether the recipe was run to its end with this code and scored."""
     source: str
-    """Where the settings come from."""
+    """Source of the settings."""
     expected: ExpectedConfig | None = None
     """Scores to expect: measured, or, of an untested recipe, as its source reports them; null = none known."""
 
@@ -111,7 +111,7 @@ class DataConfig(Strict):
     cache_latents: bool = False
     """Encode every image once, before training, and keep the latents in memory."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What happens to images that cannot be opened or are cut short, looked for before training (in parquet files larger
+    """Handling of images that cannot be opened or are cut short, which are searched for before training (in parquet files larger
     than memory should hold, with skip only): the run does not begin, or they are left out with a warning."""
     cache: Path | None = None
     """Folder into which `fewstep cache` has put latents and encoded prompts: training reads them, and opens no image and
@@ -150,7 +150,7 @@ class ReferenceConfig(Strict):
     features: str | None = None
     """Features in which the reference was made, as of `fewstep evaluate --features`; null = an asset's own."""
     clip: str | None = None
-    """CLIPModel of the CLIP score: an asset's name or a folder; `none` = none; null = an asset's own, else none."""
+    """CLIPModel of the CLIP score: an asset's name or a folder; `none` = none; null = an asset's own, otherwise none."""
     prompts: Path | None = None
     """Prompts, one a line; null = the captions of an asset's reference."""
 
@@ -193,7 +193,7 @@ class TrainConfig(Strict):
     accumulate: PositiveInt = 1
     """Micro-batches per iteration."""
     student: Annotated[FullConfig | LoraConfig, Field(discriminator="kind")] = FullConfig()
-    """What learns: {kind: full} = a whole network, or {kind: lora, ...} = adapters on the teacher's weights."""
+    """Trained weights: {kind: full} = a whole network, or {kind: lora, ...} = adapters on the teacher's weights."""
     ema_decay: Decay = 0.999
     """Decay of the student's weight average, which is exported; 0 = the last weights."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

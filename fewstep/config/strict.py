@@ -24,7 +24,7 @@ class Strict(BaseModel):
         protected_namespaces=(),
     )
 
-    # Of the model, not of its fields: pydantic allows no such validator on a key that tells members of a union apart.
+    # Of the model, not of its fields: pydantic allows no such validator on a key that distinguishes members of a union.
     @model_validator(mode="before")
     @classmethod
     def _from_yaml(cls, values: object) -> object:

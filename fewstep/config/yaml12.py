@@ -48,7 +48,7 @@ def parse(text: str) -> object:
 
 
 def dump(value: object) -> str:
-    """In ASCII, so that it survives being written and read in any locale."""
+    """Dump in ASCII, which any locale reads and writes."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
 
 

@@ -59,7 +59,7 @@ class Source(ABC):
         """
 
     def broken(self, indices: Sequence[int], thorough: bool = False, quiet: bool = False) -> dict[int, str]:
-        """Those of the indices whose image is none or is cut short, with the reason, as far as `check_whole` finds it.
+        """The indices whose image cannot be read or is cut short, with the reason, as far as `check_whole` finds it.
 
         thorough: also where that costs the reading of all images.
         """

@@ -36,7 +36,7 @@ def is_dataset(source: str) -> bool:
 
 
 def local_files(path: Path, key: str = "data.path") -> tuple[Path, list[Path]]:
-    """A path as it is; of a data set of the hub, its folder on this machine and the parquet files of its split."""
+    """A path unchanged; of a data set of the hub, its folder on this machine and the parquet files of its split."""
     return dataset_files(str(path), key) if is_dataset(str(path)) else (path, [])
 
 

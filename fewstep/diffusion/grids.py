@@ -59,8 +59,8 @@ def karras_grid(
             "karras", "a schedule that ends in pure noise", "a largest sigma / alpha", "Set grid.kind to even"
         )
     levels = noise_level(schedule, every).log()
-    wanted = karras_levels(float(levels[0].exp()), float(levels[-1].exp()), points, rho).log()
-    times = torch.unique((levels[:, None] - wanted).abs().argmin(0))
+    karras = karras_levels(float(levels[0].exp()), float(levels[-1].exp()), points, rho).log()
+    times = torch.unique((levels[:, None] - karras).abs().argmin(0))
     for u in sampled.tolist():
         if not bool((times == u).any()):
             inner = times[1:-1]

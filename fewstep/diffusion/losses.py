@@ -106,12 +106,12 @@ def divergence_weights(kind: Divergence, logits: Logits) -> PerSample:
 
 
 def generator_loss(kind: Adversarial, fake: Numbers) -> Scalar:
-    """What a generator descends: mean softplus(-fake), the non-saturating loss of Goodfellow et al. 2014; or -fake."""
+    """Generator loss: mean softplus(-fake), the non-saturating loss of Goodfellow et al. 2014; or -fake."""
     return F.softplus(-fake).mean() if kind == "softplus" else -fake.mean()
 
 
 def discriminator_loss(kind: Adversarial, real: Numbers, fake: Numbers) -> Scalar:
-    """What a discriminator descends: mean softplus(fake) + softplus(-real); or the hinge of Lim & Ye 2017."""
+    """Discriminator loss: mean softplus(fake) + softplus(-real); or the hinge of Lim & Ye 2017."""
     if kind == "softplus":
         return F.softplus(fake).mean() + F.softplus(-real).mean()
     return F.relu(1 + fake).mean() + F.relu(1 - real).mean()

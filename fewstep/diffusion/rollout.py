@@ -24,7 +24,7 @@ def renoise(schedule: Schedule, p: Prediction, s: Times) -> Samples:
 
 
 def renoise_as(example: Samples) -> Move:
-    """As `renoise`, with noise of the shape, type and device of `example`."""
+    """A `renoise` with noise of the shape, type and device of `example`."""
     return lambda schedule, p, s: add_noise(schedule, p.x0, torch.randn_like(example), s)
 
 
@@ -41,7 +41,7 @@ def ragged_rollout(step: Callable[[Samples, Rows, int], Samples], x: Samples, co
 
     Args:
         step: states of samples, their indices on the device of `counts`, and the number of the step, from 0; to states.
-        x: left as it is.
+        x: unchanged.
         counts: steps of each sample.
     """
     x = x.clone()

@@ -109,5 +109,5 @@ def like(v: Times, x: Anything) -> Anything:
 
 
 def full_precision(x: Values) -> Values:
-    """x in float32, or as it is where it is float64."""
+    """x in float32; unchanged where it is float64."""
     return x if x.dtype == torch.float64 else x.float()

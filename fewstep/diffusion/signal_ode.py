@@ -17,7 +17,7 @@ from fewstep.diffusion.shapes import PerSample, Samples, Times
 
 
 def shares(schedule: Schedule, anchor: Times, t: Times, s: Times) -> tuple[PerSample, PerSample]:
-    """How much of the way from `anchor` to s lies before t, in alpha / sigma and in sigma / alpha, in [0, 1).
+    """Fractions of the way from `anchor` to s that lie before t, in alpha / sigma and in sigma / alpha, in [0, 1).
 
     (r_t - r_a) / (r_s - r_a) for r = alpha / sigma and for its inverse, without a division by what vanishes at pure
     noise or clean data. anchor >= t > s.

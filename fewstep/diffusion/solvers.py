@@ -106,7 +106,7 @@ def solve(
 
 
 def dpmpp_2m(denoise: Denoise, schedule: Schedule, x: Samples, times: TimesOfSteps) -> Iterator[Samples]:
-    """As `path`, by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); all samples share a row of `times`."""
+    """A `path` by DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2); all samples share a row of `times`."""
     before = None
     for i, (t, s) in enumerate(pairwise(times)):
         now = denoise(x, t)

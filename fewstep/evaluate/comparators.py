@@ -85,12 +85,12 @@ def load_comparators(
     paths = [reference_path(name, c, overrides) for c in comparisons]
     found: list[Comparator] = []
     for i, (c, path) in enumerate(zip(comparisons, paths, strict=True)):
-        alike = [j for j, other in enumerate(comparisons) if (other.features, other.view) == (c.features, c.view)]
+        same = [j for j, other in enumerate(comparisons) if (other.features, other.view) == (c.features, c.view)]
         loaded = next((other.network for other in found if other.network.name == c.features), None)
         network = loaded or load_features(c.features).to(device, dtype)
         statistics = None if path is None else load_reference(path, c, network, resolution)
-        needs_logits = any("inception_score" in comparisons[j].metrics for j in alike)
-        found.append(Comparator(c, network, statistics, str(alike[0]), alike[0] == i, needs_logits))
+        needs_logits = any("inception_score" in comparisons[j].metrics for j in same)
+        found.append(Comparator(c, network, statistics, str(same[0]), same[0] == i, needs_logits))
         if {"fid", "fid_infinity"} & set(c.metrics) and statistics is not None and statistics.moments is not None:
             for count in (protocol.images, statistics.moments.count):  # before anything is sampled
                 warn_few(count, len(statistics.moments.mean))

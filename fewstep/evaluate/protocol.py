@@ -48,7 +48,7 @@ class View(Strict):
     crop: Literal["square"] | PositiveInt | None = None
     """Its largest central square, or the central square of this many pixels; null = the whole."""
     size: PositiveInt | None = None
-    """Side in pixels to which PIL then resizes it, rounding to uint8; null = as it is."""
+    """Side in pixels to which PIL then resizes it, rounding to uint8; null = unchanged."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"] = "lanczos"
     """PIL's filter of that resizing."""
 

@@ -39,7 +39,7 @@ Reward = Callable[[Tensor, Sequence[str] | None], Tensor]
 Losses = dict[str, Tensor]
 """Log name -> scalar term; their sum is descended."""
 Carry = Mapping[str, Tensor]
-"""What the earlier steps of an iteration have left for the later ones, of one micro-batch."""
+"""Tensors from the earlier steps of an iteration for the later ones, of one micro-batch."""
 NOTHING: Carry = MappingProxyType({})
 """The carry of an iteration's first step."""
 
@@ -92,7 +92,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a loss returns for one micro-batch.
+    """Result of a loss for one micro-batch.
 
     Attributes:
         losses: scalar terms by their log name; their sum is descended.
@@ -224,7 +224,7 @@ class Method(ABC):
         return []
 
     def state(self) -> dict[str, Tensor]:
-        """What exact resume needs beside roles and random states, of this process alone; usually nothing."""
+        """Tensors for exact resume beyond roles and random states, of this process only; usually none."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:  # noqa: B027  # most methods have none

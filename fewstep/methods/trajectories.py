@@ -25,12 +25,12 @@ from fewstep.teachers.denoiser import Cond
 
 Solver = Literal["ddim", "dpm"]
 Condition = str | int | None
-"""What a sample is conditioned on: a prompt, a label or nothing."""
+"""Condition of a sample: a prompt, a label or nothing."""
 
 
 @dataclass(frozen=True)
 class TrajectorySettings:
-    """What trajectories depend on, beside teacher and conditions.
+    """Settings that trajectories depend on, beside teacher and conditions.
 
     Attributes:
         count: trajectories in all; batch_size: those of a file.
@@ -52,7 +52,7 @@ class TrajectorySettings:
         return -(-self.count // self.batch_size)
 
     def written(self, seed: int) -> str:
-        """As it stands in a file."""
+        """The settings as stored in a file."""
         return json.dumps(asdict(self) | {"seed": seed})
 
 

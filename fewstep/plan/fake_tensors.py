@@ -1,7 +1,7 @@
 """Tensors without values, on which the code of a training runs for networks larger than any memory here.
 
 Tensors of FakeTensorMode have shapes, types and storages. Mixed with ordinary tensors they give more of their kind; what is
-drawn or decided on ordinary ones stays as it is. torch's own support has gaps, which `fake_tensor_fixes` closes.
+drawn or decided on ordinary ones is unchanged. torch's own support has gaps, which `fake_tensor_fixes` closes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -35,7 +35,7 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one process of a run will hold (bytes) and compute.
+    """Memory (bytes) and operations of one process of a run.
 
     Attributes:
         parts: what else stays in memory, by the pipeline's names.

@@ -83,7 +83,7 @@ class MeasuredRun:
             self.trainer.iteration += 1
 
     def _make_states(self) -> None:
-        """What the optimizers keep from their first step on."""
+        """Memory of the optimizers' state from their first step on."""
         for optimizer in self._optimizers().values():
             for parameter in _parameters(optimizer):
                 parameter.grad = torch.zeros_like(parameter)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 TEXT_FILES = ("*.json", "*.txt", "*.model")
-"""What of a pipeline at a hub is read: configs and vocabularies."""
+"""Files of a pipeline on the Hub that are read: configs and vocabularies."""
 
 
 Within = Callable[[], AbstractContextManager[object]]

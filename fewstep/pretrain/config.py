@@ -58,7 +58,7 @@ class MeasureConfig(Strict):
 
 class _Training(Strict):
     recipe: RecipeConfig | None = None
-    """What is known of these settings; null = nothing."""
+    """Provenance and expected scores of these settings; null = unknown."""
 
 
 class TeacherTraining(_Training):

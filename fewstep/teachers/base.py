@@ -77,11 +77,11 @@ class Teacher:
         return self.conditioner(raw)
 
     def null_condition(self, size: int) -> Cond:
-        """What classifier-free guidance calls unconditional, for `size` samples."""
+        """Unconditional conditions of classifier-free guidance, for `size` samples."""
         return self.conditioner.null(size)
 
     def negative(self, prompt: str) -> str:
-        """What to pass to `condition` for a prompt that guidance leads away from; "" is for unconditional."""
+        """The argument of `condition` for a negative prompt; "" is for unconditional."""
         return self.conditioner.negative(prompt)
 
     def error_weight(self, t: Times) -> PerSample:

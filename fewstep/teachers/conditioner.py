@@ -1,4 +1,4 @@
-"""What a network is conditioned on: prompts, labels or nothing."""
+"""Conditions of a network: prompts, labels or nothing."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -35,10 +35,10 @@ class Conditioner(ABC):
 
     @abstractmethod
     def null(self, size: int) -> Cond:
-        """What classifier-free guidance calls unconditional, for `size` samples."""
+        """Unconditional conditions of classifier-free guidance, for `size` samples."""
 
     def negative(self, prompt: str) -> str:
-        """What to turn into conditions for a prompt that guidance leads away from; "" is for unconditional.
+        """The text to encode for a negative prompt; "" is for unconditional.
 
         The prompt itself, but for pipelines that encode the two kinds differently.
         """
@@ -72,7 +72,7 @@ class Prompts(Conditioner):
 class Labels(Conditioner):
     """Labels 0 ... count - 1 as `class_labels` [B].
 
-    null_label: the label that stands for unconditional. For a network without one it is any, and guidance is refused.
+    null_label: the label of unconditional predictions. For a network without one it is any, and guidance is refused.
     """
 
     kind = "label"
@@ -110,6 +110,6 @@ class Unconditional(Conditioner):
 
 
 def call_defaults(pipeline: "DiffusionPipeline", *names: str) -> dict[str, Any]:
-    """What the pipeline's call passes on for arguments that it is not given: encode_prompt's own defaults are others."""
+    """Values that the pipeline's call passes on for missing arguments: encode_prompt's own defaults differ."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     return {name: parameters[name].default for name in names}

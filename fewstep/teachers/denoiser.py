@@ -20,7 +20,7 @@ Scale = float | Mapping[int, float]
 
 
 class Inputs(NamedTuple):
-    """What a network is evaluated at.
+    """Inputs of a network.
 
     Attributes:
         x_t: noisy latents.
@@ -43,7 +43,7 @@ Call = Callable[[nn.Module, Inputs], Samples]
 
 @dataclass(frozen=True)
 class Features:
-    """Where a discriminator reads a network's features unless it is configured otherwise.
+    """Default modules of discriminator features.
 
     Attributes:
         module: a network to the module in its middle.
@@ -65,7 +65,7 @@ UNET_FEATURES = Features(lambda net: net.get_submodule("mid_block"), first_outpu
 
 
 class Posterior(NamedTuple):
-    """What an image is in the teacher's latent space: x0 = mean + std * noise; std is 0 for pixels."""
+    """Posterior of an image in the teacher's latent space: x0 = mean + std * noise; std is 0 for pixels."""
 
     mean: Latents
     std: Latents
@@ -158,7 +158,7 @@ class Denoiser(nn.Module):
         return copied.learnable()
 
     def learnable(self) -> "Denoiser":
-        """Itself in training mode; what is its own is in float32 and takes gradients, what it shares is left as it is."""
+        """Itself in training mode; what is its own is in float32 and takes gradients, what it shares is unchanged."""
         shared = {id(tensor) for tensor in self.shared}
         for parameter in self.parameters():
             if id(parameter) not in shared:

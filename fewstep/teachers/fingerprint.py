@@ -11,7 +11,7 @@ SAMPLES = 64
 """Weights of each tensor that are looked at: training changes all of a tensor, and all of T5 takes long to read."""
 
 PROBE = "A photo of 12 cats, isn't it? (4k)"
-"""Tokenizers that read this alike are taken to be the same."""
+"""Tokenizers that encode this identically count as the same."""
 
 
 def text_identity(teacher: Teacher) -> str:
@@ -45,7 +45,7 @@ def text_key(prompt: str) -> str:
 
 
 def _weights(teacher: Teacher, names: Sequence[str]) -> list[str]:
-    """Of each part by name: its class, and its weights whatever they are called, for libraries rename them."""
+    """Fingerprint of each part by name: its class, and its weights whatever they are called, for libraries rename them."""
     parts = [(n, teacher.pipeline.components[n]) for n in sorted(names)]
     return [f"{n} {_of_module(p)}" for n, p in parts if p is not None]
 

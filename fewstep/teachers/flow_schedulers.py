@@ -74,7 +74,7 @@ def even_grid_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> 
 
 
 def twice_shifted_scheduler(schedule: ShiftedFlow, steps: int, stochastic: bool) -> "SchedulerMixin":
-    """As `even_grid_scheduler`, for pipelines that pass no `mu` either: the scheduler's shift m is fixed, and applied twice.
+    """An `even_grid_scheduler` for pipelines that pass no `mu` either: the scheduler's shift m is fixed, and applied twice.
 
     The even points then end at e = m / (T + m - 1), which makes the equation for m quadratic: with k = shift - 1 and
     q = (1 - 1 / n) / (T - 1), k q m^2 - (1 + k / n) m + shift = 0.

@@ -1,11 +1,11 @@
-"""Who guides the students of a family, and how their stock pipelines are called."""
+"""Guidance of a family: whether it can be guided, and how its students' stock pipelines are called."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class GuidanceContract:
-    """What the stock pipelines of a family make of a guidance scale (1 = none).
+    """Handling of a guidance scale (1 = none) by the stock pipelines of a family.
 
     Attributes:
         guidable: whether the network has an unconditional answer, away from which to guide.

@@ -48,7 +48,7 @@ def load_teacher(source: "str | DiffusionPipeline") -> Teacher:
 
 
 def teacher_of(pipeline: "DiffusionPipeline") -> Teacher:
-    """The teacher of a pipeline of a supported class, which it takes over as it is."""
+    """The teacher of a pipeline of a supported class, which it takes over unchanged."""
     pipeline.set_progress_bar_config(disable=True)
     module, name = FAMILIES[type(pipeline).__name__]
     family = vars(import_module(f"fewstep.teachers.families.{module}"))[name]
@@ -64,7 +64,7 @@ def check_family(kind: str, source: str) -> None:
 
 
 def left_out(kind: str) -> dict[str, object]:
-    """Arguments of a pipeline's class for parts that are not wanted."""
+    """Arguments of a pipeline's class for parts that are not needed."""
     # Images are scored and compared, not shown: a checker that blackens some of them would spoil both.
     return {"safety_checker": None, "requires_safety_checker": False} if kind == "StableDiffusionPipeline" else {}
 
@@ -93,7 +93,7 @@ def _from_files(name_or_path: str) -> Teacher:
     teacher = teacher_of(pipeline)
 
     def reload(names: Sequence[str]) -> dict[str, nn.Module]:
-        # What is given is not loaded: only the wanted parts are.
+        # Parts that are passed are not loaded.
         present = {key: part for key, part in pipeline.components.items() if key not in names}
         with quiet():
             fresh = DiffusionPipeline.from_pretrained(

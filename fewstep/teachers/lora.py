@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 NAME = "default"
-"""What peft calls the adapter of a tree; each has one."""
+"""Name of the adapter in peft; each tree has one."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("net.0.proj", "net.2")
@@ -30,7 +30,7 @@ UNET = (
     *ATTENTION, *FEED_FORWARD, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv",
     "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
-"""Those of LCM-LoRA (Luo et al. 2023): attention, feed-forward, convolutions, and each block's projection of the time."""
+"""Targets of LCM-LoRA (Luo et al. 2023): attention, feed-forward, convolutions, and each block's projection of the time."""
 
 
 def adapted_modules(net: nn.Module, targets: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the networks of a teacher's pipeline are: on the device, in main memory, or not loaded."""
+"""Placement of the networks of a teacher's pipeline: on the device, in main memory, or not loaded."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
 NETWORKS = ("unet", "transformer")
-"""What pipelines call their denoising network."""
+"""Names of the denoising network in pipelines."""
 
 Reload = Callable[[Sequence[str]], Mapping[str, nn.Module]]
 """Loads parts of a pipeline again, by name, in float32 on the CPU."""
@@ -56,7 +56,7 @@ class Placement:
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs, and conditions and latents with it."""
+        """Device of the network, of conditions and of latents."""
         return self._execution_device or next(self.network.parameters()).device
 
     @property
@@ -100,7 +100,7 @@ class Placement:
     # The other parts --------------------------------------------------------------------------------------------------
 
     def part(self, name: str) -> "ModelMixin":
-        """A part of the pipeline, brought back if it was away."""
+        """A part of the pipeline, recalled if it was released."""
         self.recall((name,))
         return self.pipeline.components[name]
 
@@ -116,7 +116,7 @@ class Placement:
     def release(self, names: Sequence[str]) -> None:
         """Take parts off the device, and out of main memory where they can be loaded again.
 
-        `Teacher.condition`, `encode`, `decode` and `students.pipeline` bring back what they need, to stay. Whoever calls the
+        `Teacher.condition`, `encode`, `decode` and `students.pipeline` recall what they need, and keep it. Whoever calls the
         pipeline itself does so within `whole`. Names of parts that the pipeline does not have, or no longer, are ignored.
         """
         for name in names:
@@ -128,9 +128,9 @@ class Placement:
 
     def recall(self, names: Sequence[str]) -> None:
         """Bring those of these parts that are away to the network's device and type, frozen."""
-        wanted = [name for name in names if name in self.away]
-        gone = [name for name in wanted if self.away[name] is None]
-        back: dict[str, nn.Module | None] = {name: self.away[name] for name in wanted}
+        needed = [name for name in names if name in self.away]
+        gone = [name for name in needed if self.away[name] is None]
+        back: dict[str, nn.Module | None] = {name: self.away[name] for name in needed}
         if gone and self.reload is not None:
             back |= self.reload(gone)
         for name, part in back.items():

@@ -22,7 +22,7 @@ class PromptCache:
 
     Attributes:
         encode: B prompts to their conditions, each [B, ...].
-        device: where stored conditions are wanted.
+        device: of the returned conditions.
         stored: if there is one, it is asked instead, and no prompt is encoded.
     """
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 COPIED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-"""What every discrete variance-preserving scheduler of diffusers has in its config."""
+"""Keys in the config of every discrete variance-preserving scheduler of diffusers."""
 
 
 def read_schedule(scheduler: "SchedulerMixin") -> VariancePreserving:

@@ -59,7 +59,7 @@ def readable_source(
     encodings: Encodings | None,
     accelerator: "Accelerator",
 ) -> Source:
-    """What can be read of the source. With encodings, the teacher takes its conditions from them.
+    """Data set of the source. With encodings, the teacher takes its conditions from them.
 
     Raises ValueError where images are broken, or encodings missing.
     """

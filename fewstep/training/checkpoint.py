@@ -39,7 +39,7 @@ class StateFile(TypedDict, total=False):
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
         iteration: iterations that are done.
@@ -174,7 +174,7 @@ def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def save_module(module: nn.Module, path: Path) -> None:
-    """Write the module's own tensors: of a network under adapters, these and what else it learns."""
+    """Write the module's own tensors: of a network under adapters, these and its other trained tensors."""
     save_file({k: v.detach().contiguous().cpu() for k, v in own_tensors(module).items()}, path)
 
 

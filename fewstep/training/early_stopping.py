@@ -6,7 +6,7 @@ from typing import TypedDict
 
 
 class StoppingState(TypedDict):
-    """What of early stopping is in a checkpoint's state.json."""
+    """State of early stopping in a checkpoint's state.json."""
 
     best: float
     best_at: int
@@ -56,7 +56,7 @@ class EarlyStopping:
         return self.patience is not None and self.waited >= self.patience
 
     def state(self) -> StoppingState:
-        """What a resumed run goes on from; the settings are the config's."""
+        """The state from which a resumed run continues; the settings are the config's."""
         return {"best": self.best, "best_at": self.best_at, "waited": self.waited}
 
     def load_state(self, state: StoppingState) -> None:

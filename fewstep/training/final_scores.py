@@ -45,7 +45,7 @@ class Protocol(TypedDict):
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is known before the training.
+    """Settings of the evaluation, and scores that exist before the training.
 
     Attributes:
         fingerprints: of the teacher's pipeline, before adapters come into its network.
@@ -66,9 +66,9 @@ class Scoring:
         scoring = cls(config, settings, fingerprints(teacher.pipeline), EarlierScores({}, ""))
         if settings.teacher_from is None:
             return scoring
-        wanted, scale = protocol(**scoring.asked), teacher_guidance_scale(config)
+        expected, scale = protocol(**scoring.asked), teacher_guidance_scale(config)
         try:
-            found = earlier_rows(settings.teacher_from, wanted, scoring.fingerprints, scale, settings.teacher_steps)
+            found = earlier_rows(settings.teacher_from, expected, scoring.fingerprints, scale, settings.teacher_steps)
         except FewstepError as e:
             file = settings.teacher_from
             raise type(e)("evaluate.teacher_from", f"{file}, {e.found}", e.expected, e.hint) from None

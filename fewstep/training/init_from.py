@@ -13,7 +13,7 @@ from fewstep.teachers.denoiser import Denoiser, own_tensors
 
 
 def start_from(roles: dict[str, Role], folder: Path) -> None:
-    """Fill learnt roles, and their followers with them; what a network has beyond the weights there stays as it is.
+    """Fill learnt roles, and their followers with them; weights that the folder does not have are unchanged.
 
     folder: a checkpoint; or an exported pipeline, whose network is for the student alone.
     Raises FileNotFoundError where the folder has weights for none of the roles, ValueError where they do not fit.

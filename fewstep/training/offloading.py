@@ -11,7 +11,7 @@ from fewstep.teachers.base import Teacher
 
 @dataclass(frozen=True)
 class Offloading:
-    """Which parts of the teacher's pipeline wait on the CPU.
+    """CPU offloading of the teacher's pipeline.
 
     Attributes:
         parts: whether text encoders and autoencoder leave the device after each use.
@@ -24,7 +24,7 @@ class Offloading:
 
     @classmethod
     def of(cls, memory: MemoryConfig, teacher: Teacher, device: torch.device) -> "Offloading":
-        """As the settings say, on devices that have a memory of their own."""
+        """Offloading by the settings, on devices that have a memory of their own."""
         separate = device.type != "cpu"
         offloading = cls(teacher, memory.offload and separate, memory.offload_teacher and separate)
         if offloading.parts:

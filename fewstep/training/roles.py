@@ -25,7 +25,7 @@ AVERAGE = "ema"
 
 @dataclass(frozen=True)
 class TrainableTensors:
-    """The tensors of a network that are not another's: all of them, or its adapters and what else it learns."""
+    """The tensors of a network that are not another's: all of them, or its adapters and its other trained tensors."""
 
     parameters: list[nn.Parameter]
     buffers: list[Tensor]

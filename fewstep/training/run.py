@@ -48,7 +48,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Built:
-    """What trains: a trainer, at its checkpoint if the run is resumed; and how its student will be scored."""
+    """A trainer, at its checkpoint if the run is resumed; and how its student will be scored."""
 
     config: RunSettings
     source: Source
@@ -84,7 +84,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left.
+    """Result of a run.
 
     Attributes:
         folder: of the run.

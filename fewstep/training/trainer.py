@@ -93,7 +93,7 @@ class Trainer:
         return average
 
     def preparation(self) -> Preparation:
-        """What the method prepares itself with, before the first iteration."""
+        """Arguments of `Method.prepare`, before the first iteration."""
         source, a, teacher = self.batches.stream.source, self.accelerator, self.teacher
 
         def load_reward(name: str) -> Reward:

@@ -58,13 +58,13 @@ def small_scores(
 
 
 def teacher_guidance_scale(config: "RunConfig[MethodConfig]") -> float | None:
-    """What the teacher's pipeline is called with; None = nothing, its own default holds."""
+    """Guidance scale that the teacher's pipeline is called with; None = its own default."""
     scale = config.evaluate.teacher_guidance_scale if config.evaluate else None
     return recommended_guidance_scale(config.teacher) if scale is None else scale
 
 
 def student_guidance_scale(config: "RunConfig[MethodConfig]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
-    """What a student's pipeline is called with: the teacher's scale, if it keeps guidance; None = nothing has to be passed."""
+    """Guidance scale that a student's pipeline is called with: the teacher's, if it keeps guidance; None = none has to be passed."""
     return teacher_guidance_scale(config) if keeps_guidance else teacher.guidance.scale_to_pass
 
 
@@ -132,7 +132,7 @@ class Validation:
         return students.pipeline(self.average, method.scheduler(), method.export_guidance_scale)
 
     def run(self) -> None:
-        """What is due after the current iteration."""
+        """Draw samples and take scores that are due after the current iteration."""
         iteration, every = self.progress.iteration, self.config.log.samples_every
         if self.config.score.every and iteration % self.config.score.every == 0:
             self.score()

@@ -85,7 +85,7 @@ def _radii(points: Tensor, k: int) -> Tensor:
 
 
 def _within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
-    """In how many balls each point lies: [N]."""
+    """Count the balls around each point: [N]."""
     return torch.cat([(torch.cdist(block, centres) <= radii).sum(1) for block in points.split(BLOCK)])
 
 

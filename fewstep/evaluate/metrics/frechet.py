@@ -29,7 +29,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 @functools.cache
 def warn_few(count: int | None, dimensions: int) -> None:
-    """Says once in a process that so many images leave directions of the features without variance; None is not known."""
+    """Warn, once in a process, of too few images for a covariance of full rank; None = unknown number."""
     if count is not None and count <= dimensions:
         log.warning(
             "covariance: found %d images; expected more than the %d dimensions of the features. Compare this FID with others of "
@@ -81,7 +81,7 @@ def frechet_infinity(generated: Tensor, real: Moments, *, points: int = 15, seed
     """The distance that infinitely many generated images would have: FID's bias falls as 1 / N (Chong and Forsyth 2020).
 
     generated [N, D]. The value at 1 / N = 0 of the line through the distances of `points` random subsets, of sizes even from
-    min(5000, N / 10) to N. What is extrapolated is the number of generated images; the reference stays as it is.
+    min(5000, N / 10) to N. What is extrapolated is the number of generated images; the reference is unchanged.
     """
     n = len(generated)
     if n < 20:

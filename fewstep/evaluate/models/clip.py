@@ -181,7 +181,7 @@ class ClipScore(Metric):
         self.count += len(cosines)
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B], the score's state left as it is."""
+        """Cosines [B]; the score's state is unchanged."""
         if len(images) != len(prompts):
             raise FewstepError("prompts", f"{len(prompts)} for {len(images)} images", "as many as images")
         texts = [self.scoring.prefix + prompt for prompt in prompts]

@@ -24,7 +24,7 @@ CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, texture, "
     "quantity, attributes, position, number, location, word, things."
 )
-"""That of the overall preference, the only one whose weights are published."""
+"""The overall preference, the only one whose weights are published."""
 THRESHOLD = 0.3
 """A word is looked at if its product with any of the condition's is above this share of the prompt's largest one, as in the
 authors' benchmarks, which score one image at a time. (The forward of their module, for pairs, has 0.01.)"""

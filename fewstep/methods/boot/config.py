@@ -57,7 +57,7 @@ class DynamicThresholdConfig(Strict):
     kind: Literal["dynamic"]
     """Scale by a quantile."""
     quantile: Annotated[float, Gt(0), Le(1)] = 0.995
-    """Quantile of |x0| in a sample that is brought to 1, where it is larger."""
+    """Quantile of |x0| in a sample that is scaled to 1, where it is larger."""
 
 
 class WarmStartConfig(Strict):

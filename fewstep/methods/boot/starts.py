@@ -1,4 +1,4 @@
-"""Where the segments of BOOT begin: states that the student or the teacher reaches from pure noise, never from an image.
+"""Starts of BOOT's segments: states that the student or the teacher reaches from pure noise, never from an image.
 
 Samples at the starts of segments are a `NoisyBatch`; the indices of their segments, [B], stay on the CPU beside it, so that no
 accelerator waits for a choice.
@@ -91,7 +91,7 @@ class Pool:
         return held.rows(drawn.to(device)), self.segment[drawn]
 
     def _filled(self, fresh: NoisyBatch) -> NoisyBatch:
-        """What is held, with `fresh` as long as there is room; copies, for the pool changes in place."""
+        """The pool's states, with `fresh` as long as there is room; copies, for the pool changes in place."""
         if self.held is None or len(self.held) < self.size:
             joined = fresh if self.held is None else NoisyBatch.cat([self.held, fresh])
             first = torch.arange(min(self.size, len(joined)), device=fresh.x.device)

@@ -18,7 +18,7 @@ from fewstep.teachers.denoiser import Cond
 
 @dataclass(frozen=True)
 class Ends:
-    """What the student and its target make of the end of a phase: states [B, C, h, w] at timesteps t [B]."""
+    """States at the end of a phase by the student and by its target: [B, C, h, w] at timesteps t [B]."""
 
     fake: Tensor
     real: Tensor
@@ -26,7 +26,7 @@ class Ends:
     cond: Cond
 
     def carried(self) -> dict[str, Tensor]:
-        """As a batch carries it to the discriminator's turn, without gradient."""
+        """The tensors that a batch carries to the discriminator's step, without gradient."""
         named = {"fake": self.fake.detach(), "real": self.real, "end": self.t}
         return named | {f"cond.{key}": value for key, value in self.cond.items()}
 

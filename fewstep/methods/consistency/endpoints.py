@@ -1,4 +1,4 @@
-"""What is consistent: functions of a prediction at x_t that are the identity at the end of its trajectory or phase."""
+"""Consistency functions: functions of a prediction at x_t that are the identity at the end of its trajectory or phase."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class Parts:
-    """What a consistency loss is made of.
+    """Parts of a consistency loss.
 
     Attributes:
         states: where the student is trained.
@@ -69,7 +69,7 @@ class Consistency(Method):
 
     config: ConsistencySettings
     timestep_scaling: float = 10.0
-    """Of the exported scheduler's c_skip and c_out."""
+    """Timestep scaling of the exported scheduler's c_skip and c_out."""
 
     def __init__(self, config: ConsistencySettings, teacher: Teacher) -> None:
         super().__init__(config, teacher)

@@ -23,7 +23,7 @@ class ConsistencySettings(MethodConfig):
     guidance: GuidanceSettings | None = None
     """Guidance of the teacher's steps; null = none."""
     target: parts.Target = parts.SolverTarget()
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     distance: parts.Distance = parts.L2()
     """Distance between student and target."""
     dropout: Share | None = None
@@ -85,11 +85,11 @@ class CdSettings(ConsistencySettings):
     grid: parts.Grid = parts.KarrasGrid()
     """Points of the teacher's ODE grid."""
     states: Annotated[parts.NoisedData | parts.StoredTrajectories, Field(discriminator="kind")] = parts.NoisedData()
-    """Where the student is trained."""
+    """States at which the student is trained."""
     target: parts.Target = parts.SolverTarget(solver="heun")
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     endpoint: parts.Endpoint = parts.Boundary()
-    """What is consistent."""
+    """The consistency function."""
     weighting: parts.Weighting = "none"
     """Weight of a sample's distance: 1, 1 over the gap in sigma, or (sigma^2 + 0.25) / (0.25 sigma^2)."""
 
@@ -109,11 +109,11 @@ class LcmSettings(ConsistencySettings):
     grid: parts.EvenGrid = parts.EvenGrid()
     """Points of the teacher's ODE grid; `steps` must divide their number, so that every step count lies on the grid."""
     states: parts.AllStates = parts.NoisedData()
-    """Where the student is trained."""
+    """States at which the student is trained."""
     target: parts.Target = parts.SolverTarget()
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     endpoint: parts.Endpoint = parts.Boundary()
-    """What is consistent."""
+    """The consistency function."""
     guidance: GuidanceSettings | None = GuidanceSettings(range=(3.0, 15.0))
     """Guidance of the teacher's steps; null = none."""
     reward: parts.Reward | None = None
@@ -140,7 +140,7 @@ class EctSettings(ConsistencySettings):
     lognormal: parts.LogNormal | None = (-1.1, 2.0)
     """Mean and deviation of the log of the noise level sigma / alpha at t (P_mean, P_std); null = uniform over timesteps."""
     target: parts.StepTarget = parts.SameNoise()
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     weighting: parts.Weighting = "inverse_gap"
     """Weight of a sample's distance: 1, 1 over the gap in sigma, or (sigma^2 + 0.25) / (0.25 sigma^2)."""
     distance: parts.Distance = parts.PseudoHuberSample(c=0.0)
@@ -164,9 +164,9 @@ class PcmSettings(ConsistencySettings):
     sampling: Sampling = "jump"
     """Between steps: the ODE's jumps, for which `steps` is `phases`; or fresh noise on x0, for any count up to `steps`."""
     states: parts.PhaseStates = parts.NoisedData()
-    """Where the student is trained."""
+    """States at which the student is trained."""
     target: parts.StepTarget = parts.SolverTarget(decay=None)
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     null_share: Share | None = None
     """PCM without guidance in the teacher's step: share of samples whose condition is the null one. The exported student is
     then guided by its caller, negative prompts included. null = guidance as in `guidance`."""
@@ -201,7 +201,7 @@ class MlcmStage(Strict):
     steps_per_point: PositiveInt | None = None
     """Steps of the guided teacher from one grid point to the next."""
     states: parts.StageStates | None = None
-    """Where the student is trained."""
+    """States at which the student is trained."""
     reward_weight: NonNegativeFloat | None = None
     """Weight of the reward; 0 = no reward in this stage."""
 
@@ -216,9 +216,9 @@ class MlcmSettings(ConsistencySettings):
     points: parts.GridSize = 40
     """Points of the teacher's ODE grid, even within phases; a multiple of `steps` and `phases`."""
     states: parts.StageStates = parts.SharedTrajectories()
-    """Where the student is trained."""
+    """States at which the student is trained."""
     target: parts.StepTarget = parts.SolverTarget(decay=None)
-    """How x_s follows from x_t, and whose answer there is the target."""
+    """The target: how x_s follows from x_t, and which network predicts there."""
     sampling: Sampling = "renoise"
     """Between steps: fresh noise on x0, for any count up to `steps`; or the ODE's jumps, for which `steps` is the most phases."""
     reward: parts.Reward | None = None

@@ -12,7 +12,7 @@ class MLCM(Phased):
     """Multistep latent consistency distillation (Xie et al. 2024).
 
     Stage 1: consistency within 8 phases, at states of the teacher's own trajectories from noise (algorithm 1, states
-    `sampled_trajectories`), one guided step of the teacher to x_s; the student itself as target, not told the scale. Then
+    `sampled_trajectories`), one guided step of the teacher to x_s; the student itself as target, without guidance input. Then
     fewer phases; then (TLCM's stage 2) x0 of the whole trajectory at the 8 milestones, from the student's own noised samples,
     several steps of the teacher to x_s; then a reward.
 

@@ -1,4 +1,4 @@
-"""What the methods with phases share: points that end where the sampler's steps do, and sampling by jumps or re-noising."""
+"""Base of the methods with phases: points that end where the sampler's steps do, and sampling by jumps or re-noising."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Where the loss looks: timesteps of states, of their targets and of their ends, and the weight of a pair."""
+"""Grids of the loss: timesteps of states, of their targets and of their ends, and the weight of a pair."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class Pool:
         self.visit = torch.zeros(0, dtype=torch.long)
 
     def draw(self, advance: Advance, times: Tensor, fresh: NoisyBatch) -> NoisyBatch:
-        """The states to train at, of `fresh`'s size; new ones, from its noises, where there are none for this grid yet.
+        """The states to train at, of `fresh`'s size; new ones, from its initial noise, where there are none for this grid yet.
 
         times: the grid, [N], ascending, on the CPU.
         """
@@ -102,7 +102,7 @@ class Pool:
 class Replay(Pool):
     """`size` trajectories, on the CPU; a batch of B is at some of them, drawn at random, and moves these on.
 
-    Without it a batch has the same prompts and noises until their trajectories end. Here a sample comes back after
+    Without it a batch has the same prompts and initial noise until their trajectories end. Here a sample comes back after
     size / B iterations on average, in its next segment. The teacher is frozen, so that a state that waits is as good as
     a new one; and as it is moved on by the evaluation that gives its target, none is added but at the start, where B
     trajectories an iteration, spread over all segments, are begun until there are `size`.

@@ -43,9 +43,9 @@ class Gap(Strict):
     q: Annotated[float, Gt(1)] = 2.0
     """Factor by which the gap shrinks from one stage to the next."""
     k: NonNegativeFloat = 8.0
-    """How much wider gaps are at low noise."""
+    """Widening of gaps at low noise."""
     b: NonNegativeFloat = 1.0
-    """How quickly the widening decays with sigma."""
+    """Decay of the widening with sigma."""
     double_iterations: PositiveInt
     """Iterations of a stage."""
 
@@ -57,7 +57,7 @@ class NoisedData(Strict):
     """Noised images."""
 
     kind: Literal["noised_data"] = "noised_data"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     lognormal: LogNormal | None = None
     """Mean and deviation of the log of the noise level sigma / alpha at t (P_mean, P_std); null = uniform over the grid."""
 
@@ -66,27 +66,27 @@ class SharedTrajectories(Strict):
     """The teacher's trajectories from noise: one evaluation moves a state on by a segment and gives its target."""
 
     kind: Literal["shared_trajectories"] = "shared_trajectories"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     segments: PositiveInt = 8
     """Steps of a whole trajectory; each ends at a random point of its segment."""
     replay: NonNegativeInt = 0
-    """Trajectories that are kept, of which every batch draws others; 0 = one for each sample of a batch."""
+    """Trajectories that are kept, from which every batch draws; 0 = one for each sample of a batch."""
 
 
 class SolverTrajectories(Strict):
     """The teacher's trajectories from noise, through every point of the grid: the state of a target is the next state."""
 
     kind: Literal["solver_trajectories"] = "solver_trajectories"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     replay: NonNegativeInt = 0
-    """Trajectories that are kept, of which every batch draws others; 0 = one for each sample of a batch."""
+    """Trajectories that are kept, from which every batch draws; 0 = one for each sample of a batch."""
 
 
 class SampledTrajectories(Strict):
     """The teacher's trajectories from noise, a new one for every state (MLCM, algorithm 1)."""
 
     kind: Literal["sampled_trajectories"] = "sampled_trajectories"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     segments: PositiveInt = 8
     """Steps of a whole trajectory."""
 
@@ -95,7 +95,7 @@ class StoredTrajectories(Strict):
     """The teacher's trajectories from noise, drawn before training and kept at the points of the grid."""
 
     kind: Literal["stored_trajectories"] = "stored_trajectories"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     count: PositiveInt
     """Trajectories that the teacher draws before training; they are kept in the run's folder and not drawn twice."""
     batch_size: PositiveInt = 64
@@ -112,7 +112,7 @@ class StudentRollout(Strict):
     """Samples of the averaged student, noised (TLCM's second stage)."""
 
     kind: Literal["student_rollout"] = "student_rollout"
-    """Where the student is trained."""
+    """States at which the student is trained."""
     steps: PositiveInt = 4
     """Steps of the averaged student; at most `steps` of the method."""
 
@@ -126,10 +126,10 @@ StageStates = Annotated[NoisedData | TeacherStates | StudentRollout, Field(discr
 
 
 class SolverTarget(Strict):
-    """Where the teacher's solver leads to (distillation)."""
+    """The state to which the teacher's solver leads (distillation)."""
 
     kind: Literal["solver"] = "solver"
-    """How x_s follows from x_t."""
+    """The kind of target."""
     solver: Literal["ddim", "heun"] = "ddim"
     """The teacher's step: one evaluation, or Heun's two (CD)."""
     steps_per_point: PositiveInt = 1
@@ -142,7 +142,7 @@ class SameNoise(Strict):
     """The same image with the same noise (training and tuning): the teacher is not called."""
 
     kind: Literal["same_noise"] = "same_noise"
-    """How x_s follows from x_t."""
+    """The kind of target."""
     decay: Decay | None = None
     """Decay per update of the moving average that gives the targets; null = the student itself, without gradient."""
 
@@ -151,7 +151,7 @@ class NextState(Strict):
     """A later state of the stored trajectory of x_t: the teacher is not called in training."""
 
     kind: Literal["next_state"] = "next_state"
-    """How x_s follows from x_t."""
+    """The kind of target."""
     skip: PositiveInt = 1
     """Points of the grid from x_t to x_s, at most to the trajectory's sample; 1 = the neighbour (LCM's skipping step)."""
     decay: Decay | None = 0.95
@@ -168,7 +168,7 @@ class Boundary(Strict):
     """x0 with LCM's c_skip and c_out."""
 
     kind: Literal["boundary"] = "boundary"
-    """What is consistent."""
+    """The consistency function."""
     timestep_scaling: PositiveFloat = 10.0
     """Factor on t in c_skip and c_out; also saved in the exported scheduler."""
 
@@ -177,7 +177,7 @@ class Plain(Strict):
     """x0 itself."""
 
     kind: Literal["plain"] = "plain"
-    """What is consistent."""
+    """The consistency function."""
 
 
 Endpoint = Annotated[Boundary | Plain, Field(discriminator="kind")]

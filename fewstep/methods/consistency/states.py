@@ -1,4 +1,4 @@
-"""Where the student is trained: noised images, or states along trajectories of the teacher or the student, from noise."""
+"""Training states: noised images, or states along trajectories of the teacher or the student, from noise."""
 
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ from fewstep.teachers.denoiser import Cond
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller of the loss fixes; None is drawn.
+    """Draws that a caller of the loss fixes; None = drawn.
 
     index: positions in the grid, [B]. noise: like x0, [B, C, h, w]. guidance_scale: 1 = none, [B].
     """
@@ -98,7 +98,7 @@ class Draw:
 
 
 class States:
-    """Where the student is trained. Called without gradient."""
+    """Source of training states. Called without gradient."""
 
     needs_images = False
 

@@ -1,4 +1,4 @@
-"""Where the target is asked for, x_s, and whose answer there is the target."""
+"""Targets: the state x_s, and the network whose prediction there is the target."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ class GuidanceConfig(Strict):
     scale: Annotated[float, Ge(1)] = 1.0
     """Guidance scale, 1 = none."""
     noise_range: Range | None = None
-    """Noise at which guidance is computed, apart from the matching (decoupled DMD); null = one draw for both."""
+    """Noise at which guidance is computed, drawn separately from the matching (decoupled DMD); null = one draw for both."""
 
     @model_validator(mode="after")
     def _guides(self) -> "GuidanceConfig":
@@ -198,7 +198,7 @@ class DMD2Config(MethodConfig):
 
 
 def _check_grid(steps: tuple[int, ...]) -> None:
-    """No stock scheduler runs any other list when it is given a count and nothing else."""
+    """No stock scheduler runs any other list for a count alone."""
     spacing = steps[-1] + 1
     even = tuple(spacing * n - 1 for n in range(len(steps), 0, -1))
     if steps != even:

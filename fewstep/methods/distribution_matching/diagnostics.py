@@ -41,8 +41,10 @@ def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[object]) -> dict[str
     if not pairs:
         return {}
     a, b = torch.tensor(pairs, device=x.device).unbind(1)
-    apart = {"student": x[a] - x[b], "teacher": real[a] - real[b]}
-    return {f"{name}_prompt_distance": v.float().square().flatten(1).mean(1).sqrt().mean() for name, v in apart.items()}
+    distances = {"student": x[a] - x[b], "teacher": real[a] - real[b]}
+    return {
+        f"{name}_prompt_distance": v.float().square().flatten(1).mean(1).sqrt().mean() for name, v in distances.items()
+    }
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def alarms(figures: Mapping[str, float]) -> list[str]:
             )
     if min(figures.get("real_accuracy", 0.0), figures.get("fake_accuracy", 0.0)) > 0.98:
         said.append(
-            "the discriminator tells all samples from real ones and has little left to teach: lower "
+            "the discriminator separates all samples from real ones, and its gradients are small: lower "
             "method.adversarial.critic_weight, or set method.adversarial.r1_weight"
         )
     return said

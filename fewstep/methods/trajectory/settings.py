@@ -24,7 +24,7 @@ class TrajectorySettings(MethodConfig):
     guidance: GuidanceSettings | None = None
     """Guidance of the teacher's trajectories, one scale each; null = none."""
     endpoint: parts.Endpoint = parts.Boundary()
-    """What is compared with the end."""
+    """The function that is compared with the end."""
     distance: parts.Distance = parts.PseudoHuber()
     """Distance between student and end."""
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_network(net: "UNet2DModel") -> None:
-    """Raises ValueError for a network that is none of a denoiser of square images."""
+    """Raises ValueError for a UNet2DModel that is not a denoiser of square images."""
     config = net.config
     if config.class_embed_type is not None:
         raise FewstepError("teacher", f"a UNet2DModel with class_embed_type {config.class_embed_type!r}", "none")

@@ -112,7 +112,7 @@ class EdmSamplers(Samplers):
         return scheduler
 
     def counts(self, steps: int) -> tuple[int, ...]:
-        """Those that divide steps: n steps run timesteps T - 1 - i (T // n), i = 0 ... n - 1."""
+        """The divisors of steps: n steps run timesteps T - 1 - i (T // n), i = 0 ... n - 1."""
         return tuple(n for n in range(1, steps + 1) if steps % n == 0)
 
     def jump(self, steps: int) -> "SchedulerMixin":
