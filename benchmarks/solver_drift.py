@@ -1,4 +1,4 @@
-"""What sampling with noise anew costs by the teacher's solver alone, without any student.
+"""Error of sampling with re-noising by the teacher's solver alone, without any student.
 
     python benchmarks/solver_drift.py [--timestep 124] [--images 2000] [--times 3] [--guidance-scale 1.25]
 

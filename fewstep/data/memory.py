@@ -34,7 +34,7 @@ class Table(Protocol):
 
 
 class InMemory(Source):
-    """Items {"image": PIL image, path or encoded bytes, "text": str, "label": int}, each key optional, the same keys in all items.
+    """Items {"image": PIL image, path or encoded bytes, "text": str, "label": int}, optional, the same in all items.
 
     With num_labels the conditions are the labels; otherwise the texts; otherwise the labels; otherwise nothing.
     """

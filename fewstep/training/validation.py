@@ -64,7 +64,7 @@ def teacher_guidance_scale(config: "RunConfig[MethodConfig]") -> float | None:
 
 
 def student_guidance_scale(config: "RunConfig[MethodConfig]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
-    """Guidance scale that a student's pipeline is called with: the teacher's, if it keeps guidance; None = none has to be passed."""
+    """Guidance scale of a student's pipeline: the teacher's, if it keeps guidance; None = none is passed."""
     return teacher_guidance_scale(config) if keeps_guidance else teacher.guidance.scale_to_pass
 
 
