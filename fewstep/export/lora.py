@@ -22,6 +22,7 @@ from fewstep.io import DTYPES, atomic, torch_dtype
 from fewstep.teachers import Denoiser, Teacher
 from fewstep.teachers.denoiser import Scale, own_tensors
 from fewstep.teachers.lora import NAME, adapters
+from fewstep.teachers.students import UNGUIDED, StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -110,8 +111,7 @@ def export_lora(
     *,
     base: str,
     allowed_steps: Sequence[int],
-    guidance_scale: Scale | None = None,
-    keeps_guidance: bool = False,
+    guidance: StudentGuidance = UNGUIDED,
     dtype: str = "fp32",
     card: Card,
 ) -> Path:
@@ -125,14 +125,15 @@ def export_lora(
     path = path.resolve()
     part = "unet" if "unet" in teacher.pipeline.components else "transformer"
     rounded = _rounded(student, torch_dtype(dtype))
-    update = update_of(teacher, rounded, guidance_scale)
+    update = update_of(teacher, rounded, guidance.scale)
     opened = open_student(
-        teacher, rounded, scheduler, allowed_steps=allowed_steps, guidance_scale=guidance_scale,
-        keeps_guidance=keeps_guidance, dtype=torch.float32, card=card,
+        teacher, rounded, scheduler, allowed_steps=allowed_steps, guidance=guidance, dtype=torch.float32, card=card,
     )  # fmt: skip
     # What the pipeline's class guides by, where guidance is kept, is what its caller gets.
-    call = with_scale(opened.call, teacher, None if keeps_guidance else teacher.guidance.scale_to_pass_with_adapters)
-    guidance = LIVE_GUIDANCE if keeps_guidance else adapter_guidance(guidance_scale)
+    call = with_scale(
+        opened.call, teacher, None if guidance.by_caller else teacher.guidance.scale_to_pass_with_adapters
+    )
+    words = LIVE_GUIDANCE if guidance.by_caller else adapter_guidance(guidance.scale)
     with atomic(path) as partial:
         partial.mkdir()
         tensors, metadata = update.diffusers(part, torch_dtype(dtype))
@@ -140,7 +141,7 @@ def export_lora(
         save_file(update.kohya(part, torch_dtype(dtype)), partial / KOHYA_FILE, metadata={"format": "pt"})
         scheduler.save_pretrained(partial / "scheduler")
         code = code_text(teacher, type(scheduler).__name__, base, part, call)
-        text = card_text(card, update, code, call, dtype=dtype, guidance=guidance, timesteps=opened.timesteps_text)
+        text = card_text(card, update, code, call, dtype=dtype, guidance=words, timesteps=opened.timesteps_text)
         (partial / "README.md").write_text(text, encoding="utf-8")
         found = run_isolated(partial, call, adapted=part, merges=not update.shift)
         _check(opened, found, update, _tolerance(teacher, student))

@@ -25,7 +25,7 @@ from fewstep.export.verify import (
 )
 from fewstep.io import atomic, torch_dtype
 from fewstep.teachers import Denoiser, Teacher, quiet
-from fewstep.teachers.denoiser import Scale
+from fewstep.teachers.students import UNGUIDED, StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -60,8 +60,7 @@ def open_student(
     scheduler: "SchedulerMixin",
     *,
     allowed_steps: Sequence[int],
-    guidance_scale: Scale | None,
-    keeps_guidance: bool,
+    guidance: StudentGuidance,
     dtype: torch.dtype,
     card: Card,
 ) -> Opened:
@@ -69,13 +68,10 @@ def open_student(
 
     Raises ExportError for a step count that does not run, or that runs and should not.
     """
-    if keeps_guidance:
-        pipeline = teacher.students.guided_pipeline(student, scheduler)
-    else:
-        pipeline = teacher.students.pipeline(student, scheduler, guidance_scale)
+    pipeline = teacher.students.stock_pipeline(student, scheduler, guidance)
     separate(pipeline, dtype)
     arguments = [card.get("prompt", "a photo")] if teacher.conditions == "prompt" else []
-    scale = None if keeps_guidance else teacher.guidance.scale_to_pass
+    scale = None if guidance.by_caller else teacher.guidance.scale_to_pass
     call = Call(allowed_steps, arguments, call_options(teacher, scale))
     refuses = "original_inference_steps" in scheduler.config
     return Opened(pipeline, call, refuses, sample_in_memory(pipeline, call, refuses))
@@ -88,8 +84,7 @@ def export(
     path: Path,
     *,
     allowed_steps: Sequence[int],
-    guidance_scale: Scale | None = None,
-    keeps_guidance: bool = False,
+    guidance: StudentGuidance = UNGUIDED,
     dtype: str = "fp32",
     card: Card,
 ) -> Path:
@@ -99,9 +94,7 @@ def export(
     the student in memory, timesteps and pixels; only then does it replace what was at `path`.
 
     Args:
-        guidance_scale: folded into a student with a guidance embedding, one number or one for each timestep; None leaves
-            the embedding to the caller.
-        keeps_guidance: whether the caller guides the student as its teacher.
+        guidance: what is folded into the student, and whether its caller guides it.
         card: see `fewstep.export.card.Card`; its `prompt` is the one of the example and of the comparison.
 
     Raises ExportError where the two differ, or where more steps than the largest count do not raise; `path` then stays
@@ -110,8 +103,7 @@ def export(
     check_settings(dtype, allowed_steps)
     path = path.resolve()
     opened = open_student(
-        teacher, student, scheduler, allowed_steps=allowed_steps, guidance_scale=guidance_scale,
-        keeps_guidance=keeps_guidance, dtype=torch_dtype(dtype), card=card,
+        teacher, student, scheduler, allowed_steps=allowed_steps, guidance=guidance, dtype=torch_dtype(dtype), card=card,
     )  # fmt: skip
     if "license" not in card and card.get("teacher") in ASSETS:
         card = {**card, "license": "apache-2.0"}
@@ -120,9 +112,9 @@ def export(
             opened.pipeline.save_pretrained(partial, safe_serialization=True)
         passes_scale = "guidance_scale" in (opened.call.options or {})
         kind = type(opened.pipeline).__name__
-        guidance = LIVE_GUIDANCE if keeps_guidance else pipeline_guidance(student, guidance_scale, kind, passes_scale)
+        words = LIVE_GUIDANCE if guidance.by_caller else pipeline_guidance(student, guidance.scale, kind, passes_scale)
         text = model_card.render(
-            card, opened.call, guidance=guidance, dtype=dtype, timesteps=opened.timesteps_text, refuses=opened.refuses
+            card, opened.call, guidance=words, dtype=dtype, timesteps=opened.timesteps_text, refuses=opened.refuses
         )
         (partial / "README.md").write_text(text, encoding="utf-8")
         opened.check(run_isolated(partial, opened.call), tolerance_of(student, teacher.num_train_timesteps - 1, dtype))

@@ -14,7 +14,8 @@ from fewstep.config import MethodConfig, OptimConfig
 from fewstep.errors import FewstepError
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Teacher
-from fewstep.teachers.denoiser import Cond, DenoiserLike, Scale
+from fewstep.teachers.denoiser import Cond, DenoiserLike
+from fewstep.teachers.students import UNGUIDED, StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -182,10 +183,8 @@ class Method(ABC):
     paper: ClassVar[str]
     needs_images: bool = True
     """Whether losses read `Batch.x0`; a method may decide it from its config."""
-    export_guidance_scale: Scale | None = None
-    """Guidance that export folds into a student with a guidance embedding; None leaves it live or there is none."""
-    keeps_guidance: bool = False
-    """Whether the student is guided by its caller as the teacher is, two evaluations a step and negative prompts included."""
+    student_guidance: StudentGuidance = UNGUIDED
+    """What export folds into the student, and whether its caller guides it."""
 
     last_stage: int = 0
     """First iteration of the last stage: early stopping is off before it."""

@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,6 +16,24 @@ from fewstep.teachers.placement import NETWORKS, Placement, in_dtype
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+
+
+@dataclass(frozen=True)
+class StudentGuidance:
+    """How an exported student is guided.
+
+    Attributes:
+        scale: guidance scale that is folded into a student with a guidance embedding, one number or one for each timestep;
+            None leaves the embedding to the caller, or there is none.
+        by_caller: whether the caller guides the student as its teacher, two evaluations a step and negative prompts included.
+    """
+
+    scale: Scale | None = None
+    by_caller: bool = False
+
+
+UNGUIDED = StudentGuidance()
+"""Neither a scale to fold nor guidance by the caller."""
 
 
 class Students(ABC):
@@ -70,6 +89,14 @@ class Students(ABC):
         for each timestep that is run, so that whatever the caller passes is ignored; None leaves the embedding live, as the
         caller's `guidance_scale`.
         """
+
+    def stock_pipeline(
+        self, student: Denoiser, scheduler: "SchedulerMixin", guidance: StudentGuidance = UNGUIDED
+    ) -> "DiffusionPipeline":
+        """The stock pipeline that a student is exported, pictured and scored in."""
+        if guidance.by_caller:
+            return self.guided_pipeline(student, scheduler)
+        return self.pipeline(student, scheduler, guidance.scale)
 
     def guided_pipeline(self, student: Denoiser, scheduler: "SchedulerMixin") -> "DiffusionPipeline":
         """The stock pipeline that guides `student` as the caller asks, with two evaluations a step.

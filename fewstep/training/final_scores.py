@@ -22,6 +22,7 @@ from fewstep.evaluate import (
 )
 from fewstep.export.card import update_card
 from fewstep.teachers import Teacher, quiet
+from fewstep.teachers.students import StudentGuidance
 from fewstep.training.validation import student_guidance_scale, teacher_guidance_scale
 
 if TYPE_CHECKING:
@@ -83,12 +84,12 @@ class Scoring:
             "num_images": e.num_images, "batch_size": e.batch_size, "seed": self.config.seed,
         }  # fmt: skip
 
-    def run(self, teacher: Teacher, accelerator: "Accelerator", keeps_guidance: bool) -> list[Row]:
+    def run(self, teacher: Teacher, accelerator: "Accelerator", guidance: StudentGuidance) -> list[Row]:
         """Write evaluation.json, the scores in the student's card, and a picture; print the table. The rows."""
         folder = Path(self.config.output_dir)
         with quiet():
             student = DiffusionPipeline.from_pretrained(folder / "pipeline").to(accelerator.device)
-        scale, own = teacher_guidance_scale(self.config), student_guidance_scale(self.config, teacher, keeps_guidance)
+        scale, own = teacher_guidance_scale(self.config), student_guidance_scale(self.config, teacher, guidance)
         results = evaluate(
             student,
             name="student",

@@ -89,7 +89,7 @@ def _check_guidance(config: RunConfig[MethodConfig], method: "Method") -> None:
         except FewstepError as e:
             key = "evaluate.teacher_guidance_scale"
             raise FewstepError(key, e.found, e.expected, f"Set {key} to 1") from None
-    if isinstance(method.export_guidance_scale, Mapping) and config.train.lora is not None:
+    if isinstance(method.student_guidance.scale, Mapping) and config.train.lora is not None:
         raise FewstepError(
             "method.guidance.export_scale",
             "a scale for each step",

@@ -207,15 +207,13 @@ def export(trained: Trained) -> Exported:
         card |= {} if trained.prompt is None else {"prompt": trained.prompt}
         export_pipeline(
             method.teacher, trained.student, method.scheduler(), exported.pipeline,
-            allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
-            keeps_guidance=method.keeps_guidance, dtype=config.export.dtype, card=card,
+            allowed_steps=method.allowed_steps(), guidance=method.student_guidance, dtype=config.export.dtype, card=card,
         )  # fmt: skip
         print(f"exported {exported.pipeline}: opens in plain diffusers, checked against the trained student")
         if exported.lora is not None:
             export_lora(
                 method.teacher, trained.student, method.scheduler(), exported.lora, base=locate(config.teacher),
-                allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale,
-                dtype=config.export.dtype, card=card, keeps_guidance=method.keeps_guidance,
+                allowed_steps=method.allowed_steps(), guidance=method.student_guidance, dtype=config.export.dtype, card=card,
             )  # fmt: skip
             print(
                 f"exported {exported.lora}: adapters for {config.teacher} in diffusers and in ComfyUI, checked likewise"
@@ -229,7 +227,7 @@ def score(built: Built) -> Sequence[Row]:
     trainer = built.trainer
     if built.scoring is None:
         return ()
-    return built.scoring.run(trainer.teacher, trainer.accelerator, trainer.method.keeps_guidance)
+    return built.scoring.run(trainer.teacher, trainer.accelerator, trainer.method.student_guidance)
 
 
 def export_run(folder: Path, method: type[Method] | None = None) -> Exported:

@@ -9,6 +9,7 @@ import torch
 from fewstep import io
 from fewstep.evaluate import evaluate, grid, recommended_guidance_scale, sample
 from fewstep.teachers.denoiser import Denoiser
+from fewstep.teachers.students import StudentGuidance
 from fewstep.training.checkpoint import Progress, save_module
 
 if TYPE_CHECKING:
@@ -63,9 +64,11 @@ def teacher_guidance_scale(config: "RunConfig[MethodConfig]") -> float | None:
     return recommended_guidance_scale(config.teacher) if scale is None else scale
 
 
-def student_guidance_scale(config: "RunConfig[MethodConfig]", teacher: "Teacher", keeps_guidance: bool) -> float | None:
+def student_guidance_scale(
+    config: "RunConfig[MethodConfig]", teacher: "Teacher", guidance: StudentGuidance
+) -> float | None:
     """Guidance scale of a student's pipeline: the teacher's, if it keeps guidance; None = none is passed."""
-    return teacher_guidance_scale(config) if keeps_guidance else teacher.guidance.scale_to_pass
+    return teacher_guidance_scale(config) if guidance.by_caller else teacher.guidance.scale_to_pass
 
 
 class Pictures:
@@ -127,9 +130,7 @@ class Validation:
     def pipeline(self) -> "DiffusionPipeline":
         """The stock pipeline with the average, as export writes it."""
         method, students = self.method, self.method.teacher.students
-        if method.keeps_guidance:
-            return students.guided_pipeline(self.average, method.scheduler())
-        return students.pipeline(self.average, method.scheduler(), method.export_guidance_scale)
+        return students.stock_pipeline(self.average, method.scheduler(), method.student_guidance)
 
     def run(self) -> None:
         """Draw samples and take scores that are due after the current iteration."""
@@ -172,4 +173,4 @@ class Validation:
             self.pictures.draw(self.pipeline()).save(self.folder / "samples" / f"{self.progress.iteration}.png")
 
     def _call_scale(self) -> float | None:
-        return student_guidance_scale(self.config, self.method.teacher, self.method.keeps_guidance)
+        return student_guidance_scale(self.config, self.method.teacher, self.method.student_guidance)

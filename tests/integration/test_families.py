@@ -326,7 +326,7 @@ def _train_and_export(trainer: Trainer, folder: Path) -> None:
     assert any(not torch.equal(before[k], v) for k, v in trainer.roles["student"].net.state_dict().items())
     path = export(
         teacher, trainer.exported_weights(), own.scheduler(), folder / "pipeline", allowed_steps=own.allowed_steps(),
-        guidance_scale=own.export_guidance_scale, card={"method": own.name, "prompt": "a bag"},
+        guidance=own.student_guidance, card={"method": own.name, "prompt": "a bag"},
     )  # fmt: skip
     assert (path / "README.md").exists()
 

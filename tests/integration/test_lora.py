@@ -34,6 +34,7 @@ from fewstep.methods.registry import method_class, settings_class
 from fewstep.teachers import Denoiser, load_teacher
 from fewstep.teachers.denoiser import own_tensors
 from fewstep.teachers.lora import adapted_modules, adapters
+from fewstep.teachers.students import StudentGuidance
 from fewstep.training.offloading import Offloading
 from fewstep.training.optim import new_optimizer
 from fewstep.training.trainer import Trainer
@@ -231,7 +232,7 @@ def test_methods_export(family: str, method: str, folders: Callable[[str], Path]
     student = trainer.exported_weights()
     stirred(student)
     common: dict[str, Any] = {
-        "allowed_steps": own.allowed_steps(), "guidance_scale": own.export_guidance_scale,
+        "allowed_steps": own.allowed_steps(), "guidance": own.student_guidance,
         "card": {"method": own.name, "prompt": "a bag"},
     }  # fmt: skip
     export(teacher, student, own.scheduler(), tmp_path / "pipeline", **common)
@@ -282,12 +283,12 @@ def test_adapters_that_keep_guidance_are_guided(
     if process == "here":
         monkeypatch.setattr("fewstep.export.lora.run_isolated", here)
     trainer = make(folders(family), tmp_path / "run", "pcm", more=KEPT)
-    assert trainer.fit() and trainer.method.keeps_guidance
+    assert trainer.fit() and trainer.method.student_guidance.by_caller
     teacher, own = trainer.teacher, trainer.method
     student = stirred(trainer.exported_weights())
     path = export_lora(
         teacher, student, own.scheduler(), tmp_path / "lora", base=str(folders(family)), allowed_steps=own.allowed_steps(),
-        keeps_guidance=True, card={"method": own.name, "prompt": "a bag"},
+        guidance=StudentGuidance(by_caller=True), card={"method": own.name, "prompt": "a bag"},
     )  # fmt: skip
     card = (path / "README.md").read_text()
     assert "pipeline('a bag', num_inference_steps=2)" in card

@@ -32,6 +32,7 @@ from fewstep.methods.boot.starts import Cross, Pool, follow, student_cross
 from fewstep.methods.boot.teacher import GuidedTeacher
 from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
+from fewstep.teachers.students import StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -59,7 +60,7 @@ class Boot(Method):
             raise FewstepError("method.thresholding", threshold.kind, "null, for the teacher works on latents")
         if guidance.embedded and guidance.export_scale is None:
             require_live_guidance(teacher)
-        self.export_guidance_scale, self.embedded = guidance.export_scale, guidance.embedded
+        self.student_guidance, self.embedded = StudentGuidance(guidance.export_scale), guidance.embedded
         self.grid = sub_times(
             config, teacher.samplers.grid(self.scheduler(), config.steps), teacher.num_train_timesteps
         )

@@ -6,7 +6,7 @@ timesteps (points), how x_s follows from x_t and whose answer there is the targe
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -76,7 +76,8 @@ class Consistency(Method):
         check_guidance(teacher, config.guidance)
         self.make = Builder(teacher, config.guidance, self.sampled)
         self.stages = self.compose()
-        self.export_guidance_scale = folded_scale(config.guidance, lambda: self.sampled(config.steps))
+        scale = folded_scale(config.guidance, lambda: self.sampled(config.steps))
+        self.student_guidance = replace(self.student_guidance, scale=scale)
         self.last_stage = self.stages[-1].start
         self.needs_images = any(stage.parts.states.needs_images for stage in self.stages)
 

@@ -7,6 +7,7 @@ from fewstep.methods.consistency.loss import Parts, Stage
 from fewstep.methods.consistency.method_settings import PcmSettings
 from fewstep.methods.consistency.phased import Phased
 from fewstep.methods.consistency.terms import AdversarialTerm
+from fewstep.teachers.students import StudentGuidance
 
 
 class PCM(Phased):
@@ -29,7 +30,7 @@ class PCM(Phased):
         c, make = self.config, self.make
         if c.null_share is not None:
             require_guidable(self.teacher, "null_share", "null")
-        self.keeps_guidance, self.last_phases = c.null_share is not None, c.phases
+        self.student_guidance, self.last_phases = StudentGuidance(by_caller=c.null_share is not None), c.phases
         make.null_share, make.renoises = c.null_share, not self.jumps
         points, endpoint = self.points(c.phases, c.points), PhaseEnd(self.teacher.schedule)
         parts = Parts(

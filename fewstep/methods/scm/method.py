@@ -33,6 +33,7 @@ from fewstep.methods.dropout import without_dropout
 from fewstep.methods.scm.config import ScmConfig
 from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Denoiser, DenoiserLike
+from fewstep.teachers.students import StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -83,7 +84,7 @@ class Scm(Method):
         super().__init__(config, teacher)
         if config.guidance is not None:
             require_guidable(teacher, "guidance", "null")
-            self.export_guidance_scale = config.guidance.export_scale
+            self.student_guidance = StudentGuidance(config.guidance.export_scale)
             if config.guidance.embed and config.guidance.export_scale is None:
                 require_live_guidance(teacher)
         self.levels = log_levels(teacher.schedule, teacher.num_train_timesteps)

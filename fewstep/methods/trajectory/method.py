@@ -14,6 +14,7 @@ from fewstep.methods.consistency.states import Draw, Given, StoredTrajectories
 from fewstep.methods.guided_student import check_guidance, drawn_range, embeds, folded_scale, guided_student
 from fewstep.methods.trajectory.settings import TrajectorySettings
 from fewstep.teachers.base import Teacher
+from fewstep.teachers.students import StudentGuidance
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -37,7 +38,7 @@ class Trajectory(Method):
     def __init__(self, config: TrajectorySettings, teacher: Teacher) -> None:
         super().__init__(config, teacher)
         check_guidance(teacher, config.guidance)
-        self.export_guidance_scale = folded_scale(config.guidance, self._sampled)
+        self.student_guidance = StudentGuidance(folded_scale(config.guidance, self._sampled))
         points = even_points(config.points, teacher, "points")
         draw = Draw(teacher, points, drawn_range(config.guidance), config.trajectories.lognormal)
         self.states = StoredTrajectories(draw, config.trajectories, skip=None, key="trajectories")

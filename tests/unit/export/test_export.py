@@ -14,6 +14,7 @@ from builders.teachers import perturbed
 from fewstep.export import ExportError, export, update_card
 from fewstep.io import torch_dtype
 from fewstep.teachers import load_teacher
+from fewstep.teachers.students import StudentGuidance
 
 CARD = {"method": "consistency", "paper": "arXiv 2310.04378", "teacher": "fashion", "data": "none", "prompt": "a bag"}
 
@@ -28,7 +29,7 @@ def exported(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load_teacher(str(tiny_sd))
     return export(
         teacher, perturbed(teacher, True), teacher.samplers.renoise(8), tmp_path_factory.mktemp("run") / "pipeline",
-        allowed_steps=(1, 2, 4, 8), guidance_scale=2.0, card=CARD,
+        allowed_steps=(1, 2, 4, 8), guidance=StudentGuidance(2.0), card=CARD,
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_half_precision_is_that_of_the_copy_alone(tiny_sd: Path, tmp_path: Path,
     teacher = load_teacher(str(tiny_sd))
     path = export(
         teacher, perturbed(teacher, True), teacher.samplers.renoise(8), tmp_path / "pipeline", allowed_steps=(1, 2, 4, 8),
-        guidance_scale=2.0, dtype=dtype, card=CARD,
+        guidance=StudentGuidance(2.0), dtype=dtype, card=CARD,
     )  # fmt: skip
     assert teacher.pipeline.vae.dtype == torch.float32
     file = path / "unet" / "diffusion_pytorch_model.safetensors"

@@ -9,6 +9,7 @@ from builders.consistency import batch_for, config, consistency, nets_for
 from builders.families import build_dit
 from fewstep.export.pipeline import export
 from fewstep.teachers import load_teacher
+from fewstep.teachers.students import StudentGuidance
 
 KEPT = {
     "solver_steps": 40, "steps": 2, "endpoint": "phase", "phases": 2, "sampling": "jump", "guidance_range": None,
@@ -19,11 +20,12 @@ KEPT = {
 def test_exported_to_be_guided(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
     method = consistency(config(**KEPT), teacher)
-    assert method.keeps_guidance
+    assert method.student_guidance.by_caller
     student = nets_for(method)["student"]
     export(
         teacher, student, method.scheduler(), tmp_path / "student", allowed_steps=method.allowed_steps(),
-        keeps_guidance=True, card={"method": "consistency", "paper": "", "teacher": "tiny", "data": "none", "prompt": "a bag"},
+        guidance=method.student_guidance,
+        card={"method": "consistency", "paper": "", "teacher": "tiny", "data": "none", "prompt": "a bag"},
     )  # fmt: skip
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
     pipeline.set_progress_bar_config(disable=True)
@@ -68,21 +70,22 @@ def test_a_scale_for_each_step_is_exported(tiny_sd, tmp_path):
     teacher = load_teacher(str(tiny_sd))
     scales = (4.0, 3.0, 5.0, 6.0)
     method = consistency(config(solver_steps=40, steps=4, export_guidance_scale=scales), teacher)
-    assert method.export_guidance_scale == {999: 4.0, 749: 3.0, 499: 5.0, 249: 6.0}
+    assert method.student_guidance.scale == {999: 4.0, 749: 3.0, 499: 5.0, 249: 6.0}
     student = nets_for(method)["student"]
     torch.nn.init.normal_(student.net.time_embedding.cond_proj.weight, std=0.5)
 
     def drawn(scale):
         folder = export(
             teacher, student, method.scheduler(), tmp_path / "student", allowed_steps=method.allowed_steps(),
-            guidance_scale=scale, card={"method": "consistency", "paper": "", "teacher": "tiny", "data": "none", "prompt": "a"},
+            guidance=StudentGuidance(scale),
+            card={"method": "consistency", "paper": "", "teacher": "tiny", "data": "none", "prompt": "a"},
         )  # fmt: skip
         pipeline = DiffusionPipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
         options = {"output_type": "pt", "guidance_scale": 9.0}
         return [pipeline("a", num_inference_steps=n, generator=torch.manual_seed(0), **options).images for n in (1, 4)]
 
-    own = drawn(method.export_guidance_scale)
+    own = drawn(method.student_guidance.scale)
     assert "a scale of 4 at timestep 999, 3 at timestep 749" in (tmp_path / "student" / "README.md").read_text()
     first = drawn(4.0)
     torch.testing.assert_close(own[0], first[0], rtol=0, atol=1e-4)  # of one step, all is the first scale

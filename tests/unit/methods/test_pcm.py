@@ -137,7 +137,7 @@ def milestones(tiny_sd, tmp_path_factory):
     torch.nn.init.normal_(student.net.time_embedding.cond_proj.weight, std=0.1)
     path = export(
         teacher, student, method.scheduler(), tmp_path_factory.mktemp("milestones") / "student",
-        allowed_steps=method.allowed_steps(), guidance_scale=method.export_guidance_scale, card={"prompt": PROMPT},
+        allowed_steps=method.allowed_steps(), guidance=method.student_guidance, card={"prompt": PROMPT},
     )  # fmt: skip
     return method, student, path
 
