@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 
 from fewstep import io
 from fewstep.config import Strict, yaml12
-from fewstep.config.problems import explain
+from fewstep.config.problems import ConfigError, explain
 from fewstep.data.hub import DATA
 from fewstep.errors import FewstepError, MissingError
 
@@ -33,7 +33,7 @@ RewardName = Literal["pickscore", "aesthetic", "hpsv2", "hpsv2.1", "image_reward
 REWARDS: tuple[RewardName, ...] = get_args(RewardName)
 """Human-preference reward models; see `fewstep.evaluate.rewards`."""
 WORDLESS_REWARDS = {"aesthetic"}
-"""Those that look at the image alone."""
+"""Rewards of the image alone, without a prompt."""
 OWN_REWARD = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$"
 """Names of the user's own rewards: package.module:callable."""
 
@@ -210,8 +210,7 @@ def load_protocol(name: str) -> tuple[str, Protocol]:
     try:
         return file.stem, Protocol.model_validate(raw)
     except ValidationError as e:
-        lines = dict.fromkeys(f"  {explain(Protocol, raw, x).text}" for x in e.errors())
-        raise ValueError("\n".join([f"{file}:", *lines])) from None
+        raise ConfigError(str(file), list(dict.fromkeys(explain(Protocol, raw, x) for x in e.errors()))) from None
 
 
 def find_data(protocol: str, file: str, comes_from: str, option: str) -> Path:

@@ -1,4 +1,4 @@
-"""Export: what is written is what was trained, in plain diffusers, or nothing is written.
+"""Export: a folder that does in plain diffusers what the trained student does, or an error.
 
     pipeline    `export`: a student as a stock pipeline folder
     lora        `export_lora`: a student's adapters for the teacher's own pipeline, in diffusers' and kohya's layout

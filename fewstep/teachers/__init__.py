@@ -4,7 +4,7 @@
 pipeline and the services that methods, training and export call:
 
     denoiser       Denoiser     (x_t, t, cond) -> Prediction (x0, eps); `Inputs` and `Call` are how its network is called
-    conditioner    Prompts, Labels or Unconditional: what `condition` takes, and what is unconditional
+    conditioner    Prompts, Labels or Unconditional: the input of `condition`, and the unconditional one
     codec          latents      images to latents and back
     students       Students     trainable networks (copies, adapters, extra inputs) and the stock pipelines they leave in
     samplers       Samplers     stock schedulers for few steps, and the timesteps that they run

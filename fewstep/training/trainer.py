@@ -33,7 +33,7 @@ class Trainer:
     Args:
         optimizer_factory: makes the optimizer of a role.
         encodings: encoded prompts and images; None = those of `data.cache`, if it is set.
-        offloading: which of the teacher's parts wait on the CPU; None = as `memory` says.
+        offloading: which of the teacher's parts are offloaded to the CPU; None = as `memory` says.
         callbacks: called at lines of the log and checkpoints.
     """
 

@@ -452,7 +452,7 @@ def test_the_whole_pipeline_can_be_called_and_leaves_again(built: Callable[[str]
     assert set(teacher.placement.away) == {"text_encoder", "text_encoder_2"}, "what was there stays"
 
 
-def test_a_students_pipeline_brings_its_parts_back(built: Callable[[str], str]) -> None:
+def test_a_students_pipeline_recalls_its_parts(built: Callable[[str], str]) -> None:
     for family in ("sd", "sdxl", "dit"):
         teacher = load_teacher(built(family))
         teacher.placement.release(teacher.placement.parts)

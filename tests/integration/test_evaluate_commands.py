@@ -228,7 +228,7 @@ def test_processes_share_a_folder_of_images(folder: Path, tmp_path: Path) -> Non
     assert rows[0] == rows[1]
 
 
-def test_what_does_not_fit_is_told_in_one_sentence(
+def test_mismatches_are_reported_in_one_sentence(
     folder: Path, protocol: Path, data: list[str], tiny_ddpm: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit, match=r"found no real\.npz; .*\. Put it into"):
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(
         main(["reference", str(folder), "--output", str(tmp_path / "x.pt")])
 
 
-def test_pairs_are_drawn_from_the_same_noises(
+def test_pairs_are_drawn_from_the_same_initial_noise(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from PIL import Image

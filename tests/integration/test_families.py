@@ -427,7 +427,7 @@ def test_dit_refuses_labels_that_it_does_not_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["dit", "pixart", "sd3", "sana"])
-def test_told_guidance_folds_exactly(family: str, folders: Callable[[str], Path]) -> None:
+def test_guidance_inputs_fold_exactly(family: str, folders: Callable[[str], Path]) -> None:
     teacher = load_teacher(str(folders(family)))
     student = teacher.students.new(guidance_embedding=True, progress_embedding=True)
     generator = torch.Generator().manual_seed(1)
@@ -613,7 +613,7 @@ def edm(folder: Path, **settings: Any) -> Edm:
 
 
 @pytest.mark.parametrize("labels", [10, None])
-def test_edm_networks_are_told_and_read_as_the_stock_scheduler_does(labels: int | None, tmp_path: Path) -> None:
+def test_edm_networks_are_called_and_read_as_the_stock_scheduler_does(labels: int | None, tmp_path: Path) -> None:
     """At every level: scaled input, time and, for a student, x0; a teacher's x0 has the scalings without an end."""
     teacher = edm(tmp_path / "edm", num_labels=labels, levels=40)
     student, cond = perturbed(teacher, False), teacher.condition([3])

@@ -71,6 +71,11 @@ def downloaded(reward: str, given: str | None) -> Path:
     )
 
 
+def not_weights(file: Path, error: Exception, expected: str) -> FewstepError:
+    """The error about a file that holds other weights."""
+    return FewstepError("reward", f"{file} ({str(error).strip().splitlines()[0]})", expected)
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """A state dict of a .safetensors, or of another file without unpickling anything else; ValueError where there is none."""
     try:

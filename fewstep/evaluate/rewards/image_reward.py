@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.evaluate.rewards.files import part_of, read_tensors
+from fewstep.evaluate.rewards.files import not_weights, part_of, read_tensors
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -120,6 +120,14 @@ def build(state: dict[str, Tensor], tokenizer: "BertTokenizer") -> ImageRewardNe
     text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...
     reader.load_state_dict(text)
     return ImageRewardNet(eyes, reader, linear_stack(part_of(state, "mlp.")), tokenizer, side)
+
+
+def load_linear_stack(file: Path) -> nn.Sequential:
+    """The linear layers of a file. Raises FewstepError for a file of other weights."""
+    try:
+        return linear_stack(read_tensors(file))
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise not_weights(file, e, "weights of a stack of linear layers") from None
 
 
 def load_image_reward(file: Path, words: Path) -> ImageRewardNet:

@@ -22,9 +22,10 @@ from fewstep.evaluate.rewards.files import (
     PICKSCORE,
     PICKSCORE_PROCESSOR,
     downloaded,
+    not_weights,
     read_tensors,
 )
-from fewstep.evaluate.rewards.image_reward import ImageRewardNet, linear_stack, load_image_reward
+from fewstep.evaluate.rewards.image_reward import ImageRewardNet, load_image_reward, load_linear_stack
 from fewstep.evaluate.rewards.mps import MpsNet, load_mps
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ class Hps(Reward):
 
 
 class Reader(Reward):
-    """A network that reads the prompts while it looks at the preprocessed images.
+    """A network of prompts and preprocessed images.
 
     ImageReward (Xu et al. 2023): a BLIP, its output standardised. Multi-dimensional Preference Score (Zhang et al. 2024),
-    overall: a CLIP-H whose image looks at the prompt's words.
+    overall: a CLIP-H whose image tokens attend to the prompt's words.
     """
 
     def __init__(self, name: str, net: ImageRewardNet | MpsNet, preprocess: Preprocess) -> None:
@@ -142,6 +143,9 @@ class Reader(Reward):
         return result
 
 
+NO_GRADIENT = ("a result without a gradient", "one that is differentiable in the images")
+
+
 class OwnReward(Reward):
     """The user's: a function of images [B, 3, H, W] in [0, 1] and prompts, or None, to [B]. A module is frozen, and moves along.
 
@@ -149,6 +153,9 @@ class OwnReward(Reward):
     """
 
     white = 1.0
+
+    def wrong(self, found: str, expected: str) -> FewstepError:
+        return FewstepError(f"reward {self.name!r}", found, expected)
 
     def __init__(self, name: str, function: Callable[..., object]) -> None:
         super().__init__(name)
@@ -158,17 +165,12 @@ class OwnReward(Reward):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         result = self.function(images, prompts or None)
         if not isinstance(result, Tensor):
-            raise FewstepError(f"reward {self.name!r}", f"a result of type {type(result).__name__}", "a tensor")
+            raise self.wrong(f"a result of type {type(result).__name__}", "a tensor")
         if result.shape != images.shape[:1] or not result.is_floating_point():
-            raise FewstepError(
-                f"reward {self.name!r}",
-                f"a result {result.dtype} {list(result.shape)}",
-                f"floats [{len(images)}], one for each image",
-            )
+            found = f"a result {result.dtype} {list(result.shape)}"
+            raise self.wrong(found, f"floats [{len(images)}], one for each image")
         if images.requires_grad and torch.is_grad_enabled() and not result.requires_grad:
-            raise FewstepError(
-                f"reward {self.name!r}", "a result without a gradient", "one that is differentiable in the images"
-            )
+            raise self.wrong(*NO_GRADIENT)
         return result.to(images.dtype)
 
     def try_out(self, images: Tensor, prompts: Sequence[str] | None) -> None:
@@ -177,30 +179,27 @@ class OwnReward(Reward):
             result = self(images, prompts)
             (gradient,) = torch.autograd.grad(result.sum(), images, allow_unused=True)
         if gradient is None:
-            raise FewstepError(
-                f"reward {self.name!r}", "a result without a gradient", "one that is differentiable in the images"
-            )
+            raise self.wrong(*NO_GRADIENT)
 
 
 def own_function(name: str) -> Callable[..., object]:
     """The callable that package.module:callable names; ValueError, in one sentence, where there is none."""
-    module, _, attribute = name.partition(":")
+    (module, _, attribute), key = name.partition(":"), f"reward {name!r}"
     try:
         found = importlib.import_module(module)
     except Exception as e:  # whatever the module does while it is imported
         reason = f"{type(e).__name__}: {' '.join(str(e).split())}"
         hint = "Is its folder in PYTHONPATH?" if isinstance(e, ModuleNotFoundError) else None
         raise FewstepError(
-            f"reward {name!r}", f"{module}, which cannot be imported ({reason})", "package.module:callable", hint
+            key, f"{module}, which cannot be imported ({reason})", "package.module:callable", hint
         ) from None
     try:
         function: Callable[..., object] = getattr(found, attribute)
     except AttributeError:
-        raise FewstepError(
-            f"reward {name!r}", f"no {attribute!r} in {found.__name__} ({found.__file__})", "a callable of that name"
-        ) from None
+        where = f"{found.__name__} ({found.__file__})"
+        raise FewstepError(key, f"no {attribute!r} in {where}", "a callable of that name") from None
     if not callable(function):
-        raise FewstepError(f"reward {name!r}", f"{attribute} of type {type(function).__name__}", "a callable")
+        raise FewstepError(key, f"{attribute} of type {type(function).__name__}", "a callable")
     return function
 
 
@@ -226,7 +225,7 @@ def load_reward(name: str) -> Reward:
             clip = load_clip_folder(name, folder, processor)
             return ClipReward(name, clip, float(clip.model.logit_scale.detach().exp()))
         case "aesthetic":
-            head = _head(downloaded(base, path))
+            head = load_linear_stack(downloaded(base, path))
             return Aesthetic(name, load_clip(str(model_folder(AESTHETIC_CLIP, "reward 'aesthetic':"))), head)
         case "hpsv2" | "hpsv2.1":
             return _hps(name, downloaded(base, path))
@@ -281,15 +280,6 @@ def _preprocess(side: int) -> Preprocess:
     return Preprocess({**CLIP_PREPROCESSING, **size})
 
 
-def _head(file: Path) -> nn.Sequential:
-    try:
-        return linear_stack(read_tensors(file))
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise FewstepError(
-            "reward", f"{file} ({str(e).strip().splitlines()[0]})", "weights of a stack of linear layers"
-        ) from None
-
-
 HPS_MODEL = "ViT-H-14"
 
 
@@ -298,14 +288,12 @@ def _hps(name: str, file: Path) -> Hps:
         import open_clip
     except ImportError:
         raise MissingError(
-            f"reward {name!r}", "no package open_clip", "its package", "pip install 'fewstep[open_clip]'"
+            f"reward {name!r}", "no open_clip", "its package", "pip install 'fewstep[open_clip]'"
         ) from None
     model = open_clip.create_model(HPS_MODEL, pretrained=None)
     try:
         model.load_state_dict(read_tensors(file))
     except RuntimeError as e:
-        raise FewstepError(
-            "reward", f"{file} ({str(e).strip().splitlines()[0]})", f"the weights of {HPS_MODEL}"
-        ) from None
+        raise not_weights(file, e, f"the weights of {HPS_MODEL}") from None
     side = model.visual.image_size
     return Hps(name, model, open_clip.get_tokenizer(HPS_MODEL), _preprocess(side if isinstance(side, int) else side[0]))

@@ -1,7 +1,7 @@
 """The network of the Multi-dimensional Preference Score (Zhang et al. 2024), around transformers' CLIP.
 
 A CLIP ViT-H-14 gives tokens of the image and words of the prompt, both projected to one width. Layers of attention let the
-image's tokens look at those words that have to do with a condition, a list of what people judge images by. The score is the
+image's tokens attend to those words that have to do with a condition, a list of what people judge images by. The score is the
 cosine between the first token, as it then is, and the prompt's embedding, times the CLIP's scale.
 """
 
@@ -65,7 +65,7 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class Look(nn.Module):
-    """Image tokens [B, n, D] look at words [B, m, D]; a feed-forward beside it."""
+    """Image tokens [B, n, D] attend to words [B, m, D]; a feed-forward beside it."""
 
     def __init__(self, width: int, heads: int, head: int, inner: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Look(nn.Module):
 
 
 class Think(nn.Module):
-    """Image tokens [B, n, D] look at each other; a feed-forward beside it, out of the same product."""
+    """Image tokens [B, n, D] attend to each other; a feed-forward beside it, out of the same product."""
 
     frequencies: Tensor
 

@@ -252,6 +252,6 @@ class Boot(Method):
         if error < 0.5 or not earlier or error < 0.9 * min(earlier):
             return []
         return [
-            f"the student misses the teacher's own output at the start of a segment by {error:.0%} of its variance, and "
-            "this does not fall: raise method.boundary_frac, or lower method.optim.lr or method.guidance.scale"
+            f"boundary_error: found {error:.0%} of the variance, not falling; expected below 50%. The student does not learn "
+            "the start of segments: raise method.boundary_frac, or lower method.optim.lr or method.guidance.scale"
         ]

@@ -1,7 +1,7 @@
 """The consistency loss, and the method that every composition of its parts is.
 
 What differs between CD, LCM, ECT, PCM and MLCM is which parts they choose: where states come from (states), at which
-timesteps (points), how x_s follows from x_t and whose answer there is the target (targets), what is consistent
+timesteps (points), how x_s follows from x_t and which network predicts the target there (targets), the consistency function
 (endpoints), and what is added to the loss (terms). Compositions choose them once, for each of their stages.
 """
 
@@ -41,7 +41,7 @@ class Parts:
     Attributes:
         states: where the student is trained.
         target: x_s, and whose answer there is the target.
-        endpoint: what is consistent.
+        endpoint: the consistency function.
         weight: of a pair's distance.
         distance: of the student's and the target's endpoints, [B].
         terms: what is added to the loss.

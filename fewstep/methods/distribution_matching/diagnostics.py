@@ -54,38 +54,38 @@ def accuracies(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 def alarms(figures: Mapping[str, float]) -> list[str]:
-    """Sentences about figures that no healthy run has, each with the key to turn."""
+    """Warnings about figures outside their healthy range, each with the key to change."""
     said = []
     if {"student_std", "teacher_std"} <= figures.keys():
         ratio = figures["student_std"] / max(figures["teacher_std"], 1e-12)
         if not 0.5 < ratio < 2:
             said.append(
-                f"the samples' deviation is {ratio:.2g} times what the teacher sees in them: the student has left the "
-                "data; lower method.optim.lr or raise method.student_update_every"
+                f"student_std: found {ratio:.2g} times teacher_std; expected 0.5 to 2. The student's samples leave the data: "
+                "lower method.optim.lr or raise method.student_update_every"
             )
         ratio = figures["student_diversity"] / max(figures["teacher_diversity"], 1e-12)
         if ratio < 0.5:
             said.append(
-                f"the samples of a batch differ {ratio:.2g} times as much as the teacher sees them differ: the student "
-                "collapses; lower method.adversarial.weight or method.optim.lr"
+                f"student_diversity: found {ratio:.2g} times teacher_diversity; expected at least 0.5. The student collapses: "
+                "lower method.adversarial.weight or method.optim.lr"
             )
         of_one_prompt = figures.get("student_prompt_distance", 1.0) / max(
             figures.get("teacher_prompt_distance", 1.0), 1e-12
         )
         if of_one_prompt < 0.5 <= ratio:
             said.append(
-                f"samples of one prompt differ {of_one_prompt:.2g} times as much as the teacher sees them differ: the student "
-                "draws the same again and again; lower method.adversarial.weight or method.optim.lr"
+                f"student_prompt_distance: found {of_one_prompt:.2g} times teacher_prompt_distance; expected at least 0.5. The "
+                "student collapses for each prompt: lower method.adversarial.weight or method.optim.lr"
             )
         ratio = figures["student_to_critic"] / max(figures["student_to_teacher"], 1e-12)
         if ratio > 1.5:
             said.append(
-                f"the critic is {ratio:.2g} times as far from the student's samples as the teacher is: it does not keep "
-                "up; raise method.student_update_every or method.critic_optim.lr"
+                f"student_to_critic: found {ratio:.2g} times student_to_teacher; expected at most 1.5. The critic is behind the "
+                "student: raise method.student_update_every or method.critic_optim.lr"
             )
     if min(figures.get("real_accuracy", 0.0), figures.get("fake_accuracy", 0.0)) > 0.98:
         said.append(
-            "the discriminator separates all samples from real ones, and its gradients are small: lower "
+            "real_accuracy, fake_accuracy: found above 0.98; expected less. The discriminator's gradients are small: lower "
             "method.adversarial.critic_weight, or set method.adversarial.r1_weight"
         )
     return said

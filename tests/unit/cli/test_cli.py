@@ -70,7 +70,7 @@ def test_counts_are_checked(words: list[str], expected: str, capsys: pytest.Capt
     assert expected in capsys.readouterr().err
 
 
-def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported_first(tmp_path: Path) -> None:
     """No pipeline is loaded before: the one that is named does not exist."""
     (tmp_path / "file").write_text("")
     for output, expected in (

@@ -425,7 +425,7 @@ def broken_images(folder: Path) -> list[str]:
     return ["b.jpg", "c.webp", "e.png"]
 
 
-def test_broken_images_are_told_before_training(tmp_path: Path) -> None:
+def test_broken_images_are_reported_before_training(tmp_path: Path) -> None:
     broken_images(tmp_path / "x")
     whole = source("folder", size=32, path=tmp_path / "x")
     with pytest.raises(

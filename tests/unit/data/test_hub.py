@@ -173,7 +173,7 @@ def test_folders_of_images(add: Add, images: Tensor, tmp_path: Path, monkeypatch
     assert not is_dataset("b/c") and dataset_files("b/c:train", "x") == (Path("b/c/train"), [])
 
 
-def test_what_is_not_here_or_not_whole_is_told_with_the_command_that_brings_it(
+def test_what_is_not_here_or_not_whole_is_reported_with_the_command_that_downloads_it(
     add: Add, shards: dict[str, bytes], tmp_path: Path
 ) -> None:
     wanted = (

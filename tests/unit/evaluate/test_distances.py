@@ -101,7 +101,7 @@ def test_collapse_shows_in_recall_and_coverage_not_in_precision() -> None:
     assert density_coverage(collapsed, real, nearest_k=5)[1] < 0.3
 
 
-def test_what_does_not_fit_is_told() -> None:
+def test_mismatches_are_reported() -> None:
     with pytest.raises(ValueError, match="found 3 dimensions of generated and 4 of real"):
         kernel_distance(draw(5, 3, 0), draw(5, 4, 0))
     with pytest.raises(ValueError, match="nearest_k: found 5 for 5 images"):
@@ -226,7 +226,7 @@ def test_features_that_share_few_directions_have_the_exact_distance() -> None:
     assert frechet_distance(moments(x), moments(apart)) == pytest.approx(exact(x, apart), rel=1e-12)
 
 
-def test_statistics_of_unknown_origin_that_are_singular_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_statistics_of_unknown_origin_that_are_singular_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     few, other = moments(draw(10, 64, 0)), moments(draw(100, 64, 1))
     unknown = Moments(few.mean, few.covariance, None)
     assert frechet_distance(unknown, other) == pytest.approx(frechet_distance(few, other), rel=1e-12)

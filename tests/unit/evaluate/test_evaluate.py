@@ -335,7 +335,7 @@ def test_a_folder_of_images_is_a_reference(features: Any, images: Tensor, tmp_pa
         folder_moments(empty, features)
 
 
-def test_missing_sources_are_told_in_a_sentence(reference_file: Path, tmp_path: Path) -> None:
+def test_missing_sources_are_reported_in_a_sentence(reference_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reference: found 'coco'; expected fashion, a path of statistics"):
         resolve("coco")
     with pytest.raises(ValueError, match="features: found none for"):

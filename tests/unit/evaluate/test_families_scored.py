@@ -94,7 +94,7 @@ def test_a_folder_of_every_family_is_scored(
         assert row["network_evaluations"] in (row["steps"], 2 * row["steps"]) and row["peak_memory_gib"] > 0
 
 
-def test_a_wrong_reference_and_missing_data_are_told(
+def test_a_wrong_reference_and_missing_data_are_reported(
     folder: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FEWSTEP_DATA", raising=False)

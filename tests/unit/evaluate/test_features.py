@@ -94,7 +94,7 @@ def test_a_folders_preprocessing_is_that_of_transformers(size: tuple[int, int], 
     assert (got - wanted).abs().mean() < 0.35 and (got - wanted).abs().max() < 3  # of 255
 
 
-def test_features_that_are_not_finite_are_told(images: Tensor) -> None:
+def test_features_that_are_not_finite_are_reported(images: Tensor) -> None:
     broken = ImageFeatures("broken", lambda x: {"features": x.float().mean((2, 3)) * torch.nan}, nn.Identity())
     with pytest.raises(ValueError, match="features: found values from 'broken' that are not finite"):
         collect(images, broken)
@@ -146,7 +146,7 @@ def test_dinov2_and_clip_of_a_local_folder(images: Tensor, tmp_path: Path) -> No
     torch.testing.assert_close(seen, load_clip("fashion").image_embeddings(images[:3]))
 
 
-def test_a_model_of_the_hub_that_is_not_here_is_told_in_a_sentence(
+def test_a_model_of_the_hub_that_is_not_here_is_reported_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"`hf download nobody/nothing-at-all` puts it there"):
@@ -258,7 +258,9 @@ def test_open_clips_models_score_as_they_do_by_themselves(images: Tensor, tmp_pa
         load_open_clip("fewstep-tiny", "no_such_tag")
 
 
-def test_open_clips_missing_weights_are_told_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_clips_missing_weights_are_reported_with_the_command_that_downloads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     open_clip: Any = pytest.importorskip("open_clip")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "laion2b_s12b_b42k" in open_clip.list_pretrained_tags_by_model("ViT-g-14")
@@ -321,7 +323,7 @@ def test_references_of_other_features_views_or_sizes_are_refused(images: Tensor,
         load_reference(str(file), c.model_copy(update={"view": View(size=16)}), local(), 32)
 
 
-def test_broken_statistics_are_told_in_a_sentence(tmp_path: Path) -> None:
+def test_broken_statistics_are_reported_in_a_sentence(tmp_path: Path) -> None:
     for name in ("a.npz", "a.safetensors"):
         (tmp_path / name).write_bytes(b"no statistics at all")
         with pytest.raises(ValueError, match=r"which cannot be read .*; expected a file of statistics"):

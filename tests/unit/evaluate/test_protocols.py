@@ -83,7 +83,7 @@ def test_the_hash_follows_what_is_measured_and_nothing_else(tmp_path: Path) -> N
         ({"conditions": {"source": "labels", "file": "x.txt"}}, "found file or count with source labels"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_what_is_wrong_is_reported_with_its_key(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         load_protocol(write(tmp_path, **changes))
 

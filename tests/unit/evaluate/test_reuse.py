@@ -94,7 +94,7 @@ def test_what_scores_depend_on_must_be_the_same(tiny_sd: Path, report: Path) -> 
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"protocol": {}}', '{"protocol": {}, "results": [1]}'])
-def test_what_is_no_report_is_told_before_the_training(content: str | None, tiny_sd: Path, tmp_path: Path) -> None:
+def test_what_is_no_report_is_reported_before_the_training(content: str | None, tiny_sd: Path, tmp_path: Path) -> None:
     file = tmp_path / "earlier.json"
     if content is not None:
         file.write_text(content)

@@ -278,7 +278,7 @@ def test_trying_a_reward_draws_nothing(own: Path) -> None:
         ("fewstep_own.rewards:aside", "a result without a gradient"),
     ],
 )
-def test_a_wrong_reward_of_ones_own_is_told_before_training(name: str, words: str, own: Path) -> None:
+def test_a_wrong_reward_of_ones_own_is_reported_before_training(name: str, words: str, own: Path) -> None:
     with pytest.raises(ValueError, match=words) as told:
         load_training_reward(name, torch.device("cpu"), 8, True)
     assert str(told.value).startswith(f"reward {name!r}") and len(str(told.value).splitlines()) == 1
@@ -427,7 +427,7 @@ def test_rewards_stand_in_the_report_with_their_weights(
         ),
     ],
 )
-def test_missing_weights_are_told_in_a_sentence(
+def test_missing_weights_are_reported_in_a_sentence(
     name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("FEWSTEP_DATA", "TORCH_HOME", "HF_HOME", "HOME"):
@@ -440,7 +440,7 @@ def test_missing_weights_are_told_in_a_sentence(
             main(["evaluate", "fashion", "--reward", name, "--output", str(tmp_path / "e.json")])
 
 
-def test_what_is_no_reward_is_told(tmp_path: Path, found: Path, images: Tensor) -> None:
+def test_what_is_no_reward_is_reported(tmp_path: Path, found: Path, images: Tensor) -> None:
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no weights")
     for name in ("aesthetic", "image_reward"):

@@ -38,7 +38,7 @@ def noise() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ["sample", "epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_one_step_returns_x0_wherever_it_is_told_to_be(kind: PredictionType, spacing: str) -> None:
+def test_one_step_returns_x0_at_any_timestep_input(kind: PredictionType, spacing: str) -> None:
     """The spacing decides the timestep alone: 999 or 0."""
     scheduler = ddim(prediction_type=kind, timestep_spacing=spacing)
     scheduler.set_timesteps(1)

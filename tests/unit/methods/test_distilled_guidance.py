@@ -92,7 +92,7 @@ def test_a_scale_for_each_step_is_exported(tiny_sd, tmp_path):
     assert (own[1] - first[1]).abs().max() > 1e-3
 
 
-def test_a_scale_for_each_step_needs_a_unet_that_is_told(tmp_path):
+def test_a_scale_for_each_step_needs_a_unet_with_guidance_input(tmp_path):
     teacher = load_teacher(str(build_dit(tmp_path)))
     with pytest.raises(ValueError, match=r"found a scale for each step; .* Stable Diffusion and SDXL"):
         consistency(config(steps=2, export_guidance_scale=(3.0, 4.0)), teacher)

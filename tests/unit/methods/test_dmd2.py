@@ -753,7 +753,7 @@ def test_alarms_name_keys():
     for changes, key in (
         ({"student_std": 3.0}, "method.student_update_every"), ({"student_diversity": 0.1}, "method.adversarial.weight"),
         ({"student_to_critic": 0.9}, "method.critic_optim.lr"),
-        ({"student_prompt_distance": 0.2, "teacher_prompt_distance": 0.5}, "of one prompt"),
+        ({"student_prompt_distance": 0.2, "teacher_prompt_distance": 0.5}, "for each prompt"),
         ({"real_accuracy": 1.0, "fake_accuracy": 1.0}, "method.adversarial.r1_weight"),
     ):  # fmt: skip
         (sentence,) = alarms(healthy | changes)

@@ -37,7 +37,7 @@ def flow_map(x, t, s):
 # Trajectories -------------------------------------------------------------------------------------------------------------
 
 
-def test_trajectories_visit_every_segment_once_and_begin_anew():
+def test_trajectories_are_in_every_segment_once_and_restart():
     torch.manual_seed(0)
     pool, size = Pool(8), 18
     seen: list[list[int]] = [[] for _ in range(size)]

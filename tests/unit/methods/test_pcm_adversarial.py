@@ -70,7 +70,7 @@ def test_drawn_times_stay_within_the_phase():
     assert t.dtype == end.dtype and times_in_phase(torch.tensor([999]), 250, 1000).item() == 999
 
 
-def test_real_and_fake_are_heard_at_one_time_and_with_other_noises(tiny_sd):
+def test_real_and_fake_share_a_timestep_and_not_the_noise(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     method = consistency(config(**PHASED), teacher)
     nets, batch = nets_for(method), batch_for(teacher)

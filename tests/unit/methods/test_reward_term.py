@@ -90,7 +90,7 @@ def test_only_its_stage_rewards(tiny_sd, tmp_path):
     assert set(method.loss(nets, replace(batch, iteration=2)).losses) == {"consistency", "reward"}
 
 
-def test_a_reward_of_ones_own_teaches_and_is_told_before_training_where_it_cannot(tiny_sd, tmp_path, monkeypatch):
+def test_a_reward_of_ones_own_teaches_and_is_reported_before_training_where_it_cannot(tiny_sd, tmp_path, monkeypatch):
     """In the trainer, and though its stage is never reached."""
     text = "def dark(images, prompts):\n    assert len(prompts) == len(images)\n    return 1 - images.mean((1, 2, 3))\n"
     (tmp_path / "fewstep_mine.py").write_text(text + "def flat(images, prompts):\n    return images.mean()\n")

@@ -279,7 +279,7 @@ def test_clipped_tangent(tiny_ddpm_grey):
     assert method._bounded(torch.tensor([[-3.0, 0.5, 2.0]])).tolist() == [[-1.0, 0.5, 1.0]]
 
 
-def test_levels_are_lognormal_and_guidance_is_told(tiny_sd):
+def test_levels_are_lognormal_and_guidance_is_an_input(tiny_sd):
     teacher = load_teacher(str(tiny_sd))
     method = scm(teacher, guidance={"range": (1.0, 4.0)}, lognormal=(0.2, 0.01))
     nets = {name: role.net for name, role in method.roles().items()}

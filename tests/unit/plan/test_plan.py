@@ -119,7 +119,7 @@ def test_published_sizes(name, millions):
     assert teacher.image_size == {"sdxl": 1024, "sd15": 512}[name]
 
 
-def test_a_teacher_out_of_reach_is_told_in_a_sentence(tmp_path):
+def test_a_teacher_out_of_reach_is_reported_in_a_sentence(tmp_path):
     file = tmp_path / "boot_far.yaml"
     values = {
         "teacher": "nobody/nothing", "output_dir": str(tmp_path), "data": {"source": "none"}, "max_iterations": 1,

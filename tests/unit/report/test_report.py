@@ -105,7 +105,7 @@ def test_figures_of_places_are_drawn_against_them(tmp_path: Path) -> None:
     assert "<li>" in text and text.count("dashed") >= 3
 
 
-def test_runs_of_other_protocols_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_other_protocols_are_distinguished(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", protocol="bbbb", teacher=4.0)]
     main(["report", *map(str, runs), "--output", str(tmp_path / "r.html")])
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -125,7 +125,7 @@ def test_a_run_without_scores_and_a_report_without_a_run(tmp_path: Path) -> None
     assert read_run(run).rows == [] and len(read_run(run).log) == 7
 
 
-def test_what_is_no_run_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_what_is_no_run_is_reported_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="expected the folder of a run"):
         main(["report", str(tmp_path)])
     (tmp_path / "x.json").write_text("[1]")

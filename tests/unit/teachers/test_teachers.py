@@ -83,7 +83,7 @@ def test_broken_folder_is_one_sentence(broken: str, expected: str, tiny_sd: Path
     assert "\n" not in str(e.value)
 
 
-def test_missing_weights_are_told(tiny_sd: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(tiny_sd: Path, tmp_path: Path) -> None:
     """diffusers goes on with random ones."""
     path = shutil.copytree(tiny_sd, tmp_path / "sd") / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)

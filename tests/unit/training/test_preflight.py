@@ -67,7 +67,7 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
         ({"data": {"source": "folder", "path": "x"}}, "data.path: found 'x'; expected a folder of images"),
     ],
 )
-def test_told_before_the_training(changes: Any, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
+def test_reported_before_the_training(changes: Any, expected: str, tiny_sd: Path, tmp_path: Path) -> None:
     text = message(tiny_sd, tmp_path, **changes)
     assert text.startswith(expected) and "\n" not in text
 
