@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/boot_mixture.py [--seeds 0 1 2] [--iterations 2500] [--only WORD]
 
 Trains every setting once a seed and prints a Markdown table of distances between the students' samples and the ends of the
-ODE from the same 4096 noises (Heun's method in 250 steps): root mean square over pairs, and sliced Wasserstein-2.
+ODE from the same 4096 initial noises (Heun, 250 steps): root mean square over pairs, and sliced Wasserstein-2.
 Rows without a student are what perfect regression would reach on the same grid: the solver's error and nothing else.
 """
 

@@ -50,8 +50,8 @@ def compare(args: argparse.Namespace) -> None:
         conditions = list(what.conditions[: args.pairs])
         images[role] = draw(who, conditions, seed=protocol.seed, batch_size=args.batch_size, uint8=protocol.uint8)
         who.pipeline.to("cpu")
-    apart = distances(images["A"], images["B"], features, view)
-    between = {key: float(value.mean()) for key, value in apart.items()}
+    gaps = distances(images["A"], images["B"], features, view)
+    between = {key: float(value.mean()) for key, value in gaps.items()}
     to_teacher: dict[str, Mapping[str, float]] = {}
     if args.teacher is not None:
         a, b = (distances(images[role], images["teacher"], features, view) for role in ("A", "B"))

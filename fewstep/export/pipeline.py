@@ -64,7 +64,7 @@ def open_student(
     dtype: torch.dtype,
     card: Card,
 ) -> Opened:
-    """Build the student's pipeline in `dtype`, apart from the teacher's networks, and sample from it.
+    """Build the student's pipeline in `dtype`, without the teacher's networks, and sample from it.
 
     Raises ExportError for a step count that does not run, or that runs and should not.
     """

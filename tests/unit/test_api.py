@@ -59,7 +59,7 @@ def test_prompts_in_memory_and_callbacks(tiny_sd: Path, tmp_path: Path) -> None:
 
 def test_images_in_memory(tiny_sd: Path, tmp_path: Path) -> None:
     items = [{"image": Image.new("RGB", (40, 32), color), "text": color} for color in ("red", "green", "blue")]
-    run = fewstep.distill(str(tiny_sd), "lcm", items, output_dir=tmp_path, steps=4, solver_steps=8, **QUICK)
+    run = fewstep.distill(str(tiny_sd), "lcm", items, output_dir=tmp_path, steps=4, grid={"points": 8}, **QUICK)
     assert (run.folder / "pipeline" / "model_index.json").is_file() and not run.scores
 
 

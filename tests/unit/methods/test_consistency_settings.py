@@ -83,9 +83,9 @@ def test_errors_name_the_key(recipe: str, override: str, expected: str) -> None:
         (
             "fashion/lcm",
             ["target={kind: next_state}"],
-            "target: kind next_state needs states of kind stored_trajectories",
+            "target: found next_state without stored trajectories",
         ),
-        ("fashion/lcm", ["target={kind: same_noise}"], "target: kind same_noise calls no teacher to guide"),
+        ("fashion/lcm", ["target={kind: same_noise}"], "guidance: found a range with target same_noise"),
         (
             "fashion/lcm",
             ["states={kind: student_rollout, steps: 9}"],
@@ -97,15 +97,19 @@ def test_errors_name_the_key(recipe: str, override: str, expected: str) -> None:
             "reward.steps: found 9; expected at most steps (8)",
         ),
         ("fashion/pcm", ["phases=2"], "steps: found 4; expected as many as phases (2)"),
-        ("sdxl/mlcm", ["stages=[{phases: 8}, {phases: null}]"], "stages[0].iterations: every stage but the last"),
+        (
+            "sdxl/mlcm",
+            ["stages=[{phases: 8}, {phases: null}]"],
+            "stages[0].iterations: found null; expected a number in all stages but the last",
+        ),
         ("sdxl/mlcm", ["stages=[]"], "stages: found none"),
         (
             "sdxl/mlcm",
             ["stages=[{phases: 3}]"],
             "stages[0].phases: found 3; expected a divisor of stages[0].points (40)",
         ),
-        ("sdxl/mlcm", ["stages=[{phases: 2, reward_weight: 1.0}]"], "stages[0].reward_weight: needs a reward"),
-        ("sdxl/mlcm", ["sampling=jump"], "sampling: jump needs phases in the last stage"),
+        ("sdxl/mlcm", ["stages=[{phases: 2, reward_weight: 1.0}]"], "stages[0].reward_weight: found a weight"),
+        ("sdxl/mlcm", ["sampling=jump"], "sampling: found jump with steps"),
         (
             "sdxl/mlcm",
             ["stages=[{phases: 2, iterations: 1, states: {kind: sampled_trajectories}}, {phases: 2}]"],

@@ -30,8 +30,8 @@ def message(pipeline: Path, folder: Path, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"teacher": "./nowhere"}, "no teacher './nowhere'"),
-        ({"checkpoint": {"resume": "latest"}}, "checkpoint.resume: found latest, and no checkpoint in "),
+        ({"teacher": "./nowhere"}, "teacher: found './nowhere'; expected a folder"),
+        ({"checkpoint": {"resume": "latest"}}, "checkpoint.resume: found latest with no checkpoint in "),
         (
             {"checkpoint": {"resume": "x"}},
             "checkpoint.resume: found x, which has no state.json; expected a checkpoint's folder",
