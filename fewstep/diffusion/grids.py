@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fewstep.diffusion.schedule import Schedule, noise_level
-from fewstep.diffusion.shapes import Counts, GridTimes, Levels, Scales, Time, Times, TimesOfSteps
+from fewstep.diffusion.shapes import Counts, GridTimes, Levels, SamplerTimes, Scales, Time, Times, TimesOfSteps
 from fewstep.errors import FewstepError
 
 
@@ -43,7 +43,7 @@ def karras_levels(low: float, high: float, n: int, rho: float = 7.0) -> Levels:
 
 
 def karras_grid(
-    schedule: Schedule, points: int, num_train_timesteps: int, sampled: GridTimes, rho: float = 7.0
+    schedule: Schedule, points: int, num_train_timesteps: int, sampled: SamplerTimes, rho: float = 7.0
 ) -> Grid:
     """The grid of Consistency Models (Song et al. 2023): sigma / alpha at `points` Karras levels between timestep 0, where
     both sides of the lowest pair end, and the noisiest.
@@ -69,7 +69,7 @@ def karras_grid(
     return Grid(times[1:], times[:-1], torch.zeros_like(times[1:]))
 
 
-def phase_grid(jumps: GridTimes, points: int) -> Grid:
+def phase_grid(jumps: SamplerTimes, points: int) -> Grid:
     """The grid whose phases are the sampler's jumps, each in as many even steps; whole numbers where `jumps` are.
 
     So that whatever the stock scheduler makes of a step count, the student is trained for it. Where the phases divide

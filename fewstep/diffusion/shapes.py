@@ -15,8 +15,9 @@ Latents = Float[Tensor, "b c h w"]
 Images = Float[Tensor, "b 3 H W"]
 FeatureMap = Float[Tensor, "b _ _ _"]
 """Of one of several layers, each of its own size."""
-Trajectory = Float[Tensor, "b k c h w"]
-"""States at k timesteps."""
+Trajectory = Float[Tensor, "n k *s"]
+"""States of n trajectories at k timesteps."""
+ScalesOfTrajectories = Float[Tensor, "n"]
 Tokens = Float[Tensor, "b n k"]
 Sinusoids = Float[Tensor, "b k"]
 Embedded = Float[Tensor, "b d"]
@@ -33,7 +34,7 @@ Scales = Float[Tensor, "b"]
 PerSample = Float[Tensor, "b"]
 Counts = Int[Tensor, "b"]
 """Whole numbers: counts of steps, or positions in a grid."""
-TimeInputs = Shaped[Tensor, "b *s"]
+TimeInputs = Shaped[Tensor, "b *inputs"]
 """Times, or a row of a time and what else a network embeds with it."""
 Rows = Shaped[Tensor, "r"]
 """Which samples: by index, or by a mask."""
@@ -42,6 +43,8 @@ Rows = Shaped[Tensor, "r"]
 
 GridTimes = Shaped[Tensor, "n"]
 """Timesteps of a grid, the same for all samples."""
+SamplerTimes = Shaped[Tensor, "steps"]
+"""Timesteps of a sampler's steps, the same for all samples."""
 Levels = Float[Tensor, "n"]
 TimesOfSteps = Shaped[Tensor, "n b"]
 """Timesteps of each sample, a row for each step."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import MethodConfig, OptimConfig
+from fewstep.diffusion.shapes import Histogram, Images, PerSample, Samples, Scalar
 from fewstep.errors import FewstepError
 from fewstep.methods.trajectories import Trajectories, TrajectorySettings, draw_trajectories, read_trajectories
 from fewstep.teachers.base import Teacher
@@ -35,9 +36,9 @@ class Networks(Protocol):
     def __getitem__(self, role: str, /) -> Callable[..., Any]: ...
 
 
-Reward = Callable[[Tensor, Sequence[str] | None], Tensor]
-"""images [B, 3, H, W] in [0, 1] and their prompts to [B], higher for better, differentiable in the images."""
-Losses = dict[str, Tensor]
+Reward = Callable[[Images, Sequence[str] | None], PerSample]
+"""Images in [0, 1] and their prompts to numbers, higher for better, differentiable in the images."""
+Losses = dict[str, Scalar]
 """Log name -> scalar term; their sum is descended."""
 Carry = Mapping[str, Tensor]
 """Tensors from the earlier steps of an iteration for the later ones, of one micro-batch."""
@@ -66,7 +67,7 @@ def require_live_guidance(teacher: Teacher) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """The input of a loss: `size` conditions and, for methods with `needs_images`, latents x0 [B, C, h, w].
+    """The input of a loss: `size` conditions and, for methods with `needs_images`, latents x0.
 
     All steps of an iteration get the same batch.
 
@@ -80,12 +81,12 @@ class Batch:
     uncond: Cond
     device: torch.device
     iteration: int = 0
-    latents: Tensor | None = None
+    latents: Samples | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     raw: Sequence[Any] = ()
 
     @property
-    def x0(self) -> Tensor:
+    def x0(self) -> Samples:
         if self.latents is None:
             raise FewstepError("data.source", "no images", "a source with images, which this method needs")
         return self.latents
@@ -98,14 +99,14 @@ class StepOutput:
     Attributes:
         losses: scalar terms by their log name; their sum is descended.
         logs: scalars for the log that are not descended.
-        histograms: sums and counts at each of n places, [2, n]: the log has the means of the places with a count above 0,
+        histograms: sums and counts at each place: the log has the means of the places with a count above 0,
             over all processes. Every process has to return the same names.
         carry: tensors for the later steps of the same micro-batch, without gradient.
     """
 
     losses: Losses
-    logs: Mapping[str, Tensor] = field(default_factory=dict)
-    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+    logs: Mapping[str, Scalar] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
     carry: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __or__(self, other: "StepOutput") -> "StepOutput":
@@ -211,7 +212,7 @@ class Method(ABC):
     def prepare(self, at: Preparation) -> None:  # noqa: B027  # most methods have nothing to prepare
         """Called once before the first iteration, also of a resumed run, on every process."""
 
-    def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
+    def health(self, nets: Networks, iteration: int) -> dict[str, Scalar]:
         """Scalars that are computed only where a line of the log is written, for their cost; called without gradient.
 
         They may draw nothing at random: how often a run logs must not change what it learns.

@@ -5,11 +5,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TypedDict
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Denoise, Prediction, add_noise
 from fewstep.diffusion.rollout import renoise_as, rollout
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import FeatureMap, GridTimes, Logits, Samples, Times
 from fewstep.errors import FewstepError
 from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
@@ -25,13 +27,13 @@ class _StopForward(Exception):
 
 def noised(
     teacher: Teacher,
-    x0: Tensor,
+    x0: Samples,
     span: tuple[float, float],
     cond: Cond,
-    t: Tensor | None = None,
-    noise: Tensor | None = None,
+    t: Times | None = None,
+    noise: Samples | None = None,
 ) -> NoisyBatch:
-    """x0 [B, ...] with noise at timesteps t [B], drawn uniformly from a range (fractions of the teacher's) if None."""
+    """x0 with noise at timesteps t, drawn uniformly from a range (fractions of the teacher's) if None."""
     if t is None:
         total = teacher.num_train_timesteps
         low, high = (round(fraction * total) for fraction in span)
@@ -40,13 +42,13 @@ def noised(
     return NoisyBatch(add_noise(teacher.schedule, x0, noise, t), t, cond)
 
 
-def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: Tensor, stop: int, noise: Tensor) -> Tensor:
+def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: GridTimes, stop: int, noise: Samples) -> Samples:
     """The student's input at timesteps[stop] when it samples: backward simulation, without gradient (DMD2).
 
     Args:
         denoise: the student with its conditions.
-        timesteps: those of its sampler, [N].
-        noise: that of the result, [B, ...]; all of it where stop is 0.
+        timesteps: those of its sampler.
+        noise: that of the result; all of it where stop is 0.
     """
     if stop == 0:
         return noise
@@ -59,14 +61,14 @@ def simulated_input(denoise: Denoise, schedule: Schedule, timesteps: Tensor, sto
     return x_t
 
 
-def features(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> list[Tensor]:
-    """Outputs [B, C, h, w] of the denoiser's modules of these names, in float32; what follows the last does not run."""
+def features(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> list[FeatureMap]:
+    """Outputs of the denoiser's modules of these names, in float32; what follows the last does not run."""
     with _record_features(denoiser, names, stop=True) as recorded, suppress(_StopForward):
         denoiser(noisy.x, noisy.t, noisy.cond)
     return recorded
 
 
-def denoised(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> tuple[Prediction, list[Tensor]]:
+def denoised(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> tuple[Prediction, list[FeatureMap]]:
     """The denoiser's prediction, and the same features from the same forward."""
     with _record_features(denoiser, names) as recorded:
         prediction = denoiser(noisy.x, noisy.t, noisy.cond)
@@ -74,13 +76,13 @@ def denoised(denoiser: Denoiser, names: Sequence[str], noisy: NoisyBatch) -> tup
 
 
 @contextmanager
-def _record_features(denoiser: Denoiser, names: Sequence[str], stop: bool = False) -> Iterator[list[Tensor]]:
+def _record_features(denoiser: Denoiser, names: Sequence[str], stop: bool = False) -> Iterator[list[FeatureMap]]:
     """A list that has the modules' outputs, in the order of the names, after the block.
 
     stop: raise _StopForward once all are recorded.
     """
-    by_index: dict[int, Tensor] = {}
-    found: list[Tensor] = []
+    by_index: dict[int, FeatureMap] = {}
+    found: list[FeatureMap] = []
 
     def recorder(index: int) -> Callable[[nn.Module, object, object], None]:
         def hook(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -138,7 +140,7 @@ class HeadInput(TypedDict, total=False):
     """One of the two arguments of `Critic.forward` for the discriminator's heads."""
 
     discriminate: NoisyBatch
-    given: list[Tensor]
+    given: list[FeatureMap]
 
 
 class Critic(nn.Module):
@@ -158,10 +160,10 @@ class Critic(nn.Module):
         self,
         denoise: NoisyBatch | None = None,
         discriminate: NoisyBatch | None = None,
-        given: list[Tensor] | None = None,
+        given: list[FeatureMap] | None = None,
         share_features: bool = False,
-    ) -> tuple[Prediction | None, Tensor | None]:
-        """Both tasks in one call, which distributed training needs: prediction, and logits [B, heads].
+    ) -> tuple[Prediction | None, Float[Tensor, "all heads"] | None]:
+        """Both tasks in one call, which distributed training needs: prediction, and logits.
 
         Args:
             denoise: input of the denoiser.
@@ -180,8 +182,8 @@ class Critic(nn.Module):
             given = own if given is None else [torch.cat(pair) for pair in zip(given, own, strict=True)]
         return prediction, None if given is None else self.logits(given)
 
-    def logits(self, maps: Sequence[Tensor]) -> Tensor:
-        """The heads' logits [B, heads] on one feature map each, in float32: autocast would round them."""
+    def logits(self, maps: Sequence[FeatureMap]) -> Logits:
+        """The heads' logits on one feature map each, in float32: autocast would round them."""
         with torch.autocast(maps[0].device.type, enabled=False):
             return torch.cat([head(f) for head, f in zip(self.heads, maps, strict=True)], dim=1)
 

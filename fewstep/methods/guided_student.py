@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
-
+from fewstep.diffusion.shapes import GridTimes
 from fewstep.errors import FewstepError
 from fewstep.methods.base import require_guidable
 from fewstep.methods.dropout import set_dropout
@@ -43,7 +42,7 @@ def check_guidance(teacher: Teacher, guidance: GuidanceSettings | None) -> None:
         )
 
 
-def folded_scale(guidance: GuidanceSettings | None, times: Callable[[], Tensor]) -> Scale | None:
+def folded_scale(guidance: GuidanceSettings | None, times: Callable[[], GridTimes]) -> Scale | None:
     """The guidance scale that export folds in; times: of the sampler's steps [steps], where each has its own."""
     scales = () if guidance is None else guidance.export_scales
     if len(scales) <= 1:

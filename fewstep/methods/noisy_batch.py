@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewstep.diffusion.guidance import GuidedDenoiser, Network
 from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.shapes import Rows, Samples, Scales, Times
 from fewstep.teachers.denoiser import Cond, DenoiserLike
 
 CONDITION = "cond."
@@ -18,26 +19,26 @@ class NoisyBatch:
     """B noisy samples at timesteps of their own.
 
     Attributes:
-        x: states [B, C, h, w].
-        t: timesteps, [B].
+        x: states.
+        t: timesteps.
         cond: conditions.
-        guidance_scale: [B]; None = no guidance.
+        guidance_scale: None = no guidance.
     """
 
-    x: Tensor
-    t: Tensor
+    x: Samples
+    t: Times
     cond: Cond
-    guidance_scale: Tensor | None = None
+    guidance_scale: Scales | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def with_x(self, x: Tensor, t: Tensor | None = None) -> "NoisyBatch":
+    def with_x(self, x: Samples, t: Times | None = None) -> "NoisyBatch":
         """Other states, and timesteps, of the same samples."""
         return replace(self, x=x, t=self.t if t is None else t)
 
-    def rows(self, on: Tensor) -> "NoisyBatch":
-        """Some of the samples, by index [b] or mask [B]."""
+    def rows(self, on: Rows) -> "NoisyBatch":
+        """Some of the samples, by index or mask."""
         scale = None if self.guidance_scale is None else self.guidance_scale[on]
         return NoisyBatch(self.x[on], self.t[on], {key: v[on] for key, v in self.cond.items()}, scale)
 

@@ -5,14 +5,15 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.diffusion.shapes import Images, PerSample
 from fewstep.errors import MissingError
 
 SIDE = 224
 """Pixels a side to which smaller images are enlarged: those of the network's own training."""
 
 
-def load_lpips(key: str = "regression.distance", instead: str = "huber") -> Callable[[Tensor, Tensor], Tensor]:
-    """The LPIPS distances (VGG16) [B] of two batches of images [B, 3, H, W] in about [-1, 1], differentiable.
+def load_lpips(key: str = "regression.distance", instead: str = "huber") -> Callable[[Images, Images], PerSample]:
+    """The LPIPS distances (VGG16) of two batches of images in about [-1, 1], differentiable.
 
     key, instead: of the method's config, for the message.
     Raises MissingError where torchvision's weights of VGG16 are neither on this machine nor can be downloaded.
@@ -29,7 +30,7 @@ def load_lpips(key: str = "regression.distance", instead: str = "huber") -> Call
             f"Download them, or set it to l2 or {instead}",
         ) from None
 
-    def distance(a: Tensor, b: Tensor) -> Tensor:
+    def distance(a: Images, b: Images) -> PerSample:
         metric.to(a.device)
         distances: Tensor = metric.net(*(_enlarged(v).clamp(-1, 1) for v in (a, b)))
         return distances.flatten()

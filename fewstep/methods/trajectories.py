@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from fewstep import io
 from fewstep.diffusion.guidance import GuidedDenoiser
+from fewstep.diffusion.shapes import Counts, Samples, Scales, ScalesOfTrajectories, Trajectory
 from fewstep.diffusion.solvers import PATHS
 from fewstep.errors import FewstepError
 from fewstep.teachers.base import Teacher
@@ -59,25 +59,25 @@ class TrajectorySettings:
 class Trajectories(NamedTuple):
     """N trajectories, on the CPU.
 
-    x: states at the kept timesteps, from the noisiest, and the samples, [N, K + 1, C, h, w]; scale: of guidance, [N];
+    x: states at the kept timesteps, from the noisiest, and the samples; scale: of guidance;
     conditions: the prompts, labels or Nones that they were drawn for.
     """
 
-    x: Tensor
-    scale: Tensor
+    x: Trajectory
+    scale: ScalesOfTrajectories
     conditions: list[Condition]
 
-    def pick(self, size: int, teacher: Teacher) -> tuple[Tensor, Cond]:
-        """Numbers [size] of trajectories, drawn with replacement, and their conditions, on the teacher's device."""
+    def pick(self, size: int, teacher: Teacher) -> tuple[Counts, Cond]:
+        """`size` numbers of trajectories, drawn with replacement, and their conditions, on the teacher's device."""
         index = torch.randint(len(self.x), (size,))
         return index, teacher.condition([self.conditions[i] for i in index.tolist()])
 
 
 @torch.no_grad()
 def solve(
-    teacher: Teacher, noise: Tensor, cond: Cond, uncond: Cond, scale: Tensor, settings: TrajectorySettings
-) -> Tensor:
-    """The guided probability-flow ODE from noise [B, C, h, w] with scales [B]: kept states and samples, [B, K + 1, C, h, w]."""
+    teacher: Teacher, noise: Samples, cond: Cond, uncond: Cond, scale: Scales, settings: TrajectorySettings
+) -> Trajectory:
+    """The guided probability-flow ODE from noise: kept states, and samples behind them."""
     plain = settings.guidance_range == (1, 1)
     denoise = GuidedDenoiser(teacher.denoiser, cond, uncond, None if plain else scale)
     times = torch.tensor([*settings.timesteps, -1], device=noise.device)

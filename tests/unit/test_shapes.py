@@ -16,8 +16,10 @@ def test_wrong_shapes_are_refused() -> None:
     x, t = torch.zeros(2, 3, 4, 5), torch.tensor([500, 400])
     schedule = RectifiedFlow()
     assert ode_step(schedule, Prediction(x, x), t).shape == x.shape
-    with pytest.raises(TypeCheckError, match="add_noise"):
+    with pytest.raises(TypeCheckError, match="ode_step"):
         ode_step(schedule, Prediction(x, x), torch.tensor([500, 400, 300]))
+    with pytest.raises(TypeCheckError, match="'p'"):
+        ode_step(schedule, Prediction(x, x[:1]), t)
     with pytest.raises(TypeCheckError, match="eps"):
         add_noise(schedule, x, x[..., 1:], t)
     with pytest.raises(TypeCheckError, match="x0"):

@@ -1,19 +1,26 @@
 """BOOT's grid: the sub-times of every segment, and tables of weights and factors for each target."""
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fewstep.diffusion.grids import segment_grid
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import SamplerTimes
 from fewstep.diffusion.signal_ode import shares
 from fewstep.errors import FewstepError
 from fewstep.methods.boot.config import AnchoredConfig, BootConfig, PaperConfig
 
+SegmentTimes = Shaped[Tensor, "segments points"]
+"""n_sub + 1 timesteps of each segment."""
+Table = Float[Tensor, "segments targets"]
+"""A number for each of the n_sub / m_teacher targets of each segment."""
 
-def sub_times(config: BootConfig, jumps: Tensor, num_train_timesteps: int) -> Tensor:
-    """Timesteps of every segment, descending: [steps, n_sub + 1]; whole numbers where `jumps` are.
 
-    jumps: where the sampler's steps begin, and where the last one ends, [steps + 1]. Raises ValueError, naming the key,
+def sub_times(config: BootConfig, jumps: SamplerTimes, num_train_timesteps: int) -> SegmentTimes:
+    """Timesteps of every segment, descending; whole numbers where `jumps` are.
+
+    jumps: where the sampler's steps begin, and where the last one ends. Raises ValueError, naming the key,
     where the sub-steps do not fit between them.
     """
     last = num_train_timesteps - 1
@@ -32,10 +39,10 @@ def sub_times(config: BootConfig, jumps: Tensor, num_train_timesteps: int) -> Te
     return grid if whole else grid.float()
 
 
-def target_tables(config: BootConfig, schedule: Schedule, grid: Tensor) -> tuple[Tensor, Tensor]:
+def target_tables(config: BootConfig, schedule: Schedule, grid: SegmentTimes) -> tuple[Table, Table]:
     """For every target its weight, of mean 1, and the factor from x0 to the space of the loss.
 
-    Each [steps, n_sub / m_teacher]. With the state z at the segment's start fixed, a difference of x0 is one of velocity
+    With the state z at the segment's start fixed, a difference of x0 is one of velocity
     times sigma there, and one of the states reached by the factor of `ode_step`.
     """
     chain = grid[:, :: config.m_teacher]

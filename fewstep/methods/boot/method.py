@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.diffusion.prediction import add_noise
 from fewstep.diffusion.schedule import like
+from fewstep.diffusion.shapes import Counts, Histogram, PerSample, Samples, Scalar, Scales
 from fewstep.diffusion.signal_ode import finite_difference
 from fewstep.errors import FewstepError
 from fewstep.methods.base import (
@@ -101,18 +102,18 @@ class Boot(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        noise: Tensor | None = None,
-        segment: Tensor | None = None,
-        index: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
+        noise: Samples | None = None,
+        segment: Counts | None = None,
+        index: Counts | None = None,
+        guidance_scale: Scales | None = None,
     ) -> StepOutput:
         """Distance of the student's jump to the bootstrapped one.
 
         Args:
-            noise: [B, C, h, w]; drawn if None.
-            segment: 0 ... steps - 1, [B], on the CPU; drawn if None.
-            index: the target's place in the chain, 0 (the teacher's own output) ... n_sub / m_teacher - 1, [B], on the CPU.
-            guidance_scale: 1 = none, [B]; drawn from the range, or the config's, if None.
+            noise: drawn if None.
+            segment: 0 ... steps - 1, on the CPU; drawn if None.
+            index: the target's place in the chain, 0 (the teacher's own output) ... n_sub / m_teacher - 1, on the CPU.
+            guidance_scale: 1 = none; drawn from the range, or the config's, if None.
         """
         m, student = self.config.m_teacher, nets["student"]
         index = self._draw_index(batch.size) if index is None else index
@@ -140,8 +141,8 @@ class Boot(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        noise: Tensor | None = None,
-        index: Tensor | None = None,
+        noise: Samples | None = None,
+        index: Counts | None = None,
     ) -> StepOutput:
         """The paper's finite difference along x_t = alpha(t) y + sigma(t) noise, and its boundary loss at t_max."""
         schedule, total, student = self.teacher.schedule, self.teacher.num_train_timesteps, nets["student"]
@@ -174,24 +175,24 @@ class Boot(Method):
         assert isinstance(self.config.form, PaperConfig)  # its loss is used for no other form
         return self.config.form
 
-    def _draw_index(self, size: int) -> Tensor:
+    def _draw_index(self, size: int) -> Counts:
         """A target for each of `size` samples: the first with probability boundary_frac, otherwise any; stratified."""
         share = (torch.randperm(size) + torch.rand(size)) / size
         share = (share - self.config.boundary_frac) / (1 - self.config.boundary_frac)
         return (share.clamp(0, 1 - 1e-6) * self.count).long()
 
-    def _progress(self, sub_step: Tensor, batch: Batch) -> Tensor:
+    def _progress(self, sub_step: Counts, batch: Batch) -> PerSample:
         return (sub_step / self.config.n_sub).to(batch.device)
 
-    def _distance(self, difference: Tensor) -> Tensor:
-        """One number per sample, [B]."""
+    def _distance(self, difference: Samples) -> PerSample:
+        """One number per sample."""
         square, c = difference.square(), self.config.huber_c
         return (square if self.config.distance == "l2" else (square + c**2).sqrt() - c).flatten(1).mean(1)
 
     def _starts(
-        self, nets: Networks, batch: Batch, noise: Tensor | None, segment: Tensor | None, scale: Tensor | None
-    ) -> tuple[NoisyBatch, Tensor]:
-        """Samples at the starts of segments, and the segments [B], on the CPU; what is None is drawn."""
+        self, nets: Networks, batch: Batch, noise: Samples | None, segment: Counts | None, scale: Scales | None
+    ) -> tuple[NoisyBatch, Counts]:
+        """Samples at the starts of segments, and the segments, on the CPU; what is None is drawn."""
         c, size, timesteps = self.config, batch.size, self.grid[:, 0]
         if noise is None:
             noise = torch.randn(size, *self.teacher.latent_shape, device=batch.device)
@@ -212,7 +213,7 @@ class Boot(Method):
     def _teacher_cross(self, nets: Networks) -> Cross:
         """The teacher's ODE over a segment."""
 
-        def cross(at: NoisyBatch, segment: Tensor) -> Tensor:
+        def cross(at: NoisyBatch, segment: Counts) -> Samples:
             denoise = self.guided.denoiser(nets["teacher"], at.cond, at.guidance_scale)
             return self.guided.walk(denoise, at.x, self.grid[segment].T.to(at.x.device))
 
@@ -224,8 +225,8 @@ class Boot(Method):
 
     # Health -----------------------------------------------------------------------------------------------------------
 
-    def _report(self, each: Tensor, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss [B] at every place of the chain, by the sub-step at which its target begins; and in few words: at the start
+    def _report(self, each: PerSample, index: Counts) -> tuple[dict[str, Scalar], dict[str, Histogram]]:
+        """The loss at every place of the chain, by the sub-step at which its target begins; and in few words: at the start
         of the chain, and in each third of the rest."""
         place = (self.config.m_teacher * index).to(each.device)
         once = torch.stack([each, torch.ones_like(each)])
@@ -237,7 +238,7 @@ class Boot(Method):
                 logs[f"loss_{name}"] = each[rows.to(each.device)].mean()
         return logs, {"loss_by_sub_step": by_sub_step}
 
-    def health(self, nets: Networks, iteration: int) -> dict[str, Tensor]:
+    def health(self, nets: Networks, iteration: int) -> dict[str, Scalar]:
         """Distance of the pool's states from those that the student reaches."""
         if self.config.start.kind != "pool" and iteration > self.config.warm_start:
             return {}

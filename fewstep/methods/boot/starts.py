@@ -11,24 +11,25 @@ from torch import Tensor
 
 from fewstep.diffusion import rollout
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import Counts, GridTimes, Rows, Samples, Scalar
 from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.denoiser import DenoiserLike
 
-Cross = Callable[[NoisyBatch, Tensor], Tensor]
-"""From samples at the starts of segments, and the segments [B], to the states at their ends."""
+Cross = Callable[[NoisyBatch, Counts], Samples]
+"""From samples at the starts of segments, and the segments, to the states at their ends."""
 
 
-def student_cross(net: DenoiserLike, schedule: Schedule, timesteps: Tensor, embedded: bool, renoise: bool) -> Cross:
+def student_cross(net: DenoiserLike, schedule: Schedule, timesteps: GridTimes, embedded: bool, renoise: bool) -> Cross:
     """The student's own jump over a segment.
 
     Args:
-        timesteps: starts of all segments, [steps], on the CPU.
+        timesteps: starts of all segments, on the CPU.
         embedded: whether the student has a guidance embedding.
         renoise: draw fresh noise on the student's x0 instead of following its ODE step.
     """
     move = rollout.renoise if renoise else rollout.jump
 
-    def cross(at: NoisyBatch, segment: Tensor) -> Tensor:
+    def cross(at: NoisyBatch, segment: Counts) -> Samples:
         scale = at.guidance_scale if embedded else None
         jump = net(at.x, at.t, at.cond, scale, torch.ones(len(at), device=at.x.device))
         return move(schedule, jump, timesteps[segment + 1].to(at.x.device))
@@ -36,13 +37,13 @@ def student_cross(net: DenoiserLike, schedule: Schedule, timesteps: Tensor, embe
     return cross
 
 
-def follow(cross: Cross, noise: NoisyBatch, segment: Tensor, timesteps: Tensor) -> NoisyBatch:
-    """Samples at the starts of segments [B], where `cross` takes their initial noise, one segment after the other.
+def follow(cross: Cross, noise: NoisyBatch, segment: Counts, timesteps: GridTimes) -> NoisyBatch:
+    """Samples at the starts of segments, where `cross` takes their initial noise, one segment after the other.
 
-    timesteps: starts of all segments, [steps], on the CPU.
+    timesteps: starts of all segments, on the CPU.
     """
 
-    def step(x: Tensor, which: Tensor, j: int) -> Tensor:
+    def step(x: Samples, which: Counts, j: int) -> Samples:
         now = torch.full_like(which, j)
         part = noise.rows(which.to(x.device)).with_x(x, timesteps[now].to(x.device))
         return cross(part, now)
@@ -63,17 +64,17 @@ class Pool:
 
     Args:
         size: states, at most.
-        timesteps: starts of all segments, [steps], on the CPU.
+        timesteps: starts of all segments, on the CPU.
         n_sub: sub-steps of a segment.
     """
 
-    def __init__(self, size: int, timesteps: Tensor, n_sub: int) -> None:
+    def __init__(self, size: int, timesteps: GridTimes, n_sub: int) -> None:
         self.size, self.timesteps, self.n_sub = size, timesteps, n_sub
         self.held: NoisyBatch | None = None
         self.segment = torch.zeros(0, dtype=torch.long)
-        self.noise: Tensor | None = None
+        self.noise: Samples | None = None
 
-    def draw(self, cross: Cross, fresh: NoisyBatch) -> tuple[NoisyBatch, Tensor]:
+    def draw(self, cross: Cross, fresh: NoisyBatch) -> tuple[NoisyBatch, Counts]:
         """As many random states as `fresh` has, and their segments, after that many / n_sub (at least one) moved one on."""
         held, device = self._filled(fresh), fresh.x.device
         if self.noise is None:  # no more of them than a batch has, which is what memory was found for
@@ -99,7 +100,7 @@ class Pool:
             self.segment = torch.cat([self.segment, torch.zeros(added, dtype=torch.long)])
         return self.held
 
-    def _replace(self, held: NoisyBatch, which: Tensor, new: NoisyBatch) -> None:
+    def _replace(self, held: NoisyBatch, which: Rows, new: NoisyBatch) -> None:
         """Put initial noise at the indices `which`."""
         on, tensors = which.to(new.x.device), new.state_dict()
         for name, value in held.state_dict().items():
@@ -109,7 +110,7 @@ class Pool:
         watched = (which < len(self.noise)).nonzero().flatten()
         self.noise[which[watched].to(new.x.device)] = new.x[watched.to(new.x.device)]
 
-    def drift(self, cross: Cross) -> Tensor | None:
+    def drift(self, cross: Cross) -> Scalar | None:
         """Mean squared distance of watched states from where `cross` takes their initial noise, as a share of their variance.
 
         None as long as all watched states are noise.

@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.guidance import GuidedDenoiser, Network, threshold
 from fewstep.diffusion.prediction import Denoise, Prediction, ode_step
+from fewstep.diffusion.shapes import Samples, Scales, Times, TimesOfSteps
 from fewstep.diffusion.signal_ode import bootstrap
 from fewstep.diffusion.solvers import Rule, ddim, heun_in_signal, solve
 from fewstep.teachers.base import Cond, Teacher
@@ -31,12 +31,12 @@ class GuidedTeacher:
     quantile: float | None = None
     solver: Literal["ddim", "heun"] = "ddim"
 
-    def denoiser(self, net: Network, cond: Cond, scale: Tensor | None) -> GuidedDenoiser:
-        """The denoiser of B samples with their conditions, guided by scale [B] (None = not) in one doubled batch."""
+    def denoiser(self, net: Network, cond: Cond, scale: Scales | None) -> GuidedDenoiser:
+        """The denoiser of B samples with their conditions, guided by scale (None = not) in one doubled batch."""
         uncond = cond if scale is None else self._uncond(len(scale))
         return GuidedDenoiser(net, cond, uncond, scale, self._bound if self.bounded else None)
 
-    def _bound(self, p: Prediction, x: Tensor, t: Tensor) -> Prediction:
+    def _bound(self, p: Prediction, x: Samples, t: Times) -> Prediction:
         return threshold(self.teacher.schedule, p, x, t, self.quantile)
 
     def _uncond(self, size: int) -> Cond:
@@ -45,13 +45,13 @@ class GuidedTeacher:
         return self.teacher.null_condition(size)
 
     @torch.no_grad()
-    def walk(self, denoise: Denoise, x: Tensor, times: Tensor) -> Tensor:
-        """The solution at the last of `times` [n, B] from x at the first."""
+    def walk(self, denoise: Denoise, x: Samples, times: TimesOfSteps) -> Samples:
+        """The solution at the last of `times` from x at the first."""
         return solve(denoise, self.teacher.schedule, x, times, RULES[self.solver])
 
     @torch.no_grad()
-    def bootstrap(self, denoise: Denoise, own: Prediction, anchor: Tensor, times: Tensor) -> Prediction:
-        """The anchored pair of the last of `times` [n, B], by a step of the teacher between each, given that of the first."""
+    def bootstrap(self, denoise: Denoise, own: Prediction, anchor: Times, times: TimesOfSteps) -> Prediction:
+        """The anchored pair of the last of `times`, by a step of the teacher between each, given that of the first."""
         schedule, rule = self.teacher.schedule, RULES[self.solver]
         for t, s in pairwise(times):
             step = rule(denoise, schedule, ode_step(schedule, own, t), t, s, None)

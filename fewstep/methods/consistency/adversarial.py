@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import more_noise
+from fewstep.diffusion.shapes import FeatureMap, Logits, Samples, Times
 from fewstep.methods.discriminator import Head, features
 from fewstep.methods.noisy_batch import NoisyBatch
 from fewstep.teachers.base import Teacher
@@ -18,11 +19,11 @@ from fewstep.teachers.denoiser import Cond
 
 @dataclass(frozen=True)
 class Ends:
-    """States at the end of a phase by the student and by its target: [B, C, h, w] at timesteps t [B]."""
+    """States at the end of a phase by the student and by its target, at timesteps t."""
 
-    fake: Tensor
-    real: Tensor
-    t: Tensor
+    fake: Samples
+    real: Samples
+    t: Times
     cond: Cond
 
     def carried(self) -> dict[str, Tensor]:
@@ -37,13 +38,13 @@ class Ends:
 
 
 class Discriminator(nn.Module):
-    """Feature maps to logits [B, heads], which rise with realism."""
+    """Feature maps to logits, which rise with realism."""
 
     def __init__(self, heads: Sequence[Head]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
 
-    def forward(self, given: Sequence[Tensor]) -> Tensor:
+    def forward(self, given: Sequence[FeatureMap]) -> Logits:
         with torch.autocast(given[0].device.type, enabled=False):
             return torch.cat([head(f) for head, f in zip(self.heads, given, strict=True)], dim=1)
 
@@ -57,14 +58,14 @@ def new_discriminator(teacher: Teacher, layers: Sequence[str]) -> Discriminator:
     return Discriminator([Head(*f.shape[1:]).to(device) for f in found])
 
 
-def times_in_phase(end: Tensor, span: int, total: int) -> Tensor:
-    """A time for each end [B], drawn uniformly from the end's own to the last of its phase of `span` timesteps; [B]."""
+def times_in_phase(end: Times, span: int, total: int) -> Times:
+    """A time for each end, drawn uniformly from the end's own to the last of its phase of `span` timesteps."""
     step = (torch.rand(len(end), device=end.device) * span).floor()
     return (end + step.to(end.dtype)).clamp(0, total - 1)
 
 
-def judge(teacher: Teacher, layers: Sequence[str], x: Tensor, ends: Ends, t: Tensor) -> list[Tensor]:
-    """The teacher's features of x [B, C, h, w], at the ends' timesteps, with noise added up to timesteps t [B].
+def judge(teacher: Teacher, layers: Sequence[str], x: Samples, ends: Ends, t: Times) -> list[FeatureMap]:
+    """The teacher's features of x, at the ends' timesteps, with noise added up to timesteps t.
 
     The noise comes by the exact kernel. As in the paper, t is the same for real and fake, the noise another.
     """

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from torch import Tensor
-
 from fewstep.diffusion.losses import sample_distance
 from fewstep.diffusion.rollout import Move, jump, renoise
+from fewstep.diffusion.shapes import GridTimes, PerSample, Samples
 from fewstep.diffusion.solvers import RULES
 from fewstep.methods.consistency import settings
 from fewstep.methods.consistency.endpoints import Endpoint
@@ -40,8 +39,8 @@ AnyStates = (
 )
 AnyTarget = settings.SolverTarget | settings.SameNoise | settings.NextState
 AnyDistance = settings.L2 | settings.PseudoHuber | settings.PseudoHuberSample | settings.Lpips
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""Two batches [B, C, h, w] to the distances of their samples, [B]."""
+Distance = Callable[[Samples, Samples], PerSample]
+"""Two batches to the distances of their samples."""
 
 
 def distance(teacher: Teacher, chosen: AnyDistance) -> Distance:
@@ -69,14 +68,14 @@ class Builder:
     """Makes the parts of a method's stages; trajectories that stages share are one.
 
     Attributes:
-        sampled: timesteps of the student's sampler in a number of steps, [steps].
+        sampled: timesteps of the student's sampler in a number of steps.
         renoises: whether that sampler adds fresh noise between steps.
         null_share: share of samples whose condition becomes the null one; None = none.
     """
 
     teacher: Teacher
     guidance: GuidanceSettings | None
-    sampled: Callable[[int], Tensor]
+    sampled: Callable[[int], GridTimes]
     renoises: bool = True
     null_share: float | None = None
     pool: Pool | None = field(default=None, init=False)

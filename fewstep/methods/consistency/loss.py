@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
+from fewstep.diffusion.shapes import Counts, GridTimes, Samples, Scales
 from fewstep.methods.base import NOTHING, Batch, Carry, Method, Networks, Preparation, Role, Step, StepOutput
 from fewstep.methods.consistency.build import Builder, Distance
 from fewstep.methods.consistency.endpoints import Endpoint
@@ -85,8 +86,8 @@ class Consistency(Method):
     def compose(self) -> tuple[Stage, ...]:
         """The stages, in order, with their parts."""
 
-    def sampled(self, steps: int) -> Tensor:
-        """Timesteps of the student's sampler in a number of steps, [steps]."""
+    def sampled(self, steps: int) -> GridTimes:
+        """Timesteps of the student's sampler in a number of steps."""
         return self.teacher.samplers.grid(self.scheduler(), steps)[:-1]
 
     def stage(self, iteration: int) -> Stage:
@@ -142,16 +143,16 @@ class Consistency(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        index: Tensor | None = None,
-        noise: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
+        index: Counts | None = None,
+        noise: Samples | None = None,
+        guidance_scale: Scales | None = None,
     ) -> StepOutput:
         """Consistency loss (Luo et al. 2023, eq. 16 with skipping): distance of f(x_t, t) to f_target(x_s, s).
 
         Args:
-            index: positions in the grid, [B]; drawn if None. Shared trajectories have their own.
-            noise: like x0, [B, C, h, w], of x_t, or that a trajectory starts from; drawn if None.
-            guidance_scale: 1 = none, [B]; drawn if None.
+            index: positions in the grid; drawn if None. Shared trajectories have their own.
+            noise: like x0, of x_t, or that a trajectory starts from; drawn if None.
+            guidance_scale: 1 = none; drawn if None.
         """
         stage = self.stage(batch.iteration)
         parts = stage.parts

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from fewstep.diffusion.rollout import ragged_rollout
 from fewstep.diffusion.schedule import like
+from fewstep.diffusion.shapes import Anything, Counts, GridTimes, Samples, Times
 from fewstep.errors import FewstepError
 from fewstep.methods.noisy_batch import NoisyBatch
 
-Advance = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(states [b, ...], their samples' numbers [b], their grid positions [b], other positions [b]) -> states there."""
+Advance = Callable[[Samples, Counts, Counts, Counts], Samples]
+"""(states, their samples' numbers, their grid positions, other positions) -> states there."""
 
 
 class Pool:
@@ -32,10 +33,10 @@ class Pool:
         self.index = torch.zeros(0, dtype=torch.long)
         self.visit = torch.zeros(0, dtype=torch.long)
 
-    def draw(self, advance: Advance, times: Tensor, fresh: NoisyBatch) -> NoisyBatch:
+    def draw(self, advance: Advance, times: GridTimes, fresh: NoisyBatch) -> NoisyBatch:
         """The states to train at, of `fresh`'s size; new ones, from its initial noise, where there are none for this grid yet.
 
-        times: the grid, [N], ascending, on the CPU.
+        times: the grid, ascending, on the CPU.
         """
         if self.held is None or len(self.held) != len(fresh) or not torch.equal(times, self.times):
             self.times = times
@@ -43,8 +44,8 @@ class Pool:
         assert self.held is not None
         return self.held
 
-    def move(self, there: Callable[[Tensor], Tensor], fresh: NoisyBatch) -> None:
-        """Take the trajectories on to positions [B] of which `there` gives x; those at their end restart from `fresh`."""
+    def move(self, there: Callable[[Counts], Samples], fresh: NoisyBatch) -> None:
+        """Take the trajectories on to positions of which `there` gives x; those at their end restart from `fresh`."""
         assert self.held is not None  # nothing can be moved before a draw
         visit = self.visit + 1
         ended = visit > self._last
@@ -62,7 +63,7 @@ class Pool:
         self.visit = torch.arange(len(fresh), device=fresh.x.device) % (self._last + 1)
         self.index = torch.full_like(self.visit, len(self.times) - 1)
 
-        def step(x: Tensor, rows: Tensor, visit: int) -> Tensor:
+        def step(x: Samples, rows: Counts, visit: int) -> Samples:
             before = self.index[rows]
             self.index[rows] = self._place(torch.full_like(rows, visit + 1))
             return advance(x, rows, before, self.index[rows])
@@ -70,7 +71,7 @@ class Pool:
         x = ragged_rollout(step, fresh.x, self.visit)
         self.held = NoisyBatch(x, self._t(), fresh.cond, fresh.guidance_scale)
 
-    def _t(self) -> Tensor:
+    def _t(self) -> Times:
         return self.times.to(self.index.device)[self.index]
 
     @property
@@ -78,8 +79,8 @@ class Pool:
         """The last visit, after which a trajectory ends."""
         return len(self.times) - 1 if self.segments is None else self.segments
 
-    def _place(self, visit: Tensor) -> Tensor:
-        """The grid position of each trajectory's `visit` [B]: the noisiest for 0, otherwise a random one of the segment."""
+    def _place(self, visit: Counts) -> Counts:
+        """The grid position of each trajectory's `visit`: the noisiest for 0, otherwise a random one of the segment."""
         n, m = len(self.times), self.segments
         if m is None:
             return n - 1 - visit
@@ -116,7 +117,7 @@ class Replay(Pool):
         """Positions and visits of the kept trajectories, [2, size]."""
         self.drawn = torch.zeros(0, dtype=torch.long)
 
-    def draw(self, advance: Advance, times: Tensor, fresh: NoisyBatch) -> NoisyBatch:
+    def draw(self, advance: Advance, times: GridTimes, fresh: NoisyBatch) -> NoisyBatch:
         if self.size < (count := len(fresh)):
             raise FewstepError(
                 "method.states.replay",
@@ -136,7 +137,7 @@ class Replay(Pool):
         self.index, self.visit = self.kept_at[:, self.drawn].to(device)
         return self.held
 
-    def move(self, there: Callable[[Tensor], Tensor], fresh: NoisyBatch) -> None:
+    def move(self, there: Callable[[Counts], Samples], fresh: NoisyBatch) -> None:
         super().move(there, fresh)
         assert self.kept is not None and self.held is not None  # nothing can be moved before a draw
         kept, moved = self.kept.state_dict(), self.held.to(torch.device("cpu")).state_dict()
@@ -163,6 +164,6 @@ class Replay(Pool):
         self.kept, self.kept_at = self.held, torch.stack([self.index, self.visit])
 
 
-def _over(rows: Tensor, x: Tensor) -> Tensor:
-    """A mask [B] as [B, 1, ...], to choose among rows of x."""
+def _over(rows: Times, x: Anything) -> Anything:
+    """A mask as [B, 1, ...], to choose among rows of x."""
     return like(rows, x).bool()

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.grids import between, even_steps, lognormal_index, milestone_timesteps
 from fewstep.diffusion.guidance import GuidedDenoiser, unguided
 from fewstep.diffusion.prediction import Denoise, Prediction, add_noise, ode_step
 from fewstep.diffusion.rollout import Move, ragged_rollout, rollout
 from fewstep.diffusion.schedule import Schedule, like, noise_level
+from fewstep.diffusion.shapes import Counts, GridTimes, Samples, Scales, Times
 from fewstep.diffusion.solvers import Rule, solve
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Networks, Preparation
@@ -26,12 +26,12 @@ from fewstep.teachers.denoiser import Cond
 class Given:
     """Draws that a caller of the loss fixes; None = drawn.
 
-    index: positions in the grid, [B]. noise: like x0, [B, C, h, w]. guidance_scale: 1 = none, [B].
+    index: positions in the grid. noise: like x0. guidance_scale: 1 = none.
     """
 
-    index: Tensor | None = None
-    noise: Tensor | None = None
-    guidance_scale: Tensor | None = None
+    index: Counts | None = None
+    noise: Samples | None = None
+    guidance_scale: Scales | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class State:
 
     Attributes:
         at: x_t.
-        s, end: timesteps of the target and of the end, [B].
+        s, end: timesteps of the target and of the end.
         fresh: the batch's own noise, conditions and scales; trajectories may be of earlier ones.
         x_s: where the target is asked for, like x_t, if it is known with the state.
     """
 
     at: NoisyBatch
-    s: Tensor
-    end: Tensor
+    s: Times
+    end: Times
     fresh: NoisyBatch
-    x_s: Tensor | None = None
+    x_s: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Draw:
     lognormal: tuple[float, float] | None = None
     null_share: float | None = None
 
-    def __call__(self, batch: Batch, given: Given, noisiest: bool = False) -> tuple[Tensor, NoisyBatch]:
-        """Positions [B], of the noisiest point if asked, and noise at their timesteps."""
+    def __call__(self, batch: Batch, given: Given, noisiest: bool = False) -> tuple[Counts, NoisyBatch]:
+        """Positions, of the noisiest point if asked, and noise at their timesteps."""
         index, noise, scale = self._index(batch, given.index, noisiest), given.noise, given.guidance_scale
         if noise is None:
             noise = torch.randn(batch.size, *self.teacher.latent_shape, device=batch.device)
@@ -79,7 +79,7 @@ class Draw:
         t = self.points.t.to(batch.device)[index]
         return index, NoisyBatch(noise, t, self._conditions(batch), scale)
 
-    def _index(self, batch: Batch, index: Tensor | None, noisiest: bool) -> Tensor:
+    def _index(self, batch: Batch, index: Counts | None, noisiest: bool) -> Counts:
         n, device = len(self.points.t), batch.device
         if noisiest:
             return torch.full((batch.size,), n - 1, device=device)
@@ -108,13 +108,13 @@ class States:
     def __call__(self, nets: Networks, batch: Batch, given: Given) -> State:
         raise NotImplementedError
 
-    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+    def move(self, state: State, first: Prediction | None, x_s: Samples) -> None:
         """Called after the target's x_s is known, and the teacher's prediction at x_t (None = it was not called)."""
 
     def prepare(self, at: Preparation) -> None:
         """Called once before the first iteration."""
 
-    def _state(self, at: NoisyBatch, index: Tensor, batch: Batch, fresh: NoisyBatch) -> State:
+    def _state(self, at: NoisyBatch, index: Counts, batch: Batch, fresh: NoisyBatch) -> State:
         points = self.draw.points.at(index, batch.iteration)
         return State(replace(at, t=points.t), points.s, points.end, fresh)
 
@@ -140,18 +140,18 @@ class SharedTrajectories(States):
         _, fresh = self.draw(batch, given, noisiest=True)
         denoise = fresh.guided(nets["teacher"], batch.uncond)
 
-        def advance(x: Tensor, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        def advance(x: Samples, rows: Counts, before: Counts, after: Counts) -> Samples:
             return self._advance(denoise.rows(rows), x, before, after)
 
         held = self.pool.draw(advance, self.draw.points.t, fresh)
         return self._state(held, self.pool.index, batch, fresh)
 
-    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+    def move(self, state: State, first: Prediction | None, x_s: Samples) -> None:
         assert first is not None  # targets of such states are the solver's
         t = self.draw.points.t.to(x_s.device)
         self.pool.move(lambda index: ode_step(self.schedule, first, t[index]), state.fresh)
 
-    def _advance(self, denoise: Denoise, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def _advance(self, denoise: Denoise, x: Samples, before: Counts, after: Counts) -> Samples:
         t = self.draw.points.t.to(x.device)
         return ode_step(self.schedule, denoise(x, t[before]), t[after])
 
@@ -163,10 +163,10 @@ class SolverTrajectories(SharedTrajectories):
         super().__init__(draw, pool)
         self.rule, self.steps = rule, steps
 
-    def move(self, state: State, first: Prediction | None, x_s: Tensor) -> None:
+    def move(self, state: State, first: Prediction | None, x_s: Samples) -> None:
         self.pool.move(lambda _: x_s, state.fresh)
 
-    def _advance(self, denoise: Denoise, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def _advance(self, denoise: Denoise, x: Samples, before: Counts, after: Counts) -> Samples:
         points = self.draw.points.at(before, 0)
         return solve(denoise, self.schedule, x, even_steps(points.t, points.s, self.steps), self.rule)
 
@@ -186,12 +186,12 @@ class SampledTrajectories(States):
         x = self.roll(fresh.guided(nets["teacher"], batch.uncond), index, fresh)
         return self._state(fresh.with_x(x), index, batch, fresh)
 
-    def roll(self, denoise: GuidedDenoiser, index: Tensor, fresh: NoisyBatch) -> Tensor:
-        """States at positions `index` [B] from the noise of `fresh`."""
+    def roll(self, denoise: GuidedDenoiser, index: Counts, fresh: NoisyBatch) -> Samples:
+        """States at positions `index` from the noise of `fresh`."""
         n, top = len(self.draw.points.t), self.draw.points.t[-1]
         steps = torch.where(index == n - 1, 0, self.segments - index * self.segments // n)
 
-        def step(x: Tensor, on: Tensor, i: int) -> Tensor:
+        def step(x: Samples, on: Counts, i: int) -> Samples:
             now, after = (between(top, fresh.t[on], (i + j) / steps[on]) for j in (0, 1))
             return ode_step(self.schedule, denoise.rows(on)(x, now), after)
 
@@ -239,10 +239,10 @@ class StoredTrajectories(States):
 class StudentRollout(States):
     """Noised samples of the averaged student (Xie et al. 2024, TLCM's second stage).
 
-    times: of its sampler's steps, [steps]; move: from one to the next; embedded: whether it receives the guidance scale.
+    times: of its sampler's steps; move: from one to the next; embedded: whether it receives the guidance scale.
     """
 
-    def __init__(self, draw: Draw, times: Tensor, move: Move, embedded: bool) -> None:
+    def __init__(self, draw: Draw, times: GridTimes, move: Move, embedded: bool) -> None:
         super().__init__(draw)
         self.times, self.sampler_move, self.embedded = times, move, embedded
 
@@ -255,9 +255,9 @@ class StudentRollout(States):
 
 
 def averaged_student(
-    nets: Networks, start: NoisyBatch, times: Tensor, move: Move, embedded: bool, schedule: Schedule
+    nets: Networks, start: NoisyBatch, times: GridTimes, move: Move, embedded: bool, schedule: Schedule
 ) -> Prediction:
-    """The averaged student's prediction at the last of `times` [n], after its own steps from the noise `start.x`."""
+    """The averaged student's prediction at the last of `times`, after its own steps from the noise `start.x`."""
     denoise = unguided(nets["ema"], start.cond, start.guidance_scale if embedded else None)
     x = rollout(denoise, schedule, start.x, times, move)
     return denoise(x, times[-1].expand(len(x)))

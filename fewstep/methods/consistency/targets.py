@@ -9,6 +9,7 @@ from torch import Tensor
 from fewstep.diffusion.grids import even_steps
 from fewstep.diffusion.prediction import Prediction, add_noise
 from fewstep.diffusion.schedule import Schedule
+from fewstep.diffusion.shapes import Samples
 from fewstep.diffusion.solvers import Rule, solve
 from fewstep.methods.base import Batch, Networks
 from fewstep.methods.consistency.endpoints import Endpoint
@@ -17,9 +18,9 @@ from fewstep.methods.dropout import replayed
 
 
 class Neighbour(NamedTuple):
-    """x_s [B, C, h, w], and the teacher's prediction at x_t where it was called."""
+    """x_s, and the teacher's prediction at x_t where it was called."""
 
-    x_s: Tensor
+    x_s: Samples
     first: Prediction | None
 
 
@@ -82,8 +83,8 @@ class Target:
         """Whether the target network is the student itself."""
         return self.network == "student"
 
-    def __call__(self, nets: Networks, state: State, x_s: Tensor, masks: Tensor | None) -> Tensor:
-        """[B, C, h, w]; masks: state of the generator of the student's dropout, None for another network."""
+    def __call__(self, nets: Networks, state: State, x_s: Samples, masks: Tensor | None) -> Samples:
+        """masks: state of the generator of the student's dropout, None for another network."""
         if self.may_be_clean and not bool((state.s > state.end).any()):
             return x_s
         with replayed(masks, x_s.device):

@@ -3,13 +3,13 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from fewstep.config import OptimConfig
 from fewstep.diffusion.guidance import unguided
 from fewstep.diffusion.losses import discriminator_loss, generator_loss
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.rollout import Move, rollout
+from fewstep.diffusion.shapes import GridTimes, Samples, Times
 from fewstep.errors import FewstepError
 from fewstep.methods.base import Batch, Carry, Networks, Preparation, Reward, Role, Step, StepOutput
 from fewstep.methods.consistency import settings
@@ -28,7 +28,7 @@ class Term(Protocol):
         """Further inputs of the student's one call; None for none."""
 
     def __call__(
-        self, nets: Networks, batch: Batch, state: State, ends: tuple[Tensor, Tensor], sample: Prediction | None
+        self, nets: Networks, batch: Batch, state: State, ends: tuple[Samples, Samples], sample: Prediction | None
     ) -> StepOutput:
         """ends: f of student and target; sample: the student's prediction for `samples`."""
 
@@ -36,11 +36,11 @@ class Term(Protocol):
 class RewardTerm:
     """A reward on the student's samples by one step of its sampler: only through this step the reward gives gradients.
 
-    times: of the sampler's steps, [steps]; move: from one to the next; embedded: whether it receives the guidance scale.
+    times: of the sampler's steps; move: from one to the next; embedded: whether it receives the guidance scale.
     """
 
     def __init__(
-        self, teacher: Teacher, reward: settings.Reward, weight: float, times: Tensor, move: Move, embedded: bool
+        self, teacher: Teacher, reward: settings.Reward, weight: float, times: GridTimes, move: Move, embedded: bool
     ) -> None:
         self.teacher, self.settings, self.weight = teacher, reward, weight
         self.times, self.move, self.embedded = times, move, embedded
@@ -59,7 +59,7 @@ class RewardTerm:
         return start.with_x(x, times[-1].expand(len(rows)))
 
     def __call__(
-        self, nets: Networks, batch: Batch, state: State, ends: tuple[Tensor, Tensor], sample: Prediction | None
+        self, nets: Networks, batch: Batch, state: State, ends: tuple[Samples, Samples], sample: Prediction | None
     ) -> StepOutput:
         """-reward, or max(0, ceiling - reward); gradients go through decoder and reward model."""
         if self.reward is None or sample is None:
@@ -100,7 +100,7 @@ class AdversarialTerm:
         return None
 
     def __call__(
-        self, nets: Networks, batch: Batch, state: State, ends: tuple[Tensor, Tensor], sample: Prediction | None
+        self, nets: Networks, batch: Batch, state: State, ends: tuple[Samples, Samples], sample: Prediction | None
     ) -> StepOutput:
         fake, real = ends
         both = Ends(fake, real, state.end, state.at.cond)
@@ -120,5 +120,5 @@ class AdversarialTerm:
         loss = discriminator_loss(self.settings.loss, on_real, on_fake)
         return StepOutput({"discriminator": loss}, accuracies(on_real, on_fake))
 
-    def _times(self, ends: Ends) -> Tensor:
+    def _times(self, ends: Ends) -> Times:
         return times_in_phase(ends.t, self.span, self.teacher.num_train_timesteps)

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+
+from fewstep.diffusion.shapes import Numbers, Samples, Scalar
 
 
-def sample_figures(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """Figures of the student's samples x [B, ...] beside the teacher's and the critic's x0 from the same, noised.
+def sample_figures(x: Samples, real: Samples, fake: Samples) -> dict[str, Scalar]:
+    """Figures of the student's samples x beside the teacher's and the critic's x0 from the same, noised.
 
     Each is one number:
         dm_norm: root mean square of the matching gradient before it is normalised;
@@ -28,9 +29,9 @@ def sample_figures(x: Tensor, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[object]) -> dict[str, Tensor]:
-    """student_ and teacher_prompt_distance: root mean square distance of samples [B, ...] to the next of the same prompt in `raw`
-    [B], mean over those that have one; nothing where no prompt comes twice.
+def prompt_distances(x: Samples, real: Samples, raw: Sequence[object]) -> dict[str, Scalar]:
+    """student_ and teacher_prompt_distance: root mean square distance of samples to the next of the same prompt in `raw`,
+    mean over those that have one; nothing where no prompt comes twice.
     """
     last: dict[object, int] = {}
     pairs = []
@@ -48,7 +49,7 @@ def prompt_distances(x: Tensor, real: Tensor, raw: Sequence[object]) -> dict[str
 
 
 @torch.no_grad()
-def accuracies(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+def accuracies(real: Numbers, fake: Numbers) -> dict[str, Scalar]:
     """Share of logits on the right side: real ones above 0, fake ones below."""
     return {"real_accuracy": (real > 0).float().mean(), "fake_accuracy": (fake < 0).float().mean()}
 

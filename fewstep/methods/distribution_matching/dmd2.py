@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.diffusion.grids import trailing_timesteps
@@ -21,6 +20,7 @@ from fewstep.diffusion.losses import (
 )
 from fewstep.diffusion.prediction import Prediction, add_noise
 from fewstep.diffusion.schedule import like
+from fewstep.diffusion.shapes import GridTimes, Logits, Samples, Scalar, Times
 from fewstep.methods.base import (
     NOTHING,
     Batch,
@@ -99,7 +99,7 @@ class DMD2(Method):
         counts = self.teacher.samplers.counts(len(trained))
         return tuple(n for n in counts if self._timesteps(n).tolist() == trained[:n])
 
-    def _timesteps(self, count: int) -> Tensor:
+    def _timesteps(self, count: int) -> GridTimes:
         return self.teacher.samplers.grid(self.scheduler(), count)[:-1]
 
     def prepare(self, at: Preparation) -> None:
@@ -132,13 +132,13 @@ class DMD2(Method):
         return StepOutput(losses, matched.logs, carry=left)
 
     def sample(
-        self, student: DenoiserLike, batch: Batch, stop: int | None = None, noise: Tensor | None = None
-    ) -> Tensor:
-        """The student's x0 [B, C, h, w] after `stop` simulated steps and one that has gradients.
+        self, student: DenoiserLike, batch: Batch, stop: int | None = None, noise: Samples | None = None
+    ) -> Samples:
+        """The student's x0 after `stop` simulated steps and one that has gradients.
 
         Args:
             stop: 0 ... steps - 1; drawn, the same on every process, if None.
-            noise: of the last input, [B, C, h, w]: all of it for stop = 0; drawn if None.
+            noise: of the last input: all of it for stop = 0; drawn if None.
         """
         shape = (batch.size, *self.teacher.latent_shape)
         noise = torch.randn(shape, device=batch.device) if noise is None else noise
@@ -152,24 +152,24 @@ class DMD2(Method):
         if stop is None:
             stop = int(torch.randint(len(t), (), generator=batch.generator))
 
-        def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        def denoise(x_t: Samples, t: Times) -> Prediction:
             return self._denoise(student, NoisyBatch(x_t, t, batch.cond))
 
         x_t = simulated_input(denoise, self.teacher.schedule, t, stop, noise)
         return denoise(x_t, t[stop].expand(batch.size)).x0
 
     def distribution_matching_loss(
-        self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
+        self, nets: Networks, batch: Batch, x: Samples, t: Times | None = None, noise: Samples | None = None
     ) -> StepOutput:
         """dm, whose gradient in x moves its distribution to the teacher's (Yin et al. 2024, DMD, eq. 7).
 
-        With `adversarial.share_noise` also gan, of the same noisy x. t [B], noise like x: drawn if None.
+        With `adversarial.share_noise` also gan, of the same noisy x. t, noise: drawn if None.
         """
         c = self.config
         assert c.matching is not None
         noisy = noised(self.teacher, x, c.matching.range, batch.cond, t, noise)
         losses: Losses = {}
-        logits: Tensor | None = None
+        logits: Logits | None = None
         if c.adversarial is not None and c.adversarial.share_noise:
             prediction, logits = nets["critic"](self._cast(noisy), share_features=True)
             fake_x0 = prediction.x0.detach()
@@ -189,7 +189,7 @@ class DMD2(Method):
             logs = sample_figures(x, real_x0, fake_x0) | prompt_distances(x, real_x0, batch.raw)
         return StepOutput({"dm": c.matching.weight * descend(x, gradient.to(x.dtype))} | losses, logs)
 
-    def _guidance_gradient(self, nets: Networks, batch: Batch, x: Tensor) -> Tensor:
+    def _guidance_gradient(self, nets: Networks, batch: Batch, x: Samples) -> Samples:
         """Decoupled DMD: guided - fake = (conditional - fake) + (guided - conditional), the last at noise of its own."""
         guidance = self.config.guidance
         assert guidance.noise_range is not None
@@ -198,14 +198,14 @@ class DMD2(Method):
         return matching_gradient(x, guide(plain, uncond, guidance.scale).x0, plain.x0)
 
     def adversarial_loss(
-        self, nets: Networks, batch: Batch, x: Tensor, t: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+        self, nets: Networks, batch: Batch, x: Samples, t: Times | None = None, noise: Samples | None = None
+    ) -> Scalar:
         """The student's side of the adversarial loss, on noisy x."""
         adversarial = self._adversarial
         noisy = noised(self.teacher, x, adversarial.range, batch.cond, t, noise)
         return generator_loss(adversarial.loss, self._logits(nets, noisy))
 
-    def regression_loss(self, nets: Networks, batch: Batch) -> Tensor:
+    def regression_loss(self, nets: Networks, batch: Batch) -> Scalar:
         """Distance to the teacher's samples from the same initial noise, on pairs of their own (DMD, eq. 9)."""
         noise, x0, cond = pick_pairs(self.pairs, self.teacher, batch.size, batch.device)
         t = self.timesteps[0].to(batch.device).expand(batch.size)
@@ -219,12 +219,12 @@ class DMD2(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
+        t: Times | None = None,
+        noise: Samples | None = None,
     ) -> StepOutput:
         """Denoising of the student's samples over all noise levels, and the discriminator's loss, in one call of the critic.
 
-        t [B], noise [B, C, h, w]: of the denoising; drawn if None.
+        t, noise: of the denoising; drawn if None.
         """
         x = carry.get("sample")
         if x is None:
@@ -267,7 +267,7 @@ class DMD2(Method):
     def _cast(self, noisy: NoisyBatch) -> NoisyBatch:
         return replace(noisy, x=noisy.x.to(DTYPES[self.config.x0_dtype]))
 
-    def _x0(self, net: DenoiserLike, noisy: NoisyBatch) -> Tensor:
+    def _x0(self, net: DenoiserLike, noisy: NoisyBatch) -> Samples:
         return self._denoise(net, noisy).x0
 
     def _denoise(self, net: DenoiserLike, noisy: NoisyBatch) -> Prediction:
@@ -275,20 +275,20 @@ class DMD2(Method):
         p = net(noisy.x, noisy.t, noisy.cond)
         return p._replace(x0=p.x0.float())
 
-    def _real_x0(self, nets: Networks, batch: Batch, noisy: NoisyBatch, scale: float) -> Tensor:
+    def _real_x0(self, nets: Networks, batch: Batch, noisy: NoisyBatch, scale: float) -> Samples:
         """The teacher's x0: what the real score says."""
         noisy = self._cast(noisy)
         return GuidedDenoiser(nets["teacher"], noisy.cond, batch.uncond, scale)(noisy.x, noisy.t).x0
 
-    def _real(self, batch: Batch) -> tuple[Tensor, Cond]:
+    def _real(self, batch: Batch) -> tuple[Samples, Cond]:
         """Real samples for the discriminator, and their conditions."""
         if self.config.real_images:
             return batch.x0, batch.cond
         _, x0, cond = pick_pairs(self.pairs, self.teacher, batch.size, batch.device)
         return x0, cond
 
-    def _logits(self, nets: Networks, noisy: NoisyBatch) -> Tensor:
-        logits: Tensor = nets["critic"](**self._head_input(noisy))[1]
+    def _logits(self, nets: Networks, noisy: NoisyBatch) -> Logits:
+        logits: Logits = nets["critic"](**self._head_input(noisy))[1]
         return logits
 
     def _head_input(self, noisy: NoisyBatch) -> HeadInput:

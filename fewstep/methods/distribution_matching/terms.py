@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from fewstep.diffusion.losses import huber, l2
 from fewstep.diffusion.prediction import Prediction, output_of
 from fewstep.diffusion.schedule import like
+from fewstep.diffusion.shapes import Samples, Scalar, Times
 from fewstep.methods.distribution_matching.config import RegressionConfig
 from fewstep.methods.perceptual import load_lpips
 from fewstep.methods.trajectories import Trajectories
@@ -15,11 +15,11 @@ from fewstep.teachers.base import Teacher
 from fewstep.teachers.denoiser import Cond
 
 
-def denoising_loss(teacher: Teacher, p: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def denoising_loss(teacher: Teacher, p: Prediction, x0: Samples, noise: Samples, t: Times) -> Scalar:
     """Mean square error of a denoiser's own output, whatever the family predicts, as in the teacher's own training.
 
     Args:
-        p: the denoiser's prediction from x0 and noise [B, ...] at t [B].
+        p: the denoiser's prediction from x0 and noise at t.
     """
     schedule, kind = teacher.schedule, teacher.denoiser.prediction_type
     target = output_of(schedule, kind, Prediction(x0, noise), t)
@@ -27,7 +27,7 @@ def denoising_loss(teacher: Teacher, p: Prediction, x0: Tensor, noise: Tensor, t
     return l2(root * output_of(schedule, kind, p, t), root * target).float()
 
 
-def regression_distance(config: RegressionConfig | None, teacher: Teacher) -> Callable[[Tensor, Tensor], Tensor]:
+def regression_distance(config: RegressionConfig | None, teacher: Teacher) -> Callable[[Samples, Samples], Scalar]:
     """The distance of two batches of latents that the settings name, as one number."""
     match config.distance if config else "l2":
         case "lpips":
@@ -40,8 +40,8 @@ def regression_distance(config: RegressionConfig | None, teacher: Teacher) -> Ca
 
 def pick_pairs(
     pairs: Trajectories | None, teacher: Teacher, size: int, device: torch.device
-) -> tuple[Tensor, Tensor, Cond]:
-    """Initial noise, the teacher's samples from it [size, C, h, w] and their conditions, drawn with replacement."""
+) -> tuple[Samples, Samples, Cond]:
+    """Initial noise, the teacher's samples from it and their conditions, drawn with replacement."""
     if pairs is None:
         raise RuntimeError("pairs: found none; expected those that prepare loads. Call prepare first")
     index, cond = pairs.pick(size, teacher)

@@ -16,6 +16,7 @@ from fewstep.diffusion.grids import log_levels, lognormal_index
 from fewstep.diffusion.guidance import GuidedDenoiser
 from fewstep.diffusion.prediction import Prediction, add_noise
 from fewstep.diffusion.schedule import like
+from fewstep.diffusion.shapes import PerSample, Samples, Scales, Times
 from fewstep.diffusion.trigflow import Rotation, rotation, tangent, velocity, velocity_rate
 from fewstep.methods.base import (
     NOTHING,
@@ -42,7 +43,7 @@ WAVES = 8
 
 
 class LogVariance(nn.Module):
-    """The log of the loss to be expected at a log noise level [B], [B]; 0 at the start of training."""
+    """The log of the loss to be expected at a log noise level; 0 at the start of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class LogVariance(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, level: Tensor) -> Tensor:
+    def forward(self, level: PerSample) -> PerSample:
         # Periods from 4 pi down, of the logarithm: smooth over all levels there are, which span about 20.
         phase = level.float()[:, None] * torch.arange(1, WAVES + 1, device=level.device) / 8
         out: Tensor = self.linear(torch.cat([phase.sin(), phase.cos()], 1))
@@ -112,16 +113,16 @@ class Scm(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        t: Tensor | None = None,
-        noise: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
+        t: Times | None = None,
+        noise: Samples | None = None,
+        guidance_scale: Scales | None = None,
     ) -> StepOutput:
         """|F - stop(F + g)|^2 with the tangent g of the student's consistency function (Lu & Song 2024, eq. 8).
 
         Args:
-            t: whole timesteps, [B]; of log-normal noise levels if None.
-            noise: like x0, [B, C, h, w]; drawn if None.
-            guidance_scale: 1 = none, [B]; drawn from guidance.range if None.
+            t: whole timesteps; of log-normal noise levels if None.
+            noise: like x0; drawn if None.
+            guidance_scale: 1 = none; drawn from guidance.range if None.
         """
         c, schedule, device = self.config, self.teacher.schedule, batch.device
         if t is None:
@@ -163,12 +164,12 @@ class Scm(Method):
         self,
         student: DenoiserLike,
         batch: Batch,
-        guidance_input: Tensor | None,
-        x: Tensor,
-        t: Tensor,
+        guidance_input: Scales | None,
+        x: Samples,
+        t: Times,
         at: Rotation,
-        slope: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        slope: Samples,
+    ) -> tuple[Samples, Samples]:
         """F and cos sin dF/dtau of the student as it is sampled: without dropout, whose masks in forward mode would be others
         than those of the pass that learns; and in the precision of its weights, whatever the run's."""
         network, kind = unwrapped(student), self.teacher.denoiser.prediction_type
@@ -181,11 +182,11 @@ class Scm(Method):
         torch.clear_autocast_cache()
         return own, rate
 
-    def _bounded(self, g: Tensor) -> Tensor:
+    def _bounded(self, g: Samples) -> Samples:
         if self.config.tangent == "clip":
             return g.clamp(-1, 1)
         norm = torch.linalg.vector_norm(g.flatten(1), dim=1)
         return g / like(norm + self.config.tangent_c, g)
 
-    def _teacher(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, scale: Tensor | None) -> Prediction:
+    def _teacher(self, nets: Networks, batch: Batch, x_t: Samples, t: Times, scale: Scales | None) -> Prediction:
         return GuidedDenoiser(nets["teacher"], batch.cond, batch.uncond, scale)(x_t, t)

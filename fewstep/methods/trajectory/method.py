@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from fewstep.diffusion.shapes import Counts, GridTimes, Samples, Scales
 from fewstep.methods.base import NOTHING, Batch, Carry, Method, Networks, Preparation, Role, Step, StepOutput
 from fewstep.methods.consistency import build
 from fewstep.methods.consistency.endpoints import whole_trajectory
@@ -69,14 +69,14 @@ class Trajectory(Method):
         batch: Batch,
         carry: Carry = NOTHING,
         *,
-        index: Tensor | None = None,
-        noise: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
+        index: Counts | None = None,
+        noise: Samples | None = None,
+        guidance_scale: Scales | None = None,
     ) -> StepOutput:
         """Distance of f(x_t, t) to the end of the trajectory of x_t.
 
         Args:
-            index: positions in the grid, [B]; drawn if None.
+            index: positions in the grid; drawn if None.
             noise, guidance_scale: as of the consistency loss; the trajectories have their own.
         """
         with torch.no_grad():
@@ -87,6 +87,6 @@ class Trajectory(Method):
         prediction = self.endpoint(student, state.at.x, state.at.t, state.end)
         return StepOutput({"consistency": self.distance(prediction, state.x_s).mean()})
 
-    def _sampled(self) -> Tensor:
-        """Timesteps of the student's sampler, [steps]."""
+    def _sampled(self) -> GridTimes:
+        """Timesteps of the student's sampler."""
         return self.teacher.samplers.grid(self.scheduler(), self.config.steps)[:-1]
