@@ -152,7 +152,7 @@ class Gaussian(nn.Module):
 
 def gaussian(schedule, kind, mean, std):
     net = Gaussian(schedule, kind, mean, std)
-    return Denoiser(net, lambda net, x_t, t, *_: net(x_t, t), schedule, kind)
+    return Denoiser(net, lambda net, given: net(given.x_t, given.t), schedule, kind)
 
 
 class ExactCritic(nn.Module):

@@ -295,7 +295,7 @@ def test_plain_x0_has_no_scalings_but_the_end(teacher):
 
 
 def test_flow_phases_are_eulers_steps(tmp_path):
-    from families import build_sd3
+    from builders.families import build_sd3
 
     teacher = load_teacher(str(build_sd3(tmp_path / "sd3")))
     grid = phase_grid(jumps(teacher, 4), 20)
