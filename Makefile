@@ -19,4 +19,4 @@ test-slow: ## the tests that train or run whole commands
 	pytest -m slow
 
 bench: ## the run behind the README's figures
-	fewstep train fashion/trajectory
+	fewstep train fashion/consistency
