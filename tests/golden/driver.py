@@ -36,14 +36,13 @@ CPU = torch.device("cpu")
 Numbers = dict[str, float | list[float]]
 
 
-@cache
-def temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="golden"))
+TEMPORARY = tempfile.TemporaryDirectory(prefix="golden")
+"""Gone when the process ends."""
 
 
 @cache
 def folder(family: str) -> Path:
-    return FAMILIES[family](temporary() / family)
+    return FAMILIES[family](Path(TEMPORARY.name) / family)
 
 
 def new_teacher(family: str) -> Any:
@@ -102,7 +101,7 @@ def measured(case: Case, name: str) -> Numbers:
     learnt = [key for key, role in roles.items() if role.optim is not None]
     for key, net in nets.items():
         net.train(key in learnt)
-    output = temporary() / name
+    output = Path(TEMPORARY.name) / name
     output.mkdir(parents=True)
     at = Preparation(output, lambda rows: [raw[i] for i in rows], size, 4, CPU, 0, 1, lambda: None, load_reward)
     torch.manual_seed(1)
