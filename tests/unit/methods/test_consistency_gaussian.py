@@ -43,7 +43,7 @@ def solution(grid: Any, schedule: Any, teacher: Affine) -> list[Tensor]:
     """x at the end of each grid point's phase as an affine map of x there, by the teacher's DDIM steps: [N, 2] in float64."""
     maps: list[Tensor] = []
     for i, (t, s, end) in enumerate(zip(*(v.tolist() for v in grid), strict=True)):
-        (at, st), (a, b) = ((v.double() for v in schedule(torch.tensor(u))) for u in (t, s))
+        (at, st), (a, b) = ((v[0].double() for v in schedule(torch.tensor([u]))) for u in (t, s))
         slope = b / st + (a - at * b / st) * teacher.a[t].double()
         shift = (a - at * b / st) * teacher.b[t].double()
         if s == end:

@@ -37,7 +37,7 @@ def test_a_run_returns_what_it_left_and_exports_again(tiny_sd: Path, tmp_path: P
     found = run(RunConfig[DMD2Config].model_validate(values), callbacks=[recorder])
     assert recorder.seen == [("log", 1), ("log", 2), ("2", 2), ("end", 2)]
     assert found.finished and found.exported is not None and found.scores == ()
-    assert type(found.pipeline()).__name__ == "LatentConsistencyModelPipeline"
+    assert type(found.pipeline).__name__ == "LatentConsistencyModelPipeline"
     file = found.exported.pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     before = load_file(file)
     shutil.rmtree(found.exported.pipeline)
