@@ -86,7 +86,7 @@ class Pictures:
         # A method for one count alone is shown at that one.
         self.steps = [n for n in PICTURED_STEPS if n in steps] or [max(steps)]
         self.indices = list(range(8))
-        # A source of few conditions, or of none, is shown with several initial noises for each.
+        # A source of few conditions, or of none, is shown with several samples for each.
         self.conditions = source.conditions_at([i % len(source) for i in self.indices])
         self.guidance_scale = teacher_guidance_scale(config)
         self.teacher_rows: list[Tensor] = []

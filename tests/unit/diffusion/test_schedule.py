@@ -1,4 +1,4 @@
-"""Identities of fewstep.process and fewstep.losses, in float64, and their agreement with diffusers' schedulers."""
+"""Identities of fewstep.diffusion, in float64, and their agreement with diffusers' schedulers."""
 
 import math
 from typing import get_args
